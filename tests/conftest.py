@@ -1,0 +1,70 @@
+"""What every test shares: Triton's interpreter where there is no GPU, the `gpu` marker, and real logits."""
+
+import os
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import NamedTuple
+
+# Shares the cores among xdist's workers; set before torch starts its threads, and inherited by child processes.
+_WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // _WORKERS))
+
+import pytest
+import torch
+
+# Triton reads this while it is imported, which `import torch` does not do.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+DATA = Path(__file__).parent / "data"
+
+
+def _gpu_skip_reason() -> str | None:
+    """Why tests marked `gpu` cannot run here, or None where they can."""
+    if not torch.cuda.is_available():
+        return f"needs a GPU: torch {torch.__version__} finds no CUDA or ROCm device"
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return "needs compiled kernels: TRITON_INTERPRET=1 runs them on the CPU"
+    return None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    reason = _gpu_skip_reason()
+    if reason is not None:
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def pytest_report_header() -> str:
+    try:
+        triton = f"triton {version('triton')}"
+    except PackageNotFoundError:
+        triton = "no triton"
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        triton += ", interpreted"
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    return f"torch {torch.__version__}; {triton}; {device}"
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+class RealLogits(NamedTuple):
+    """Rows of SmolLM2-135M-Instruct written by `tests/data/make_real_logits.py`."""
+
+    logits: torch.Tensor  # bfloat16 [32, 49152]
+    token_ids: torch.Tensor  # int64 [32], the tokens sampled there at temperature 1
+
+
+@pytest.fixture(scope="session")
+def _real_logits_file() -> dict[str, torch.Tensor]:
+    return torch.load(DATA / "real_logits.pt", weights_only=True)
+
+
+@pytest.fixture
+def real_logits(_real_logits_file: dict[str, torch.Tensor]) -> RealLogits:
+    """A fresh copy for each test, so that one may overwrite its rows."""
+    return RealLogits(_real_logits_file["logits"].clone(), _real_logits_file["token_ids"].clone())
