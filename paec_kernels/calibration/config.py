@@ -1,0 +1,99 @@
+"""The method's constants."""
+
+import math
+from dataclasses import dataclass, fields
+from numbers import Integral, Real
+
+NUCLEUS_NORMS = ("log_size", "log_vocab", "none")
+ENTROPY_SUPPORTS = ("full", "nucleus")
+
+
+@dataclass(frozen=True)
+class PAECConfig:
+    """Constants of PAEC (arXiv 2606.08543), each checked at construction.
+
+    Marks: [paper] the abstract says so, [reported] public summaries of the text say so, [ours] a choice of
+    this package where the text that we have is silent. Entropies and log-probabilities are in nats.
+
+    Attributes:
+        top_p: probability mass of the nucleus, in (0, 1]. Its use is [paper], the value [ours].
+        nucleus_norm: what divides the nucleus entropy H_p: ``"log_size"`` (log|S|; the result is in [0, 1]),
+            ``"log_vocab"`` (log of ``vocab_size``) or ``"none"``. That it is normalised is [reported], by
+            what is [ours].
+        alpha: weight in [0, 1] of the nucleus entropy in the score; 1 - alpha weighs the top-two competition.
+            The weighted sum is [reported], the value [ours].
+        tau_c: scale of the competition exp(-margin / tau_c), in nats, > 0. [ours]
+        rho: quantile in [0, 1] of the scores at which the soft mask is 1/2; 0.8 keeps the top fifth.
+            [reported]
+        tau_m: width of the soft mask's sigmoid, in units of the score, > 0. A soft mask is [paper], the
+            value [ours].
+        beta: weight of the masked mean entropy (a bonus), >= 0, per nat. [ours]
+        lam: weight of the penalty, >= 0, per square nat. [ours]
+        rho_min: the entropy floor as a fraction of the anchor, >= 0. The floor is [reported], the value
+            [ours].
+        anchor_steps: optimiser steps whose masked mean entropy is averaged into the anchor, >= 1. [reported]
+        entropy_support: ``"full"``, the entropy of the whole distribution, or ``"nucleus"``, that of the
+            nucleus. [ours]
+        vocab_size: vocabulary size, >= 2; needed by ``nucleus_norm="log_vocab"``, otherwise unused. [ours]
+
+    Raises:
+        TypeError: a field has the wrong type.
+        ValueError: a field is out of its range; both name the field, its value and what was expected.
+    """
+
+    top_p: float = 0.95
+    nucleus_norm: str = "log_size"
+    alpha: float = 0.5
+    tau_c: float = 1.0
+    rho: float = 0.8
+    tau_m: float = 0.05
+    beta: float = 0.005
+    lam: float = 1.0
+    rho_min: float = 0.8
+    anchor_steps: int = 4
+    entropy_support: str = "full"
+    vocab_size: int | None = None
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            if field.type is float:
+                self._as_finite_float(field.name)
+        self._require("top_p", 0 < self.top_p <= 1, "in (0, 1]")
+        for name in ("alpha", "rho"):
+            self._require(name, 0 <= getattr(self, name) <= 1, "in [0, 1]")
+        for name in ("tau_c", "tau_m"):
+            self._require(name, getattr(self, name) > 0, "> 0")
+        for name in ("beta", "lam", "rho_min"):
+            self._require(name, getattr(self, name) >= 0, ">= 0")
+        self._as_int("anchor_steps")
+        self._require("anchor_steps", self.anchor_steps >= 1, ">= 1")
+        self._require_one_of("nucleus_norm", NUCLEUS_NORMS)
+        self._require_one_of("entropy_support", ENTROPY_SUPPORTS)
+        if self.vocab_size is not None:
+            self._as_int("vocab_size")
+            self._require("vocab_size", self.vocab_size >= 2, ">= 2")
+        elif self.nucleus_norm == "log_vocab":
+            raise ValueError("PAECConfig.vocab_size is None, but nucleus_norm='log_vocab' needs an int >= 2")
+
+    def _as_finite_float(self, name: str) -> None:
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, Real):
+            raise TypeError(f"PAECConfig.{name} must be a number, got {value!r}")
+        object.__setattr__(self, name, float(value))
+        self._require(name, math.isfinite(value), "finite")
+
+    def _as_int(self, name: str) -> None:
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, Integral):
+            raise TypeError(f"PAECConfig.{name} must be an int, got {value!r}")
+        object.__setattr__(self, name, int(value))
+
+    def _require(self, name: str, holds: bool, expected: str) -> None:
+        if not holds:
+            raise ValueError(f"PAECConfig.{name} must be {expected}, got {getattr(self, name)!r}")
+
+    def _require_one_of(self, name: str, choices: tuple[str, ...]) -> None:
+        value = getattr(self, name)
+        if not isinstance(value, str):
+            raise TypeError(f"PAECConfig.{name} must be one of {choices}, got {value!r}")
+        self._require(name, value in choices, f"one of {choices}")

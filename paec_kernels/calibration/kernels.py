@@ -1,0 +1,109 @@
+"""Triton kernels over vectors of N token positions. Import only where Triton is installed.
+
+Sums are deterministic: each program writes the partial sum of its block, and the partials are added in a
+fixed order; no atomics. Vectors are contiguous float32; ``valid`` is bool, ``nucleus_size`` an integer.
+"""
+# mypy: allow-incomplete-defs
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK = 1024  # fixed: it decides the order of the sums
+NUM_WARPS = 4
+
+
+@triton.jit(do_not_specialize=["n"])
+def _position_score_kernel(
+    score_ptr, nucleus_entropy_ptr, nucleus_size_ptr, margin_ptr, valid_ptr,
+    alpha, tau_c, h_scale, n, LOG_SIZE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = offsets < n
+    valid = tl.load(valid_ptr + offsets, mask=inside, other=0) != 0
+    h = tl.load(nucleus_entropy_ptr + offsets, mask=valid, other=0.0)
+    if LOG_SIZE:
+        size = tl.load(nucleus_size_ptr + offsets, mask=valid, other=1)
+        h = tl.where(size == 1, 0.0, h / tl.log(tl.maximum(size, 2).to(tl.float32)))
+    else:
+        h = h * h_scale
+    competition = tl.exp(-tl.load(margin_ptr + offsets, mask=valid, other=0.0) / tau_c)
+    score = alpha * h + (1 - alpha) * competition
+    tl.store(score_ptr + offsets, tl.where(valid, score, float("inf")), mask=inside)
+
+
+@triton.jit(do_not_specialize=["n"])
+def _soft_mask_kernel(
+    mask_ptr, partial_ptr, score_ptr, entropy_ptr, threshold_ptr, tau_m, n, BLOCK: tl.constexpr
+):
+    block = tl.program_id(0)
+    offsets = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = offsets < n
+    score = tl.load(score_ptr + offsets, mask=inside, other=float("inf"))
+    valid = score != float("inf")
+    mask = tl.where(valid, tl.sigmoid((score - tl.load(threshold_ptr)) / tau_m), 0.0)
+    entropy = tl.load(entropy_ptr + offsets, mask=valid, other=0.0)
+    tl.store(mask_ptr + offsets, mask, mask=inside)
+    tl.store(partial_ptr + block, tl.sum(mask))
+    tl.store(partial_ptr + tl.num_programs(0) + block, tl.sum(mask * entropy))
+
+
+@triton.jit(do_not_specialize=["n"])
+def _penalty_coefficients_kernel(
+    coefficient_ptr, mask_ptr, mask_sum_ptr, mean_entropy_ptr, floor_ptr, beta, lam, n, BLOCK: tl.constexpr
+):
+    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = offsets < n
+    shortfall = tl.load(floor_ptr) - tl.load(mean_entropy_ptr)
+    slope = -beta - 2 * lam * tl.maximum(shortfall, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    mask_sum = tl.load(mask_sum_ptr)
+    scale = slope / tl.where(mask_sum == 0, 1.0, mask_sum)
+    mask = tl.load(mask_ptr + offsets, mask=inside, other=0.0)
+    tl.store(coefficient_ptr + offsets, tl.where(mask == 0, 0.0, scale * mask), mask=inside)
+
+
+def position_score(
+    nucleus_entropy: Tensor,
+    nucleus_size: Tensor,
+    margin: Tensor,
+    valid: Tensor,
+    alpha: float,
+    tau_c: float,
+    h_scale: float,
+    log_size: bool,
+) -> Tensor:
+    """s = alpha * h + (1 - alpha) * exp(-margin / tau_c), +inf where invalid; float32 ``[N]``."""
+    n = margin.numel()
+    score = torch.empty_like(margin)
+    _position_score_kernel[(triton.cdiv(n, BLOCK),)](
+        score, nucleus_entropy, nucleus_size, margin, valid,
+        alpha, tau_c, h_scale, n, LOG_SIZE=log_size, BLOCK=BLOCK, num_warps=NUM_WARPS, enable_fp_fusion=True,
+    )  # fmt: skip
+    return score
+
+
+def soft_mask(score: Tensor, entropy: Tensor, threshold: Tensor, tau_m: float) -> tuple[Tensor, Tensor]:
+    """mask ``[N]`` and ``[2]``: sum(mask), sum(mask * entropy)."""
+    n = score.numel()
+    n_blocks = triton.cdiv(n, BLOCK)
+    mask = torch.empty_like(score)
+    partial = score.new_empty(2, n_blocks)
+    _soft_mask_kernel[(n_blocks,)](
+        mask, partial, score, entropy, threshold,
+        tau_m, n, BLOCK=BLOCK, num_warps=NUM_WARPS, enable_fp_fusion=True,
+    )  # fmt: skip
+    return mask, partial.sum(dim=1)
+
+
+def penalty_coefficients(
+    mask: Tensor, mask_sum: Tensor, mean_entropy: Tensor, floor: Tensor, beta: float, lam: float
+) -> Tensor:
+    """b_t = (-beta - 2 lam max(0, floor - mean_entropy)) * m_t / mask_sum; float32 ``[N]``."""
+    n = mask.numel()
+    coefficient = torch.empty_like(mask)
+    _penalty_coefficients_kernel[(triton.cdiv(n, BLOCK),)](
+        coefficient, mask, mask_sum, mean_entropy, floor,
+        beta, lam, n, BLOCK=BLOCK, num_warps=NUM_WARPS, enable_fp_fusion=True,
+    )  # fmt: skip
+    return coefficient
