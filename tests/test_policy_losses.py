@@ -1,0 +1,158 @@
+import math
+
+import pytest
+import torch
+
+from paec_kernels import reference
+from paec_kernels.policy_losses import group_advantages, grpo_loss
+
+SHAPE = (4, 25)
+
+
+def make_arguments(seed: int = 0, p_valid: float = 0.7, dtype: torch.dtype = torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    logp = -torch.rand(SHAPE, dtype=dtype, generator=generator) * 3
+    old_logp = logp + 0.3 * torch.randn(SHAPE, dtype=dtype, generator=generator)
+    advantages = torch.randn(SHAPE[0], 1, dtype=dtype, generator=generator)
+    valid = torch.rand(SHAPE, generator=generator) < p_valid
+    return logp.requires_grad_(), old_logp, advantages, valid
+
+
+def gradient(loss: torch.Tensor, logp: torch.Tensor) -> torch.Tensor:
+    return torch.autograd.grad(loss, logp)[0]
+
+
+def test_by_hand():
+    # Ratios 2, 0.5, 2, 0.5, 1 with advantages 1, 1, -1, -1, 3; clipped to [0.8, 1.28] where that is lower:
+    # 1.28, 0.5, -2, -0.8, 3: mean 1.98 / 5.
+    ratios = torch.tensor([2.0, 0.5, 2.0, 0.5, 1.0], dtype=torch.float64)
+    advantages = torch.tensor([1.0, 1.0, -1.0, -1.0, 3.0], dtype=torch.float64)
+    old_logp = torch.full((5,), -1.0, dtype=torch.float64)
+    logp = (old_logp + ratios.log()).requires_grad_()
+    loss, metrics = grpo_loss(logp, old_logp, advantages, torch.ones(5, dtype=torch.bool))
+    torch.testing.assert_close(loss, torch.tensor(-1.98 / 5, dtype=torch.float64))
+    # d(r A) / d logp = r A where it is not clipped.
+    expected = -torch.tensor([0.0, 0.5, -2.0, 0.0, 3.0], dtype=torch.float64) / 5
+    torch.testing.assert_close(gradient(loss, logp), expected)
+    k3 = ratios - 1 - ratios.log()
+    assert {name: pytest.approx(float(value)) for name, value in metrics.items()} == {
+        "clip_fraction": 2 / 5,
+        "clip_fraction_low": 1 / 5,
+        "clip_fraction_high": 1 / 5,
+        "approx_kl": float(k3.mean()),
+        "ratio_mean": 6 / 5,
+        "ratio_max": 2.0,
+    }
+
+
+@pytest.mark.parametrize("with_ref", [False, True])
+def test_equals_the_definition(with_ref):
+    logp, old_logp, advantages, valid = make_arguments()
+    options = {"clip_low": 0.1, "clip_high": 0.3}
+    if with_ref:
+        options |= {"ref_logp": old_logp + 0.1 * torch.randn(SHAPE, dtype=torch.float64), "kl_coef": 0.3}
+    expected = reference.grpo_loss(logp, old_logp, advantages, valid, **options)
+    loss, metrics = grpo_loss(logp, old_logp, advantages, valid, **options)
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close(gradient(loss, logp), gradient(expected, logp), rtol=1e-12, atol=1e-15)
+    assert not any(value.requires_grad for value in metrics.values())
+    if with_ref:
+        log_ratio = (options["ref_logp"] - logp.detach())[valid]
+        torch.testing.assert_close(metrics["ref_kl"], (log_ratio.exp() - log_ratio - 1).mean())
+
+
+@pytest.mark.parametrize("as_tensor", [False, True])
+def test_micro_batches_with_a_normalizer_add_up(as_tensor):
+    logp, old_logp, advantages, valid = make_arguments()
+    whole, _ = grpo_loss(logp, old_logp, advantages, valid)
+    total = valid.sum() if as_tensor else int(valid.sum())
+    parts = [
+        grpo_loss(logp[rows], old_logp[rows], advantages[rows], valid[rows], normalizer=total)[0]
+        for rows in (slice(0, 1), slice(1, 4))
+    ]
+    torch.testing.assert_close(sum(parts), whole, rtol=1e-12, atol=0)
+    torch.testing.assert_close(gradient(sum(parts), logp), gradient(whole, logp), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
+def test_invalid_positions_reach_nothing(poison):
+    logp, old_logp, advantages, valid = make_arguments()
+    clean, clean_metrics = grpo_loss(logp, old_logp, advantages, valid, ref_logp=old_logp, kl_coef=0.1)
+    bad_logp = torch.where(valid, logp.detach(), poison).requires_grad_()
+    bad = torch.where(valid, old_logp, -poison)
+    bad_advantages = torch.where(valid, advantages.expand(SHAPE), poison)
+    loss, metrics = grpo_loss(bad_logp, bad, bad_advantages, valid, ref_logp=bad, kl_coef=0.1)
+    assert torch.equal(loss, clean)
+    assert torch.equal(gradient(loss, bad_logp), gradient(clean, logp))
+    assert metrics == clean_metrics
+
+
+@pytest.mark.parametrize("normalizer", [None, 0, 7, torch.tensor(0), torch.tensor(0.0)])
+def test_no_valid_token(normalizer):
+    logp, old_logp, advantages, valid = make_arguments(p_valid=0)
+    loss, metrics = grpo_loss(logp, old_logp, advantages, valid, normalizer=normalizer)
+    assert loss == 0
+    assert torch.equal(gradient(loss, logp), torch.zeros(SHAPE, dtype=torch.float64))
+    assert all(value == 0 for value in metrics.values())
+
+
+def test_no_token():
+    empty = torch.empty(0, 5)
+    loss, metrics = grpo_loss(empty, empty, torch.empty(0, 1), empty.bool())
+    assert loss == 0
+    assert metrics["ratio_max"] == 0
+
+
+def test_only_logp_receives_a_gradient():
+    logp, old_logp, advantages, valid = make_arguments()
+    others = [x.requires_grad_() for x in (old_logp, advantages)]
+    loss, _ = grpo_loss(logp, *others, valid, ref_logp=(ref := torch.zeros_like(logp, requires_grad=True)))
+    assert torch.autograd.grad(loss, [*others, ref], allow_unused=True) == (None, None, None)
+
+
+def test_compiles_into_one_graph():
+    logp, old_logp, advantages, valid = make_arguments()
+    compiled = torch.compile(grpo_loss, fullgraph=True, dynamic=True, backend="aot_eager")
+    loss, _ = compiled(logp, old_logp, advantages, valid)
+    torch.testing.assert_close(loss, grpo_loss(logp, old_logp, advantages, valid)[0])
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"old_logp": [0.0]}, TypeError, r"old_logp must be a tensor, got \[0.0\]"),
+        ({"logp": torch.zeros(SHAPE).long()}, TypeError, "logp must be a floating tensor, got torch.int64"),
+        ({"valid": torch.ones(SHAPE)}, TypeError, "valid must be a bool tensor, got torch.float32"),
+        ({"old_logp": torch.zeros(4)}, ValueError, r"old_logp must have logp's shape \(4, 25\), got \(4,\)"),
+        ({"valid": torch.ones(SHAPE, device="meta").bool()}, ValueError, "valid must be on logp's device"),
+        ({"advantages": torch.zeros(25)}, ValueError, r"advantages must have .* \(4, 25\), .* got \(25,\)"),
+        ({"advantages": torch.zeros(4, 5)}, ValueError, r"advantages must have .* got \(4, 5\)"),
+        ({"ref_logp": torch.zeros(4, 1)}, ValueError, r"ref_logp must have .* got \(4, 1\)"),
+        ({"clip_low": 1.5}, ValueError, r"clip_low must be in \[0, 1\], got 1.5"),
+        ({"clip_high": math.nan}, ValueError, "clip_high must be >= 0, got nan"),
+        ({"kl_coef": -1.0}, ValueError, "kl_coef must be >= 0, got -1.0"),
+        ({"kl_coef": 0.1}, ValueError, "kl_coef = 0.1 needs ref_logp, got None"),
+        ({"normalizer": -3}, ValueError, "normalizer must be >= 0, got -3"),
+        ({"normalizer": torch.ones(2)}, ValueError, r"normalizer must be a number or 0-d, got shape \(2,\)"),
+    ],
+)
+def test_bad_input_is_named(change, error, message):
+    names = ("logp", "old_logp", "advantages", "valid")
+    arguments = dict(zip(names, make_arguments(dtype=torch.float32), strict=True)) | change
+    with pytest.raises(error, match=message):
+        grpo_loss(**arguments)
+
+
+def test_group_advantages():
+    rewards = torch.tensor([[1.0, 0.0, 0.0, 1.0], [1.0, 1.0, 1.0, 1.0]])
+    advantages = group_advantages(rewards)
+    a = 0.5 / (math.sqrt(1 / 3) + 1e-4)
+    torch.testing.assert_close(advantages, torch.tensor([[a, -a, -a, a], [0.0, 0.0, 0.0, 0.0]]))
+    assert torch.equal(group_advantages(torch.tensor([[3.0]])), torch.zeros(1, 1))
+
+
+def test_group_advantages_of_bad_input():
+    with pytest.raises(ValueError, match=r"rewards must be \[groups, samples\], got shape \(3,\)"):
+        group_advantages(torch.zeros(3))
+    with pytest.raises(TypeError, match=r"rewards must be a floating tensor, got torch\.int64"):
+        group_advantages(torch.zeros(3, 2, dtype=torch.int64))
