@@ -1,0 +1,350 @@
+"""The nucleus of a row, exactly, without a sort: a search over candidates that the forward pass keeps anyway.
+
+The forward pass splits the columns into LANES residue classes ("lanes") and keeps the two largest logits of each.
+The nucleus is {z >= tau} for the largest tau with G(tau) >= target, where G(t) = sum of exp(x) over z >= t and
+target = top_p * Z. The candidates' G is at most the row's, so their tau is at most the true one, and what they miss
+matters only in a lane whose second best is >= tau, a "suspect":
+
+1. no suspect: the candidates' answer is exact;
+2. a few: read those lanes again (V / LANES columns each) and search the union, which misses nothing;
+3. many, or candidates that fall short of the target: narrow the bracket by reading the whole row again.
+
+A bracket [low, high) of keys, integers in the order of the logits' values, has G(low) >= target > G(high). A search
+ends when it holds one distinct value, tau. Weights are relative to the row's largest, which is 1.
+"""
+
+import triton
+import triton.language as tl
+
+from paec_kernels.token_stats.rows import capped, insert_top_two, log2_weight
+
+LARGEST = tl.constexpr(3.4028234663852886e38)
+GATHERED_LANES = tl.constexpr(64)
+GATHERED_COLUMNS = tl.constexpr(8)
+
+
+@triton.jit
+def key_of(z, SHIFT: tl.constexpr):
+    """An integer in the order of z; SHIFT drops the bits that a 16-bit logit leaves unused in float32."""
+    bits = z.to(tl.int32, bitcast=True)
+    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits) >> SHIFT
+
+
+@triton.jit
+def value_of(key, SHIFT: tl.constexpr):
+    """The inverse of key_of."""
+    positive = key << SHIFT
+    negative = (positive | ((1 << SHIFT) - 1)) ^ 0x7FFFFFFF
+    return tl.where(key < 0, negative, positive).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def middle_of(low, high, SHIFT: tl.constexpr):
+    """A key inside (low, high): half-way by value where the bracket spans zero, since keys crowd around it."""
+    low_value, high_value = value_of(low, SHIFT), value_of(high, SHIFT)
+    by_value = key_of(0.5 * low_value + 0.5 * high_value, SHIFT)
+    by_key = (low & high) + ((low ^ high) >> 1)
+    middle = tl.where((low_value < 0) & (low_value > -65536.0) & (high_value > 0), by_value, by_key)
+    return tl.minimum(tl.maximum(middle, low + 1), high - 1)
+
+
+@triton.jit
+def lowest_key(top, negligible, scale, softcap, SHIFT: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
+    """A key that no nucleus goes below.
+
+    The tokens of relative weight under negligible = (1 - top_p) Z / V weigh at most (1 - top_p) Z together.
+    """
+    # Lowered by far more than rounding errors, and by far less than a round of the search is worth.
+    z = top + (tl.log2(negligible) - 1e-3) / scale - 1e-6 * tl.abs(top)
+    if HAS_SOFTCAP:
+        u = tl.minimum(z / softcap, 1.0) - 1e-5
+        z = tl.where(u > -1.0, tl.log2(tl.maximum(1.0 + u, 1e-6) / (1.0 - u)) * softcap * 0.34657359027997264, -LARGEST)
+    return key_of(tl.maximum(z, -LARGEST), SHIFT)
+
+
+@triton.jit
+def more_than_one_value(
+    low, high, mass_low, mass_high, top, scale, softcap, SHIFT: tl.constexpr, HAS_SOFTCAP: tl.constexpr
+):
+    """Whether [low, high) may hold two tokens that differ. Each weighs at least what a token at low does."""
+    lightest = tl.exp2(log2_weight(value_of(low, SHIFT), top, scale, softcap, HAS_SOFTCAP))
+    rounding = 1e-6 * mass_low
+    return (low + 1 < high) & (mass_low - mass_high > 1.5 * lightest - rounding)
+
+
+@triton.jit
+def settle(mass_above, sum_above, n_above, n_tied, tau, target, top, scale, softcap, HAS_SOFTCAP: tl.constexpr):
+    """The nucleus from its sums over z > tau, when n_tied tokens are at tau.
+
+    k = min(n, max(1, ceil((target - M>) / exp(tau)))) of them belong, each with weight w = k / n  [ours].
+
+    Returns:
+        tau, w, mass M, sum of w e log2(e), size.
+    """
+    d = log2_weight(tau, top, scale, softcap, HAS_SOFTCAP)
+    e = tl.exp2(d)
+    needed = tl.ceil((target - mass_above) / tl.maximum(e, 1e-37))
+    k = tl.minimum(tl.maximum(needed, 1.0), n_tied)
+    return tau, k / tl.maximum(n_tied, 1.0), mass_above + k * e, sum_above + k * e * d, n_above + k
+
+
+@triton.jit
+def mass_from(z, e, extra, extra_e, threshold):
+    """G(threshold) over values held in registers; extra may be None."""
+    mass = tl.sum(tl.where(z >= threshold, e, 0.0))
+    if extra is not None:
+        mass += tl.sum(tl.where(extra >= threshold, extra_e, 0.0))
+    return mass
+
+
+@triton.jit
+def sums_of(z, e, low_value, high_value, top, scale, softcap, HAS_SOFTCAP: tl.constexpr):
+    """Over values held in registers, for a bracket [low, high) that holds one distinct value.
+
+    Returns:
+        sum of e log2(e) over z >= high, counts of z >= high and of z >= low, the best z < high.
+    """
+    above = z >= high_value
+    # A zero that the compiler cannot know to be one: it makes the exponents anew where it would otherwise keep
+    # those that e came from in registers across the search, and spill.
+    d = (capped(z + (high_value - high_value), softcap, HAS_SOFTCAP) - top) * scale
+    weighted = tl.sum(tl.where(above, d, 0.0) * e)
+    n_above = tl.sum(tl.where(above, 1.0, 0.0))
+    n_member = tl.sum(tl.where(z >= low_value, 1.0, 0.0))
+    return weighted, n_above, n_member, tl.max(tl.where(above, -float("inf"), z))
+
+
+@triton.jit
+def search_values(
+    z, extra, low, high, target, top, scale, softcap, SHIFT: tl.constexpr, HAS_SOFTCAP: tl.constexpr
+):  # fmt: skip
+    """Bisect [low, high) over values held in registers: z, and extra where it is not None.
+
+    Returns:
+        whether a threshold above low was found to reach the target, the last low, and the nucleus as `settle` returns it.
+    """
+    e = tl.exp2(log2_weight(z, top, scale, softcap, HAS_SOFTCAP))
+    extra_e = None
+    if extra is not None:
+        extra_e = tl.exp2(log2_weight(extra, top, scale, softcap, HAS_SOFTCAP))
+
+    mass_low = LARGEST
+    mass_high = 0.0
+    while more_than_one_value(low, high, mass_low, mass_high, top, scale, softcap, SHIFT, HAS_SOFTCAP):
+        middle = middle_of(low, high, SHIFT)
+        mass = mass_from(z, e, extra, extra_e, value_of(middle, SHIFT))
+        enough = mass >= target
+        low = tl.where(enough, middle, low)
+        high = tl.where(enough, high, middle)
+        mass_low = tl.where(enough, mass, mass_low)
+        mass_high = tl.where(enough, mass_high, mass)
+
+    low_value, high_value = value_of(low, SHIFT), value_of(high, SHIFT)
+    weighted, n_above, n_member, tau = sums_of(z, e, low_value, high_value, top, scale, softcap, HAS_SOFTCAP)
+    if extra is not None:
+        more_weighted, more_above, more_member, rival = sums_of(
+            extra, extra_e, low_value, high_value, top, scale, softcap, HAS_SOFTCAP
+        )
+        weighted += more_weighted
+        n_above += more_above
+        n_member += more_member
+        tau = tl.maximum(tau, rival)
+    tau, weight, mass, weighted, size = settle(
+        mass_high, weighted, n_above, n_member - n_above, tau, target, top, scale, softcap, HAS_SOFTCAP
+    )
+    return mass_low < LARGEST, low, tau, weight, mass, weighted, size
+
+
+@triton.jit
+def gather_lanes(row_ptr, stride, n_cols, suspect, n_suspect, scratch_ptr, LANES: tl.constexpr):
+    """The suspect lanes' columns, as the two best of each of GATHERED_LANES x GATHERED_COLUMNS places.
+
+    Returns:
+        [places, 2] logits, and the best that a place may have dropped.
+    """
+    place = tl.cumsum(suspect.to(tl.int32), 0) - 1
+    tl.store(scratch_ptr + place, tl.arange(0, LANES), mask=suspect)
+    tl.debug_barrier()
+    index = tl.arange(0, GATHERED_LANES)
+    lane = tl.load(scratch_ptr + index, mask=index < n_suspect, other=n_cols)
+    offsets = lane[:, None] + LANES * tl.arange(0, GATHERED_COLUMNS)[None, :]
+    first = tl.full([GATHERED_LANES, GATHERED_COLUMNS], -float("inf"), tl.float32)
+    second = first
+    dropped = first
+    for start in range(0, n_cols, LANES * GATHERED_COLUMNS):
+        columns = start + offsets
+        inside = (columns < n_cols) & (lane[:, None] < n_cols)
+        z = tl.load(row_ptr + columns.to(tl.int64) * stride, mask=inside, other=-float("inf")).to(tl.float32)
+        dropped = tl.maximum(dropped, tl.minimum(second, z))
+        first, second = insert_top_two(first, second, z)
+    gathered = tl.reshape(tl.join(first, second), [GATHERED_LANES * GATHERED_COLUMNS, 2])
+    return gathered, tl.max(dropped)
+
+
+@triton.jit
+def read_masses(
+    row_ptr, stride, n_cols, t1, t2, t3, top, scale, softcap, HAS_SOFTCAP: tl.constexpr, LANES: tl.constexpr
+):
+    """G of three thresholds, by reading the row."""
+    lanes = tl.arange(0, LANES)
+    m1 = tl.zeros([LANES], tl.float32)
+    m2 = m1
+    m3 = m1
+    for start in range(0, n_cols, LANES):
+        columns = start + lanes
+        z = tl.load(row_ptr + columns.to(tl.int64) * stride, mask=columns < n_cols, other=-float("inf"))
+        z = z.to(tl.float32)
+        e = tl.exp2(log2_weight(z, top, scale, softcap, HAS_SOFTCAP))
+        m1 += tl.where(z >= t1, e, 0.0)
+        m2 += tl.where(z >= t2, e, 0.0)
+        m3 += tl.where(z >= t3, e, 0.0)
+    return tl.sum(m1), tl.sum(m2), tl.sum(m3)
+
+
+@triton.jit
+def read_nucleus(
+    row_ptr, stride, n_cols, low_value, high_value, target, top, scale, softcap,
+    HAS_SOFTCAP: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """`settle` by reading the row, for a bracket [low, high) that holds one distinct value."""
+    lanes = tl.arange(0, LANES)
+    mass = tl.zeros([LANES], tl.float32)
+    weighted = mass
+    n_above = mass
+    n_member = mass
+    best_below = tl.full([LANES], -float("inf"), tl.float32)
+    for start in range(0, n_cols, LANES):
+        columns = start + lanes
+        z = tl.load(row_ptr + columns.to(tl.int64) * stride, mask=columns < n_cols, other=-float("inf"))
+        z = z.to(tl.float32)
+        d = log2_weight(z, top, scale, softcap, HAS_SOFTCAP)
+        above = z >= high_value
+        e = tl.where(above, tl.exp2(d), 0.0)
+        mass += e
+        weighted += e * d
+        n_above += above.to(tl.float32)
+        n_member += (z >= low_value).to(tl.float32)
+        best_below = tl.maximum(best_below, tl.where(above, -float("inf"), z))
+    above_total = tl.sum(n_above)
+    n_tied = tl.sum(n_member) - above_total
+    return settle(
+        tl.sum(mass),
+        tl.sum(weighted),
+        above_total,
+        n_tied,
+        tl.max(best_below),
+        target,
+        top,
+        scale,
+        softcap,
+        HAS_SOFTCAP,
+    )
+
+
+@triton.jit
+def narrow_by_reading(
+    row_ptr, stride, n_cols, low, high, target, top, scale, softcap,
+    SHIFT: tl.constexpr, HAS_SOFTCAP: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """Narrow [low, high) to one distinct value by reading the row. G(low) >= target > G(high) is given.
+
+    Three thresholds a reading, denser towards low: the candidates' tau is close below the true one.
+    """
+    mass_low = LARGEST
+    mass_high = 0.0
+    while more_than_one_value(low, high, mass_low, mass_high, top, scale, softcap, SHIFT, HAS_SOFTCAP):
+        k3 = middle_of(low, high, SHIFT)
+        k2 = middle_of(low, k3, SHIFT)
+        k1 = middle_of(low, k2, SHIFT)
+        m1, m2, m3 = read_masses(
+            row_ptr, stride, n_cols, value_of(k1, SHIFT), value_of(k2, SHIFT), value_of(k3, SHIFT),
+            top, scale, softcap, HAS_SOFTCAP, LANES,
+        )  # fmt: skip
+        if m2 >= target:
+            low = k2
+            mass_low = m2
+            if m3 >= target:
+                low = k3
+                mass_low = m3
+            else:
+                high = k3
+                mass_high = m3
+        else:
+            high = k2
+            mass_high = m2
+            if m1 >= target:
+                low = k1
+                mass_low = m1
+            else:
+                high = k1
+                mass_high = m1
+    return low, high
+
+
+@triton.jit
+def find_nucleus(
+    row_ptr, stride, n_cols, first, second, second_best, total, top_logit, top_p, top, scale, softcap, scratch_ptr,
+    SHIFT: tl.constexpr, HAS_SOFTCAP: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """The nucleus of a row of finite total weight.
+
+    Args:
+        first, second: [LANES], the two largest logits of each lane; second_best: the row's second largest logit.
+        total: Z relative to the row's largest weight; top_logit: the largest logit, top = f(top_logit).
+        scratch_ptr: GATHERED_LANES int32 of this row's own.
+    Returns:
+        tau (a raw logit), tie weight w, mass M and sum of w e log2(e) relative to the largest weight, size (float).
+    """
+    target = top_p * total
+    tau = top_logit
+    weight = 1.0
+    mass = 1.0
+    weighted = 0.0
+    size = 1.0
+    if top_p >= 1.0:
+        # Every token of non-zero probability; the largest key of all is above them, so nothing is tied.
+        tau, weight, mass, weighted, size = read_nucleus(
+            row_ptr, stride, n_cols, -LARGEST, -LARGEST, target, top, scale, softcap, HAS_SOFTCAP, LANES // 2
+        )
+        tau = -float("inf")
+        weight = 0.0
+    elif (target > 1.0) | (second_best == top_logit):
+        low = lowest_key(top, (1.0 - top_p) * total / n_cols, scale, softcap, SHIFT, HAS_SOFTCAP)
+        high = key_of(top_logit, SHIFT) + 1
+        candidates = tl.join(first, second)
+        reached, low_found, tau, weight, mass, weighted, size = search_values(
+            candidates, None, low, high, target, top, scale, softcap, SHIFT, HAS_SOFTCAP
+        )
+        suspect = second >= tau
+        n_suspect = tl.sum(suspect.to(tl.int32))
+        exact = reached & (n_suspect == 0)
+        if reached:
+            low = low_found
+            if (n_suspect > 0) & (n_suspect <= GATHERED_LANES):
+                gathered, dropped = gather_lanes(row_ptr, stride, n_cols, suspect, n_suspect, scratch_ptr, LANES)
+                others = tl.where(suspect[:, None], -float("inf"), candidates)
+                # The union reaches the target at low, since the candidates alone do.
+                _, _, tau, weight, mass, weighted, size = search_values(
+                    others, gathered, low, high, target, top, scale, softcap, SHIFT, HAS_SOFTCAP
+                )
+                exact = dropped < tau
+        if exact == 0:
+            low, high = narrow_by_reading(
+                row_ptr,
+                stride,
+                n_cols,
+                low,
+                high,
+                target,
+                top,
+                scale,
+                softcap,
+                SHIFT,
+                HAS_SOFTCAP,
+                LANES // 2,
+            )
+            tau, weight, mass, weighted, size = read_nucleus(
+                row_ptr, stride, n_cols, value_of(low, SHIFT), value_of(high, SHIFT),
+                target, top, scale, softcap, HAS_SOFTCAP, LANES // 2,
+            )  # fmt: skip
+    return tau, weight, mass, weighted, size

@@ -1,0 +1,314 @@
+"""`token_stats`: argument checks, the choice of a backend, and the one differentiable operator.
+
+The operator is a pair of `torch.library` ops over a table of statistics (see `layout`), so that autograd sums
+whatever gradients arrive for logp, H and H_p before a single backward pass, and `torch.compile` sees one node.
+"""
+
+import importlib.util
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from paec_kernels import reference
+from paec_kernels.reference import IGNORE_INDEX, TokenStats
+from paec_kernels.token_stats import layout, torch_backend
+
+BACKENDS = ("auto", "triton", "torch", "reference")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def resolve_backend(backend: str, device: torch.device) -> str:
+    """The backend that ``"auto"`` stands for: Triton on a GPU where it is installed, torch anywhere else."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
+    has_triton = importlib.util.find_spec("triton") is not None
+    if backend == "triton" and not has_triton:
+        raise ValueError("backend='triton' needs the triton package, which is not installed")
+    if backend == "auto":
+        return "triton" if device.type == "cuda" and has_triton else "torch"
+    return backend
+
+
+def _implementation(backend: str) -> Any:
+    if backend == "triton":
+        from paec_kernels.token_stats import triton_backend
+
+        return triton_backend
+    return torch_backend
+
+
+def _check_rows(name: str, value: Tensor, logits: Tensor) -> None:
+    if value.shape != logits.shape[:-1]:
+        raise ValueError(
+            f"{name} must have the shape of logits without its last dimension, {tuple(logits.shape[:-1])}, "
+            f"got {tuple(value.shape)}"
+        )
+    if value.device != logits.device:
+        raise ValueError(f"{name} must be on the device of logits, {logits.device}, got {value.device}")
+
+
+def check_arguments(
+    logits: Tensor,
+    token_ids: Tensor | None,
+    valid: Tensor | None,
+    top_p: float,
+    temperature: float | Tensor,
+    softcap: float | None,
+    vocab_size: int | None,
+) -> None:
+    """Everything that can be said without reading a tensor's values. Raises ValueError or TypeError."""
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"logits must be a tensor, got {type(logits).__name__}")
+    if logits.dim() == 0 or logits.shape[-1] == 0:
+        raise ValueError(f"logits must have shape [..., V] with V >= 1, got {tuple(logits.shape)}")
+    if token_ids is not None:
+        if not isinstance(token_ids, Tensor) or token_ids.is_floating_point() or token_ids.dtype == torch.bool:
+            raise TypeError(f"token_ids must be an integer tensor, got {getattr(token_ids, 'dtype', token_ids)}")
+        _check_rows("token_ids", token_ids, logits)
+    if valid is not None:
+        if not isinstance(valid, Tensor) or valid.dtype != torch.bool:
+            raise TypeError(f"valid must be a bool tensor, got {getattr(valid, 'dtype', valid)}")
+        _check_rows("valid", valid, logits)
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p must be in (0, 1], got {top_p}")
+    if isinstance(temperature, Tensor):
+        if not temperature.is_floating_point():
+            raise TypeError(f"temperature must be a float or a floating tensor, got {temperature.dtype}")
+        if temperature.dim() > 0:
+            _check_rows("temperature", temperature, logits)
+    elif not (0 < temperature < math.inf):
+        raise ValueError(f"temperature must be positive and finite, got {temperature}")
+    if softcap is not None and not (0 < softcap < math.inf):
+        raise ValueError(f"softcap must be positive and finite, or None, got {softcap}")
+    if vocab_size is not None and not 1 <= vocab_size <= logits.shape[-1]:
+        raise ValueError(f"vocab_size must be in [1, {logits.shape[-1]}], the columns of logits, got {vocab_size}")
+
+
+def check_values(token_ids: Tensor | None, valid: Tensor | None, temperature: Tensor, vocab_size: int) -> None:
+    """What only the values tell: token ids in range, temperatures positive, in rows that are valid.
+
+    On a CPU this raises ValueError. On a GPU, which must not wait for the host, a wrong value stops the device
+    with an assertion, as an index out of range does in PyTorch's own cross-entropy.
+    """
+    if token_ids is not None:
+        wrong = (token_ids != IGNORE_INDEX) & ((token_ids < 0) | (token_ids >= vocab_size))
+        wrong = wrong if valid is None else wrong & valid
+        expected = f"token_ids must be {IGNORE_INDEX} or in [0, {vocab_size})"
+        if token_ids.device.type != "cpu":
+            torch._assert_async(~wrong.any(), expected)
+        elif bool(wrong.any()):
+            raise ValueError(f"{expected}, got {int(token_ids[wrong][0])}")
+    on_cpu = temperature.device.type == "cpu"
+    if on_cpu or temperature.numel() > 1:
+        wrong = ~((temperature > 0) & (temperature < math.inf))
+        wrong = wrong if valid is None or temperature.numel() == 1 else wrong & valid
+        expected = "temperature must be positive and finite"
+        if not on_cpu:
+            torch._assert_async(~wrong.any(), expected)
+        elif bool(wrong.any()):
+            raise ValueError(f"{expected}, got {float(temperature[wrong][0])}")
+
+
+def as_rows(logits: Tensor) -> Tensor:
+    """``[..., V]`` as a ``[outer, inner, V]`` view, or a copy where more than two strides would be needed."""
+    leading, strides = logits.shape[:-1], logits.stride()
+    split = 0
+    for i in range(len(leading) - 1):
+        if strides[i] != strides[i + 1] * leading[i + 1]:
+            split = i + 1
+    outer, inner = math.prod(leading[:split]), math.prod(leading[split:])
+    return logits.reshape(outer, inner, logits.shape[-1])
+
+
+def _flat(value: Tensor | None) -> Tensor | None:
+    return None if value is None else value.reshape(-1).contiguous()
+
+
+@torch.library.custom_op("paec::token_stats_forward", mutates_args=())
+def token_stats_forward(
+    logits: Tensor,
+    token_ids: Tensor | None,
+    valid: Tensor | None,
+    temperature: Tensor,
+    top_p: float,
+    softcap: float,
+    vocab_size: int,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """The table ``[10, N]`` float32 of `layout` and the nucleus sizes ``[N]`` int32 of logits ``[..., V]``.
+
+    token_ids int64 ``[N]``, valid bool ``[N]``, temperature float32 ``[N]`` or ``[1]``; softcap 0 is none.
+    """
+    check_values(token_ids, valid, temperature, vocab_size)
+    implementation = _implementation(backend)
+    return implementation.forward(as_rows(logits), token_ids, valid, temperature, top_p, softcap, vocab_size)
+
+
+@token_stats_forward.register_fake
+def _(logits, token_ids, valid, temperature, top_p, softcap, vocab_size, backend):
+    n_rows = math.prod(logits.shape[:-1])
+    table = logits.new_empty(layout.N_ROWS, n_rows, dtype=torch.float32)
+    return table, logits.new_empty(n_rows, dtype=torch.int32)
+
+
+@torch.library.custom_op("paec::token_stats_backward", mutates_args=())
+def token_stats_backward(
+    d_table: Tensor,
+    table: Tensor,
+    logits: Tensor,
+    token_ids: Tensor | None,
+    valid: Tensor | None,
+    temperature: Tensor,
+    softcap: float,
+    vocab_size: int,
+    backend: str,
+) -> Tensor:
+    """The gradient of logits, contiguous, of their shape and dtype."""
+    out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    rows = as_rows(logits)
+    _implementation(backend).backward(
+        d_table, table, rows, token_ids, valid, temperature, softcap, vocab_size, out.view(rows.shape)
+    )
+    return out
+
+
+@token_stats_backward.register_fake
+def _(d_table, table, logits, token_ids, valid, temperature, softcap, vocab_size, backend):
+    return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+
+
+@torch.library.custom_op("paec::token_stats_backward_", mutates_args=("logits",))
+def token_stats_backward_(
+    d_table: Tensor,
+    table: Tensor,
+    logits: Tensor,
+    token_ids: Tensor | None,
+    valid: Tensor | None,
+    temperature: Tensor,
+    softcap: float,
+    vocab_size: int,
+    backend: str,
+) -> None:
+    """The gradient of logits, written over them."""
+    rows = as_rows(logits)
+    _implementation(backend).backward(d_table, table, rows, token_ids, valid, temperature, softcap, vocab_size, rows)
+    if rows.data_ptr() != logits.data_ptr():
+        logits.copy_(rows.view(logits.shape))
+
+
+@token_stats_backward_.register_fake
+def _(d_table, table, logits, token_ids, valid, temperature, softcap, vocab_size, backend):
+    return None
+
+
+class _TokenStats(torch.autograd.Function):
+    """(logits, ...) -> (table, sizes). Only the table's first three rows carry a gradient."""
+
+    @staticmethod
+    def forward(ctx, logits, token_ids, valid, temperature, top_p, softcap, vocab_size, inplace_backward, backend):
+        table, sizes = token_stats_forward(logits, token_ids, valid, temperature, top_p, softcap, vocab_size, backend)
+        ctx.save_for_backward(logits, token_ids, valid, temperature, table)
+        ctx.options = (softcap, vocab_size, backend)
+        ctx.inplace_backward = inplace_backward
+        ctx.mark_non_differentiable(sizes)
+        return table, sizes
+
+    @staticmethod
+    def backward(ctx, d_table, _):
+        logits, token_ids, valid, temperature, table = ctx.saved_tensors
+        arguments = (d_table.contiguous(), table, logits, token_ids, valid, temperature, *ctx.options)
+        if ctx.inplace_backward:
+            token_stats_backward_(*arguments)
+            d_logits = logits
+        else:
+            d_logits = token_stats_backward(*arguments)
+        return d_logits, None, None, None, None, None, None, None, None
+
+
+def token_stats(
+    logits: Tensor,
+    token_ids: Tensor | None = None,
+    *,
+    valid: Tensor | None = None,
+    top_p: float = 0.95,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    vocab_size: int | None = None,
+    inplace_backward: bool = False,
+    backend: str = "auto",
+) -> TokenStats:
+    """Log-prob, entropy, nucleus entropy and size, and top-two margin of every token, in one pass over the logits.
+
+    Differentiable in ``logits`` through ``logp``, ``entropy`` and ``nucleus_entropy``; the backward pass reads the
+    logits once and writes their gradient once, and no softmax is ever stored.
+
+    Args:
+        logits: ``[..., V]``, float32, bfloat16 or float16, any strides.
+        token_ids: integer ``[...]``, the sampled tokens; -100 gives logp 0 and no gradient from it.
+        valid: bool ``[...]``; a row that is not valid is not read, its statistics and gradient are 0.
+        top_p: nucleus mass in (0, 1]; 1 takes every token of non-zero probability.
+        temperature: float, or a floating tensor ``[...]`` with one for each row; no gradient flows to it.
+        softcap: x = softcap * tanh(z / softcap) / temperature, or None.
+        vocab_size: columns from here on are padding: not read, gradient 0.
+        inplace_backward: write the gradient over ``logits`` instead of a new tensor. Whoever saved the logits for
+            their own backward pass then gets autograd's "modified by an inplace operation" error, not wrong numbers.
+        backend: "auto", "triton" (a GPU, or Triton's interpreter), "torch" or "reference" (plain, any float dtype).
+
+    Returns:
+        `TokenStats`, its tensors shaped ``logits.shape[:-1]``, entropies in nats. A row that holds NaN or +inf, or
+        no finite logit, gives NaN in that row alone.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, shape, device or range, by name. A token id out of
+            range raises on a CPU and stops a GPU with a device assertion.
+    """
+    check_arguments(logits, token_ids, valid, top_p, temperature, softcap, vocab_size)
+    backend = resolve_backend(backend, logits.device)
+    n_cols = logits.shape[-1] if vocab_size is None else vocab_size
+    if isinstance(temperature, Tensor):
+        temperature = temperature.detach().float().expand(logits.shape[:-1])
+    else:
+        temperature = torch.full((1,), temperature, dtype=torch.float32, device=logits.device)
+    if backend == "reference":
+        return _by_reference(logits, token_ids, valid, top_p, temperature, softcap, n_cols)
+    if logits.dtype not in DTYPES:
+        raise TypeError(f"logits must be float32, bfloat16 or float16, got {logits.dtype}")
+    if inplace_backward and any(n > 1 and stride == 0 for n, stride in zip(logits.shape, logits.stride(), strict=True)):
+        raise ValueError("inplace_backward needs logits of their own memory, got an expanded tensor (stride 0)")
+
+    table, sizes = _TokenStats.apply(
+        logits,
+        None if token_ids is None else _flat(token_ids.long()),
+        _flat(valid),
+        _flat(temperature),
+        float(top_p),
+        float(softcap or 0.0),
+        n_cols,
+        inplace_backward,
+        backend,
+    )
+    shape = logits.shape[:-1]
+    fixed = table.detach()
+    return TokenStats(
+        None if token_ids is None else table[layout.LOGP].view(shape),
+        table[layout.ENTROPY].view(shape),
+        table[layout.NUCLEUS_ENTROPY].view(shape),
+        fixed[layout.MARGIN].view(shape),
+        fixed[layout.LSE].view(shape),
+        sizes.view(shape),
+    )
+
+
+def _by_reference(logits, token_ids, valid, top_p, temperature, softcap, n_cols) -> TokenStats:
+    check_values(token_ids, valid, temperature, n_cols)
+    return reference.token_stats(
+        logits,
+        token_ids,
+        valid=valid,
+        top_p=top_p,
+        temperature=temperature if temperature.dim() == logits.dim() - 1 else temperature.item(),
+        softcap=softcap,
+        vocab_size=n_cols,
+    )

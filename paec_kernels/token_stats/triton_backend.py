@@ -1,0 +1,109 @@
+"""Launches of the Triton kernels: shapes and strides in, statistics out."""
+
+import torch
+import triton
+from torch import Tensor
+
+from paec_kernels.token_stats import layout
+from paec_kernels.token_stats.backward_kernel import backward_kernel
+from paec_kernels.token_stats.forward_kernel import forward_kernel
+from paec_kernels.token_stats.nucleus import GATHERED_LANES
+
+# Fixed for every shape, so that a row's sums have one order whatever batch it sits in.
+LANES = 2048
+FORWARD_WARPS = 4
+BACKWARD_BLOCK = 4096
+BACKWARD_WARPS = 8
+# Bits of a logit's float32 form that its own dtype leaves at zero.
+KEY_SHIFT = {torch.float32: 0, torch.float16: 13, torch.bfloat16: 16}
+
+
+def _per_row(value: Tensor | None, default: int, like: Tensor, dtype: torch.dtype) -> tuple[Tensor, int]:
+    """A per-row argument and its stride: one element with stride 0 where the caller gave none or one for all."""
+    if value is None:
+        value = torch.full((1,), default, dtype=dtype, device=like.device)
+    return value, 0 if value.numel() == 1 else 1
+
+
+def forward(
+    logits: Tensor,
+    token_ids: Tensor | None,
+    valid: Tensor | None,
+    temperature: Tensor,
+    top_p: float,
+    softcap: float,
+    vocab_size: int,
+) -> tuple[Tensor, Tensor]:
+    """Statistics of logits ``[B, L, V]``. See `paec_kernels.token_stats.layout` for what is returned."""
+    n_outer, n_inner, _ = logits.shape
+    n_rows = n_outer * n_inner
+    stats = torch.empty(layout.N_ROWS, n_rows, dtype=torch.float32, device=logits.device)
+    size = torch.empty(n_rows, dtype=torch.int32, device=logits.device)
+    if n_rows == 0:
+        return stats, size
+    scratch = torch.empty(n_rows, GATHERED_LANES.value, dtype=torch.int32, device=logits.device)
+    forward_kernel[(n_rows,)](
+        logits,
+        *logits.stride(),
+        *_per_row(token_ids, -100, logits, torch.int64),
+        *_per_row(valid, True, logits, torch.bool),
+        *_per_row(temperature, 1, logits, torch.float32),
+        stats,
+        size,
+        scratch,
+        n_rows,
+        n_inner,
+        vocab_size,
+        top_p,
+        softcap,
+        SHIFT=KEY_SHIFT[logits.dtype],
+        HAS_SOFTCAP=softcap > 0,
+        LANES=LANES,
+        num_warps=FORWARD_WARPS,
+        enable_fp_fusion=True,
+    )
+    return stats, size
+
+
+def backward(
+    d_stats: Tensor,
+    stats: Tensor,
+    logits: Tensor,
+    token_ids: Tensor | None,
+    valid: Tensor | None,
+    temperature: Tensor,
+    softcap: float,
+    vocab_size: int,
+    out: Tensor,
+) -> None:
+    """Write the gradient of logits ``[B, L, V]`` into ``out``, which may be ``logits``."""
+    n_outer, n_inner, width = logits.shape
+    n_rows = n_outer * n_inner
+    if n_rows == 0:
+        return
+    if triton.knobs.runtime.interpret and out.dtype == torch.bfloat16:
+        # Triton's interpreter truncates to bfloat16 where a GPU rounds: let torch round.
+        exact = torch.empty(out.shape, dtype=torch.float32)
+        backward(d_stats, stats, logits.float(), token_ids, valid, temperature, softcap, vocab_size, exact)
+        out.copy_(exact)
+        return
+    backward_kernel[(n_rows * triton.cdiv(width, BACKWARD_BLOCK),)](
+        out,
+        *out.stride(),
+        logits,
+        *logits.stride(),
+        *_per_row(token_ids, -100, logits, torch.int64),
+        *_per_row(valid, True, logits, torch.bool),
+        *_per_row(temperature, 1, logits, torch.float32),
+        stats,
+        d_stats,
+        n_rows,
+        n_inner,
+        vocab_size,
+        width,
+        softcap,
+        HAS_SOFTCAP=softcap > 0,
+        BLOCK=BACKWARD_BLOCK,
+        num_warps=BACKWARD_WARPS,
+        enable_fp_fusion=True,
+    )

@@ -1,0 +1,111 @@
+"""Rows of logits that are hard in a known way, and how close a result must come to the float64 truth."""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from paec_kernels import TokenStats, reference
+
+INF = math.inf
+# Odd widths on both sides of the Triton kernels' 2,048 lanes, and the widths at which there is no second token.
+WIDTHS = (1, 2, 3, 7, 130, 2047, 2049, 5003)
+
+
+def flat(n: int, width: int, scale: float = 3.0) -> Tensor:
+    return torch.randn(n, width, generator=torch.Generator().manual_seed(width)) * scale
+
+
+def hard_rows() -> dict[str, Tensor]:
+    """Float32 ``[V]`` rows by name; all but the last few have a finite result."""
+    width = 5003
+    noise = flat(1, width, 1.0)[0]
+    rows = {
+        "flat": 3 * noise,
+        "around zero": noise,
+        "nearly equal": 1e-3 * noise,
+        "all equal": torch.full((width,), 1.5),
+        "tied at three values": (3 * noise).round().clamp(-1, 1),
+        "two equal maxima": torch.cat([torch.tensor([9.0, 9.0]), noise[2:]]),
+        # The same lane of 2,048 three times over.
+        "three equal maxima in a lane": noise.index_fill(0, torch.tensor([5, 2053, 4101]), 6.0),
+        "one hot": torch.zeros(width).index_fill(0, torch.tensor([4000]), 100.0),
+        "maximum far behind the first block": noise.index_fill(0, torch.tensor([4500]), 60.0),
+        "first block masked": torch.cat([torch.full((2100,), -INF), noise[2100:]]),
+        "all but one masked": torch.full((width,), -INF).index_fill(0, torch.tensor([3000]), 2.0),
+        "near 5,000": 5000 + noise,
+        "near -5,000": -5000 + noise,
+        "spread over 10,000": 3000 * noise,
+        "lanes full": noise.index_fill(0, torch.arange(0, width, 2048), 8.0).index_add_(
+            0, torch.arange(64, 192), torch.full((128,), 5.0)
+        ),
+        "descending": torch.linspace(20, -20, width),
+        "power of the lane": -torch.arange(width).float() / 700,
+    }
+    return rows
+
+
+def broken_rows() -> dict[str, Tensor]:
+    """Rows whose statistics and gradient are NaN."""
+    noise = flat(1, 5003, 1.0)[0]
+    return {
+        "NaN": noise.index_fill(0, torch.tensor([4000]), math.nan),
+        "NaN first": noise.index_fill(0, torch.tensor([0]), math.nan),
+        "+inf": noise.index_fill(0, torch.tensor([4000]), INF),
+        "+inf first": noise.index_fill(0, torch.tensor([0]), INF),
+        "nothing finite": torch.full((5003,), -INF),
+        "NaN among masked": torch.full((5003,), -INF).index_fill(0, torch.tensor([100]), math.nan),
+    }
+
+
+class Truth(NamedTuple):
+    """The reference in float64, in the logits' own precision, and where the nucleus is decided by rounding."""
+
+    exact: TokenStats
+    eager: TokenStats
+    ambiguous: Tensor
+
+
+def truth_of(logits: Tensor, token_ids: Tensor | None, top_p: float = 0.95, **options) -> Truth:
+    exact = reference.token_stats(logits.double(), token_ids, top_p=top_p, **options)
+    eager = reference.token_stats(logits.float(), token_ids, top_p=top_p, **options)
+    wider = reference.token_stats(logits.double(), token_ids, top_p=min(1.0, top_p * (1 + 2e-6)), **options)
+    narrower = reference.token_stats(logits.double(), token_ids, top_p=top_p * (1 - 2e-6), **options)
+    return Truth(exact, eager, wider.nucleus_size != narrower.nucleus_size)
+
+
+def check_against(stats: TokenStats, truth: Truth) -> None:
+    """Errors at most eager's + 1e-5, NaN and inf in the same places, sizes equal but where rounding decides."""
+    for name in ("logp", "entropy", "nucleus_entropy", "margin", "lse"):
+        value, exact, eager = (getattr(s, name) for s in (stats, truth.exact, truth.eager))
+        if exact is None:
+            assert value is None
+            continue
+        assert value.dtype == torch.float32
+        assert torch.equal(value.isnan(), exact.isnan()), name
+        assert torch.equal(value.isinf(), exact.isinf()), name
+        finite = exact.isfinite()
+        if name == "nucleus_entropy":
+            finite = finite & ~truth.ambiguous
+        error = (value.double() - exact)[finite].abs()
+        eager_error = (eager.double() - exact)[finite].abs()
+        rounding = torch.finfo(torch.float32).eps * exact[finite].abs()
+        assert (error <= torch.maximum(eager_error, rounding) + 1e-5).all(), (
+            f"{name}: {error.max():.2e}, eager {eager_error.max():.2e}"
+        )
+    assert stats.nucleus_size.dtype == torch.int32
+    wrong = (stats.nucleus_size != truth.exact.nucleus_size) & ~truth.ambiguous
+    assert not wrong.any(), f"sizes {stats.nucleus_size[wrong].tolist()} for {truth.exact.nucleus_size[wrong].tolist()}"
+
+
+def gradient_of(statistics: Callable[[Tensor], TokenStats], logits: Tensor, weights: Tensor) -> Tensor:
+    """d/dlogits of sum of weights ``[3, N]`` times (logp, entropy, nucleus_entropy), of the logits' dtype."""
+    leaf = logits.clone().requires_grad_()
+    stats = statistics(leaf)
+    rows = (stats.logp, stats.entropy, stats.nucleus_entropy)
+    loss = sum((w * row.flatten()).sum() for w, row in zip(weights, rows, strict=True) if row is not None)
+    loss.backward()
+    assert leaf.grad is not None
+    return leaf.grad
