@@ -1,7 +1,19 @@
 """Entropy control for RL with verifiable rewards, from fused kernels."""
 
 from paec_kernels import reference
+from paec_kernels.calibration import PAEC, PAECConfig
+from paec_kernels.loss import PAECLoss
+from paec_kernels.policy_losses import group_advantages, grpo_loss
 from paec_kernels.reference import TokenStats
 from paec_kernels.token_stats import token_stats
 
-__all__ = ["TokenStats", "reference", "token_stats"]
+__all__ = [
+    "PAEC",
+    "PAECConfig",
+    "PAECLoss",
+    "TokenStats",
+    "group_advantages",
+    "grpo_loss",
+    "reference",
+    "token_stats",
+]

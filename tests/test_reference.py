@@ -1,0 +1,120 @@
+"""The definition itself: against hand-computed cases, a sort written out in Python, and gradcheck."""
+
+import math
+
+import pytest
+import torch
+
+from paec_kernels import PAECConfig, reference
+
+
+def test_hand_computed():
+    # p = (1/2, 1/4, 1/8, 1/8)
+    logits = torch.tensor([[2.0, 1.0, 0.0, 0.0]], dtype=torch.float64) * math.log(2)
+    stats = reference.token_stats(logits, torch.tensor([1]), top_p=0.75)
+    assert stats.logp.item() == pytest.approx(-2 * math.log(2))
+    assert stats.entropy.item() == pytest.approx(1.75 * math.log(2))
+    assert stats.nucleus_size.item() == 2
+    # q = (2/3, 1/3)
+    assert stats.nucleus_entropy.item() == pytest.approx(math.log(3) - 2 / 3 * math.log(2))
+    assert stats.margin.item() == pytest.approx(math.log(2))
+    assert stats.lse.item() == pytest.approx(math.log(8))
+
+
+@pytest.mark.parametrize("top_p", [0.1, 0.5, 0.9, 0.95, 1.0])
+def test_nucleus_against_a_loop(top_p):
+    logits = torch.randn(20, 30, dtype=torch.float64)
+    logits[10:] = logits[10:].round()  # many ties
+    stats = reference.token_stats(logits, top_p=top_p)
+    for row, size, entropy in zip(logits, stats.nucleus_size, stats.nucleus_entropy, strict=True):
+        p = sorted(row.softmax(0).tolist(), reverse=True)
+        n, mass = 0, 0.0
+        while n < len(p) and mass < top_p - 1e-12:
+            mass += p[n]
+            n += 1
+        q = [value / sum(p[:n]) for value in p[:n]]
+        assert size == n
+        assert entropy.item() == pytest.approx(-sum(value * math.log(value) for value in q), abs=1e-12)
+
+
+def test_tied_tokens_have_equal_weights_whatever_their_order():
+    logits = torch.tensor([[0.0, 1.0, 1.0, 1.0, 3.0]], dtype=torch.float64)
+    for order in ([0, 1, 2, 3, 4], [4, 3, 2, 1, 0], [2, 4, 1, 0, 3]):
+        weights, size = reference.nucleus_weights(logits[:, order], logits[:, order].softmax(-1), 0.85)
+        assert size.item() == 3
+        assert weights[0].tolist() == pytest.approx([[0, 2 / 3, 2 / 3, 2 / 3, 1][i] for i in order])
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_gradcheck(softcap):
+    logits = torch.randn(3, 12, dtype=torch.float64, requires_grad=True)
+    token_ids = torch.tensor([0, -100, 7])
+
+    def differentiable(z):
+        return reference.token_stats(z, token_ids, temperature=0.7, softcap=softcap)[:3]
+
+    assert torch.autograd.gradcheck(differentiable, logits)
+
+
+def test_gradient_formulas():
+    """METHOD's closed forms for dlogp/dz, dH/dz and dH_p/dz against autograd."""
+    logits = torch.randn(1, 12, dtype=torch.float64, requires_grad=True)
+    temperature, token = 0.7, 3
+    stats = reference.token_stats(logits, torch.tensor([token]), temperature=temperature, top_p=0.8)
+    p = (logits / temperature).softmax(-1).detach()
+    weights, _ = reference.nucleus_weights(logits.detach(), p, 0.8)
+    q = p / (weights * p).sum()
+    expected = {
+        "logp": (torch.eye(12, dtype=p.dtype)[token] - p) / temperature,
+        "entropy": -p * (p.log() + stats.entropy.detach()) / temperature,
+        "nucleus_entropy": -weights * q * (q.log() + stats.nucleus_entropy.detach()) / temperature,
+    }
+    for name, gradient in expected.items():
+        (got,) = torch.autograd.grad(getattr(stats, name).sum(), logits, retain_graph=True)
+        assert torch.allclose(got, gradient, atol=1e-12), name
+
+
+def test_linear_is_token_stats_of_the_product():
+    hidden, weight, bias = torch.randn(4, 8).double(), torch.randn(20, 8).double(), torch.randn(20).double()
+    got = reference.linear_token_stats(hidden, weight, torch.arange(4), bias=bias, top_p=0.9)
+    expected = reference.token_stats(hidden @ weight.T + bias, torch.arange(4), top_p=0.9)
+    for value, other in zip(got, expected, strict=True):
+        assert torch.allclose(value, other)
+
+
+def test_score_and_mask_by_hand():
+    config = PAECConfig(alpha=0.25, tau_c=2.0, rho=0.5, tau_m=0.1)
+    stats = reference.TokenStats(
+        None,
+        torch.tensor([1.0, 0.0, 2.0]),
+        torch.tensor([0.5, 0.0, 1.0]),
+        torch.tensor([1.0, 4.0, 0.2]),
+        torch.zeros(3),
+        torch.tensor([4, 1, 8], dtype=torch.int32),
+    )
+    score = reference.position_score(stats, config)
+    expected = [
+        0.25 * 0.5 / math.log(4) + 0.75 * math.exp(-0.5),
+        0.75 * math.exp(-2.0),
+        0.25 * 1.0 / math.log(8) + 0.75 * math.exp(-0.1),
+    ]
+    assert score.tolist() == pytest.approx(expected)
+    mask, threshold = reference.soft_mask(score, torch.tensor([True, True, False]), config)
+    assert threshold.item() == pytest.approx((expected[0] + expected[1]) / 2)
+    assert mask.tolist() == pytest.approx(
+        [1 / (1 + math.exp(-(expected[0] - threshold.item()) / 0.1)), mask[1].item(), 0]
+    )
+    assert mask[0] + mask[1] == pytest.approx(1)
+
+
+def test_penalty_is_one_sided():
+    config = PAECConfig(beta=0.0, lam=2.0, rho_min=0.5, alpha=0.0)
+    stats = reference.token_stats(torch.randn(6, 30).double())
+    valid = torch.ones(6, dtype=torch.bool)
+    loss, mask, metrics = reference.paec_loss(stats, valid, config)
+    assert loss == 0
+    mean = (mask * stats.entropy).sum() / mask.sum()
+    assert metrics["mean_entropy"] == pytest.approx(mean.item())
+    assert reference.paec_loss(stats, valid, config, anchor=2 * mean.item() - 0.1)[0] == 0
+    low = reference.paec_loss(stats, valid, config, anchor=2 * mean.item() + 0.2)[0]
+    assert low.item() == pytest.approx(2.0 * 0.1**2)
