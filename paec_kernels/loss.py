@@ -85,6 +85,7 @@ class PAECLoss(nn.Module):
             inplace_backward=self.inplace_backward,
             backend=self.backend,
         )
+        assert stats.logp is not None  # token_ids were given
         policy_loss, metrics = grpo_loss(
             stats.logp,
             old_logp,

@@ -34,8 +34,8 @@ def test_equals_the_definitions(kl_coef, inplace):
     policy, paec, mask, expected_metrics = by_definition(*arguments, ref_logp=ref_logp, kl_coef=kl_coef)
     (expected_grad,) = torch.autograd.grad(policy + paec, arguments[0])
     options = {"clip_low": 0.1, "clip_high": 0.3, "kl_coef": kl_coef, "inplace_backward": inplace}
-    logits = arguments[0].detach().clone().requires_grad_()
-    out = PAECLoss(CONFIG, **options, **OPTIONS)(logits * 1, *arguments[1:], ref_logp)
+    logits = arguments[0].detach().requires_grad_() * 1
+    out = PAECLoss(CONFIG, **options, **OPTIONS)(logits, *arguments[1:], ref_logp)
     torch.testing.assert_close(out.loss, policy + paec, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(out.mask, mask, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(out.metrics["policy_loss"], policy.detach(), rtol=1e-5, atol=1e-6)
@@ -44,6 +44,7 @@ def test_equals_the_definitions(kl_coef, inplace):
         torch.testing.assert_close(out.metrics[name], value, rtol=1e-5, atol=1e-6)
     assert {"clip_fraction", "approx_kl", "floor", "anchor"} <= out.metrics.keys()
     (grad,) = torch.autograd.grad(out.loss, logits)
+    assert (grad.data_ptr() == logits.data_ptr()) == inplace
     torch.testing.assert_close(grad, expected_grad, rtol=1e-4, atol=1e-7)
 
 

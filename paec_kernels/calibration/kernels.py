@@ -34,9 +34,7 @@ def _position_score_kernel(
 
 
 @triton.jit(do_not_specialize=["n"])
-def _soft_mask_kernel(
-    mask_ptr, partial_ptr, score_ptr, entropy_ptr, threshold_ptr, tau_m, n, BLOCK: tl.constexpr
-):
+def _soft_mask_kernel(mask_ptr, partial_ptr, score_ptr, entropy_ptr, threshold_ptr, tau_m, n, BLOCK: tl.constexpr):
     block = tl.program_id(0)
     offsets = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = offsets < n
@@ -57,8 +55,7 @@ def _penalty_coefficients_kernel(
     inside = offsets < n
     shortfall = tl.load(floor_ptr) - tl.load(mean_entropy_ptr)
     slope = -beta - 2 * lam * tl.maximum(shortfall, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    mask_sum = tl.load(mask_sum_ptr)
-    scale = slope / tl.where(mask_sum == 0, 1.0, mask_sum)
+    scale = slope / tl.load(mask_sum_ptr)
     mask = tl.load(mask_ptr + offsets, mask=inside, other=0.0)
     tl.store(coefficient_ptr + offsets, tl.where(mask == 0, 0.0, scale * mask), mask=inside)
 

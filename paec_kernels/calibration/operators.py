@@ -77,8 +77,8 @@ def penalty_coefficients(
     if _uses_triton(backend, mask):
         return _penalty_coefficients(mask, mask_sum, mean_entropy, floor, config.beta, config.lam)
     slope = -config.beta - 2 * config.lam * (floor - mean_entropy).clamp(min=0)
-    scale = slope / torch.where(mask_sum == 0, 1.0, mask_sum)
-    return torch.where(mask == 0, 0.0, scale * mask)  # not NaN at invalid positions of a NaN step
+    # 0 at invalid positions even where the scale is not finite: without any valid token, or in a NaN step.
+    return torch.where(mask == 0, 0.0, slope / mask_sum * mask)
 
 
 def _flat(x: Tensor) -> Tensor:
@@ -102,9 +102,7 @@ def _position_score(
 ) -> Tensor:
     from paec_kernels.calibration import kernels
 
-    return kernels.position_score(
-        nucleus_entropy, nucleus_size, margin, valid, alpha, tau_c, h_scale, log_size
-    )
+    return kernels.position_score(nucleus_entropy, nucleus_size, margin, valid, alpha, tau_c, h_scale, log_size)
 
 
 @_position_score.register_fake

@@ -12,9 +12,7 @@ P_VALID = [0.7, 0.9, 0.0]
 
 
 def micro_batches_of(rank: int) -> list[Batch]:
-    return [
-        make_batch(*shape, seed=10 * rank + i, p_valid=P_VALID[rank]) for i, shape in enumerate(SHAPES[rank])
-    ]
+    return [make_batch(*shape, seed=10 * rank + i, p_valid=P_VALID[rank]) for i, shape in enumerate(SHAPES[rank])]
 
 
 def loss_arguments(batch: Batch) -> tuple[torch.Tensor, ...]:
@@ -31,10 +29,7 @@ def run(rank: int, world_size: int, folder: str) -> None:
     micro_batches = micro_batches_of(rank)
 
     def grads(losses: list[torch.Tensor]) -> list[torch.Tensor]:
-        return [
-            torch.autograd.grad(loss, batch.logits)[0]
-            for loss, batch in zip(losses, micro_batches, strict=True)
-        ]
+        return [torch.autograd.grad(loss, batch.logits)[0] for loss, batch in zip(losses, micro_batches, strict=True)]
 
     accumulated = anchored(process_group=dist.group.WORLD)
     for batch in micro_batches:

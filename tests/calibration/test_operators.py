@@ -46,8 +46,8 @@ def test_score(n, norm, backend):
 def test_score_of_single_token_nuclei_and_other_integer_types(backend):
     stats = TokenStats(
         None,
-        torch.tensor([0.0, 1e-9, 0.5]),
-        torch.tensor([0.0, 1e-9, 0.5]),
+        torch.tensor([0.0, 1e-3, 0.5]),
+        torch.tensor([0.0, 1e-3, 0.5]),
         torch.tensor([math.inf, 30.0, 0.0]),
         torch.zeros(3),
         torch.tensor([1, 1, 2]),
@@ -56,13 +56,13 @@ def test_score_of_single_token_nuclei_and_other_integer_types(backend):
     torch.testing.assert_close(score, torch.tensor([0.0, 0.0, 0.5 * 0.5 / math.log(2) + 0.5]))
 
 
-def test_score_of_strided_statistics(backend):
+@pytest.mark.parametrize("index", [(slice(None), slice(None, -1)), (slice(None), 3)])
+def test_score_of_strided_statistics(index, backend):
     batch = make_batch(6, 50)
     stats = as_float32(batch.stats)
     whole = position_score(stats, batch.valid, CONFIG, backend).view(6, 50)
-    shifted = TokenStats(None, *(x[::2, :-1] for x in stats[1:]))
-    part = position_score(shifted, batch.valid[::2, :-1], CONFIG, backend)
-    assert torch.equal(part.view(3, 49), whole[::2, :-1])
+    part = position_score(TokenStats(None, *(x[index] for x in stats[1:])), batch.valid[index], CONFIG, backend)
+    assert torch.equal(part, whole[index].reshape(-1))
 
 
 @pytest.mark.parametrize("n", SIZES)
@@ -102,6 +102,7 @@ def test_nothing_in_gives_nothing_out(backend):
     assert torch.equal(sums, torch.zeros(2))
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, in the interpreter: 1 / 0
 def test_no_valid_token_gives_zeros(backend):
     mask, sums = soft_mask(
         torch.full((5,), math.inf), torch.full((5,), math.nan), torch.tensor(math.nan), 0.05, backend
@@ -143,18 +144,6 @@ def test_same_bits_in_every_run(backend):
 
 
 @needs_triton
-def test_sums_are_added_block_by_block():
-    # The order is part of the promise: 1,024 positions to a block, then the blocks' sums.
-    score, entropy = torch.rand(3000), torch.rand(3000)
-    _, sums = soft_mask(score, entropy, torch.tensor(0.5), 0.05, "triton")
-    blocks = [
-        soft_mask(s, e, torch.tensor(0.5), 0.05, "triton")[1]
-        for s, e in zip(score.split(1024), entropy.split(1024), strict=True)
-    ]
-    assert torch.equal(sums, torch.stack(blocks, dim=1).sum(dim=1))
-
-
-@needs_triton
 def test_float64_statistics_are_not_rounded_by_the_kernels():
     batch = make_batch(100)
     truth = reference.position_score(batch.stats, CONFIG)
@@ -174,6 +163,4 @@ def test_operators_are_well_registered():
         (stats.nucleus_entropy, stats.nucleus_size, stats.margin, batch.valid, 0.5, 1.0, 1.0, True),
     )
     torch.library.opcheck(torch.ops.paec.soft_mask.default, (score, stats.entropy, threshold, CONFIG.tau_m))
-    torch.library.opcheck(
-        torch.ops.paec.penalty_coefficients.default, (mask, mask.sum(), mean, mean + 1, 0.005, 1.0)
-    )
+    torch.library.opcheck(torch.ops.paec.penalty_coefficients.default, (mask, mask.sum(), mean, mean + 1, 0.005, 1.0))

@@ -37,10 +37,11 @@ def test_no_valid_score_gives_nan():
     assert quantile(torch.empty(0), as_fraction(0.8)).isnan()
 
 
-def test_a_nan_score_gives_nan_as_torch_does():
+@pytest.mark.parametrize("q", [0.0, 0.25, 1.0])
+def test_a_nan_score_gives_nan_as_torch_does(q):
     score = torch.tensor([0.1, math.nan, 0.3, math.inf])
-    assert torch.quantile(score[:3], 0.5).isnan()
-    assert quantile(score, as_fraction(0.5)).isnan()
+    assert torch.quantile(score[:3], q).isnan()
+    assert quantile(score, as_fraction(q)).isnan()
 
 
 def test_result_has_the_scores_dtype():
