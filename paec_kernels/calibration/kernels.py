@@ -1,5 +1,7 @@
 """Triton kernels over vectors of N token positions. Import only where Triton is installed.
 
+Triton launches on the current device, which need not be the tensors': hence ``device_of``.
+
 Sums are deterministic: each program writes the partial sum of its block, and the partials are added in a
 fixed order; no atomics. Vectors are contiguous float32; ``valid`` is bool, ``nucleus_size`` an integer.
 """
@@ -73,10 +75,11 @@ def position_score(
     """s = alpha * h + (1 - alpha) * exp(-margin / tau_c), +inf where invalid; float32 ``[N]``."""
     n = margin.numel()
     score = torch.empty_like(margin)
-    _position_score_kernel[(triton.cdiv(n, BLOCK),)](
-        score, nucleus_entropy, nucleus_size, margin, valid,
-        alpha, tau_c, h_scale, n, LOG_SIZE=log_size, BLOCK=BLOCK, num_warps=NUM_WARPS, enable_fp_fusion=True,
-    )  # fmt: skip
+    with torch.cuda.device_of(margin):
+        _position_score_kernel[(triton.cdiv(n, BLOCK),)](
+            score, nucleus_entropy, nucleus_size, margin, valid,
+            alpha, tau_c, h_scale, n, LOG_SIZE=log_size, BLOCK=BLOCK, num_warps=NUM_WARPS, enable_fp_fusion=True,
+        )  # fmt: skip
     return score
 
 
@@ -86,10 +89,11 @@ def soft_mask(score: Tensor, entropy: Tensor, threshold: Tensor, tau_m: float) -
     n_blocks = triton.cdiv(n, BLOCK)
     mask = torch.empty_like(score)
     partial = score.new_empty(2, n_blocks)
-    _soft_mask_kernel[(n_blocks,)](
-        mask, partial, score, entropy, threshold,
-        tau_m, n, BLOCK=BLOCK, num_warps=NUM_WARPS, enable_fp_fusion=True,
-    )  # fmt: skip
+    with torch.cuda.device_of(score):
+        _soft_mask_kernel[(n_blocks,)](
+            mask, partial, score, entropy, threshold,
+            tau_m, n, BLOCK=BLOCK, num_warps=NUM_WARPS, enable_fp_fusion=True,
+        )  # fmt: skip
     return mask, partial.sum(dim=1)
 
 
@@ -99,8 +103,9 @@ def penalty_coefficients(
     """b_t = (-beta - 2 lam max(0, floor - mean_entropy)) * m_t / mask_sum; float32 ``[N]``."""
     n = mask.numel()
     coefficient = torch.empty_like(mask)
-    _penalty_coefficients_kernel[(triton.cdiv(n, BLOCK),)](
-        coefficient, mask, mask_sum, mean_entropy, floor,
-        beta, lam, n, BLOCK=BLOCK, num_warps=NUM_WARPS, enable_fp_fusion=True,
-    )  # fmt: skip
+    with torch.cuda.device_of(mask):
+        _penalty_coefficients_kernel[(triton.cdiv(n, BLOCK),)](
+            coefficient, mask, mask_sum, mean_entropy, floor,
+            beta, lam, n, BLOCK=BLOCK, num_warps=NUM_WARPS, enable_fp_fusion=True,
+        )  # fmt: skip
     return coefficient
