@@ -89,7 +89,8 @@ def _signature(kernel: str, dtype: str) -> dict[str, str]:
 def compile_kernel(kernel: str, target: str = "sm_90", dtype: str = "bf16", softcap: bool = False) -> Any:
     """Compile "forward", "backward" or "search" as a launch on aligned, contiguous logits would."""
     function = {"forward": forward_kernel, "backward": backward_kernel, "search": candidate_search_kernel}[kernel]
-    warps = triton_backend.BACKWARD_WARPS if kernel == "backward" else triton_backend.FORWARD_WARPS
+    forward_warps = triton_backend.SOFTCAP_WARPS if softcap else triton_backend.FORWARD_WARPS
+    warps = triton_backend.BACKWARD_WARPS if kernel == "backward" else forward_warps
     constants = {
         "stride_col": 1,
         "d_stride_col": 1,

@@ -12,6 +12,7 @@ from paec_kernels.token_stats.nucleus import GATHERED_LANES
 # Fixed for every shape, so that a row's sums have one order whatever batch it sits in.
 LANES = 2048
 FORWARD_WARPS = 4
+SOFTCAP_WARPS = 8  # the registers that tanh takes do not fit beside 16 lanes a thread
 BACKWARD_BLOCK = 4096
 BACKWARD_WARPS = 8
 # Bits of a logit's float32 form that its own dtype leaves at zero.
@@ -59,7 +60,7 @@ def forward(
         SHIFT=KEY_SHIFT[logits.dtype],
         HAS_SOFTCAP=softcap > 0,
         LANES=LANES,
-        num_warps=FORWARD_WARPS,
+        num_warps=SOFTCAP_WARPS if softcap > 0 else FORWARD_WARPS,
         enable_fp_fusion=True,
     )
     return stats, size
