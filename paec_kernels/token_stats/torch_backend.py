@@ -89,6 +89,8 @@ def backward(
     softcap: float,
     vocab_size: int,
     out: Tensor,
+    first_column: int = 0,
+    slack: float = 0.0,
 ) -> None:
     """Writes the logits' gradient into ``out``, which may be ``logits`` itself.
 
@@ -96,6 +98,8 @@ def backward(
         d_table: float32, like ``table``; its rows for logp, entropy and nucleus_entropy carry gradient.
         table: float32 ``[layout.N_ROWS, B * L]`` from ``forward``.
         out: ``[B, L, V]`` of the logits' dtype; 0 in invalid rows and from column ``vocab_size`` on.
+        first_column: where the logits' columns begin in a wider vocabulary, whose table and token ids these are.
+        slack: logits within it of the nucleus' threshold count as tied at it.
         Others as for ``forward``.
     """
     n_rows = logits.shape[0] * logits.shape[1]
@@ -107,14 +111,16 @@ def backward(
     for rows, index in row_chunks(logits, valid, len(scratch.z)):
         chunk = load(logits[index], scratch)
         ids = None if token_ids is None else token_ids[rows]
-        grad = chunk_gradient(chunk, d_table[:, rows], table[:, rows], ids, temperature[rows], softcap)
+        d_stats, stats = d_table[:, rows], table[:, rows]
+        grad = chunk_gradient(chunk, d_stats, stats, ids, temperature[rows], softcap, first_column, slack)
         out[index] = grad[:, :vocab_size].to(out.dtype)
 
 
 def allocate(n_rows: int, vocab_size: int, device: torch.device) -> Scratch:
     """Scratch of as many rows as a chunk shall have, at least one."""
     width = BLOCK * math.ceil(vocab_size / BLOCK)
-    chunk_bytes = CHUNK_BYTES_PER_THREAD * torch.get_num_threads() if device.type == "cpu" else CHUNK_BYTES_OFF_CPU
+    threads = min(torch.get_num_threads(), 8)
+    chunk_bytes = CHUNK_BYTES_PER_THREAD * threads if device.type == "cpu" else CHUNK_BYTES_OFF_CPU
     chunk_rows = max(1, min(n_rows, chunk_bytes // (4 * width)))
     z, d, e = (torch.full((chunk_rows, width), -math.inf, device=device) for _ in range(3))
     return Scratch(z, d, e)
@@ -179,7 +185,14 @@ def chunk_statistics(
 
 
 def chunk_gradient(
-    chunk: Scratch, d_stats: Tensor, stats: Tensor, token_ids: Tensor | None, temperature: Tensor, softcap: float
+    chunk: Scratch,
+    d_stats: Tensor,
+    stats: Tensor,
+    token_ids: Tensor | None,
+    temperature: Tensor,
+    softcap: float,
+    first_column: int,
+    slack: float,
 ) -> Tensor:
     """``backward`` of one chunk: dL/dz ``[r, W]``, in the scratch.
 
@@ -199,28 +212,31 @@ def chunk_gradient(
 
     x = soft_capped(z, softcap, out=e) if softcap else z
     shifted_exp(x, stats[layout.TOP], temperature, d, e)
-    row, block, nucleus_term = nucleus_gradient(chunk, c, stats)
+    row, block, nucleus_term = nucleus_gradient(chunk, c, stats, slack)
     constant = (b * (log_total - stats[layout.ENTROPY]) - a) / total
     grad = d.mul_((-b / total)[:, None]).add_(constant[:, None]).mul_(e)
-    grad.scatter_add_(1, token_ids.clamp(min=0)[:, None], a[:, None])
+    column = token_ids - first_column
+    here = (column >= 0) & (column < z.shape[1])
+    grad.scatter_add_(1, torch.where(here, column, 0)[:, None], torch.where(here, a, 0.0)[:, None])
     blocks(grad)[row, block] += nucleus_term
     if softcap:
         grad.mul_(torch.div(z, softcap, out=e).tanh_().square_().neg_().add_(1))
     return grad
 
 
-def nucleus_gradient(chunk: Scratch, c: Tensor, stats: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def nucleus_gradient(chunk: Scratch, c: Tensor, stats: Tensor, slack: float) -> tuple[Tensor, Tensor, Tensor]:
     """-c w q (log q + H_p), q = e / M, log q = d - log M, in the blocks that hold a member of a row with c != 0.
 
     Returns:
         Those blocks' row ``[m]``, their number in the row ``[m]``, and the values ``[m, BLOCK]``.
     """
-    holds_member = blocks(chunk.z).amax(-1) >= stats[layout.THRESHOLD, :, None]
+    holds_member = blocks(chunk.z).amax(-1) >= stats[layout.THRESHOLD, :, None] - slack
     row, block = (holds_member & (c != 0)[:, None]).nonzero().unbind(1)
     z, d, e = (blocks(values)[row, block] for values in chunk)
     c, stats = c[row, None], stats[:, row, None]
     threshold, log_mass = stats[layout.THRESHOLD], stats[layout.LOG_TOTAL] + stats[layout.LOG_MASS]
-    weight = (z > threshold) + (z == threshold) * stats[layout.TIE_WEIGHT]
+    above = z > threshold + slack
+    weight = above + (~above & (z >= threshold - slack)) * stats[layout.TIE_WEIGHT]
     log_q = d - log_mass
     return row, block, -c / log_mass.exp() * weight * e * (log_q + stats[layout.NUCLEUS_ENTROPY])
 
@@ -270,15 +286,17 @@ def select_nucleus(chunk: Scratch, best: Tensor, total: Tensor, top_p: float) ->
     # A threshold equal to the list's last logit may be tied with tokens outside the list.
     settled = (e.sum(-1) >= target) & (nucleus.threshold > z[:, -1]) | target.isnan()
     rest = (~settled).nonzero().squeeze(1)
-    if len(rest):
-        z, d, e = (values[rest] for values in chunk)
-        columns, listed = possible_members(e, (1 - top_p) * total[rest])
+    step = math.ceil(len(target) / 4)  # a quarter of a chunk at a time, as a flat row lists every column
+    for start in range(0, len(rest), step):
+        rows = rest[start : start + step]
+        z, d, e = (values[rows] for values in chunk)
+        columns, listed = possible_members(e, (1 - top_p) * total[rows])
         z_listed, order = z.gather(1, columns).masked_fill_(~listed, -math.inf).sort(dim=-1, descending=True)
         columns = columns.gather(1, order)
         e_listed = e.gather(1, columns).masked_fill_(z_listed == -math.inf, 0)
-        complete = nucleus_of_sorted(z_listed, d.gather(1, columns), e_listed, target[rest])
+        complete = nucleus_of_sorted(z_listed, d.gather(1, columns), e_listed, target[rows])
         for values, better in zip(nucleus, complete, strict=True):
-            values[rest] = better
+            values[rows] = better
     return nucleus
 
 
