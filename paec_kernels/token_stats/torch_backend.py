@@ -90,7 +90,6 @@ def backward(
     vocab_size: int,
     out: Tensor,
     first_column: int = 0,
-    slack: float = 0.0,
 ) -> None:
     """Writes the logits' gradient into ``out``, which may be ``logits`` itself.
 
@@ -99,7 +98,6 @@ def backward(
         table: float32 ``[layout.N_ROWS, B * L]`` from ``forward``.
         out: ``[B, L, V]`` of the logits' dtype; 0 in invalid rows and from column ``vocab_size`` on.
         first_column: where the logits' columns begin in a wider vocabulary, whose table and token ids these are.
-        slack: logits within it of the nucleus' threshold count as tied at it.
         Others as for ``forward``.
     """
     n_rows = logits.shape[0] * logits.shape[1]
@@ -112,7 +110,7 @@ def backward(
         chunk = load(logits[index], scratch)
         ids = None if token_ids is None else token_ids[rows]
         d_stats, stats = d_table[:, rows], table[:, rows]
-        grad = chunk_gradient(chunk, d_stats, stats, ids, temperature[rows], softcap, first_column, slack)
+        grad = chunk_gradient(chunk, d_stats, stats, ids, temperature[rows], softcap, first_column)
         out[index] = grad[:, :vocab_size].to(out.dtype)
 
 
@@ -192,7 +190,6 @@ def chunk_gradient(
     temperature: Tensor,
     softcap: float,
     first_column: int,
-    slack: float,
 ) -> Tensor:
     """``backward`` of one chunk: dL/dz ``[r, W]``, in the scratch.
 
@@ -212,7 +209,7 @@ def chunk_gradient(
 
     x = soft_capped(z, softcap, out=e) if softcap else z
     shifted_exp(x, stats[layout.TOP], temperature, d, e)
-    row, block, nucleus_term = nucleus_gradient(chunk, c, stats, slack)
+    row, block, nucleus_term = nucleus_gradient(chunk, c, stats)
     constant = (b * (log_total - stats[layout.ENTROPY]) - a) / total
     grad = d.mul_((-b / total)[:, None]).add_(constant[:, None]).mul_(e)
     column = token_ids - first_column
@@ -224,19 +221,18 @@ def chunk_gradient(
     return grad
 
 
-def nucleus_gradient(chunk: Scratch, c: Tensor, stats: Tensor, slack: float) -> tuple[Tensor, Tensor, Tensor]:
+def nucleus_gradient(chunk: Scratch, c: Tensor, stats: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """-c w q (log q + H_p), q = e / M, log q = d - log M, in the blocks that hold a member of a row with c != 0.
 
     Returns:
         Those blocks' row ``[m]``, their number in the row ``[m]``, and the values ``[m, BLOCK]``.
     """
-    holds_member = blocks(chunk.z).amax(-1) >= stats[layout.THRESHOLD, :, None] - slack
+    holds_member = blocks(chunk.z).amax(-1) >= stats[layout.THRESHOLD, :, None]
     row, block = (holds_member & (c != 0)[:, None]).nonzero().unbind(1)
     z, d, e = (blocks(values)[row, block] for values in chunk)
     c, stats = c[row, None], stats[:, row, None]
     threshold, log_mass = stats[layout.THRESHOLD], stats[layout.LOG_TOTAL] + stats[layout.LOG_MASS]
-    above = z > threshold + slack
-    weight = above + (~above & (z >= threshold - slack)) * stats[layout.TIE_WEIGHT]
+    weight = (z > threshold) + (z == threshold) * stats[layout.TIE_WEIGHT]
     log_q = d - log_mass
     return row, block, -c / log_mass.exp() * weight * e * (log_q + stats[layout.NUCLEUS_ENTROPY])
 
