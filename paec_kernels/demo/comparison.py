@@ -1,0 +1,181 @@
+"""The operator against eager PyTorch on the same logits: errors first, then time and peak memory."""
+
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+import paec_kernels as pk
+
+Stats = tuple[Tensor, Tensor, Tensor, Tensor]  # logp, entropy, nucleus entropy, margin: [N] each, in nats
+CHECKED_ROWS = 96  # held against float64, whose own run would otherwise take the most memory
+
+
+class Job(NamedTuple):
+    """Statistics of N rows, and the gradient of sum(logp * logp_weight + entropy * entropy_weight)."""
+
+    logits: Tensor  # [N, V], temperature applied
+    token_ids: Tensor  # int64 [N]
+    top_p: float
+    logp_weight: Tensor  # [N]
+    entropy_weight: Tensor  # [N]
+
+
+Way = Callable[[Job, Tensor], Stats]
+
+
+@dataclass(frozen=True)
+class Side:
+    seconds: float  # forward and backward together, median
+    peak_bytes: int  # allocated at once beyond the logits; the gradient's own N x V is part of it
+    stats_error: float  # largest, against float64, nats
+    gradient_error: float  # largest, against float64, relative to the largest gradient
+
+
+@dataclass(frozen=True)
+class Comparison:
+    rows: int
+    vocab_size: int
+    dtype: str
+    repeats: int
+    operator: Side
+    eager: Side
+
+    @property
+    def speedup(self) -> float:
+        return self.eager.seconds / self.operator.seconds
+
+    @property
+    def memory_ratio(self) -> float:
+        return self.operator.peak_bytes / self.eager.peak_bytes
+
+
+def by_operator(job: Job, logits: Tensor) -> Stats:
+    stats = pk.token_stats(logits, job.token_ids, top_p=job.top_p)
+    assert stats.logp is not None
+    return stats.logp, stats.entropy, stats.nucleus_entropy, stats.margin
+
+
+def by_eager(job: Job, logits: Tensor) -> Stats:
+    """What one writes without the operator; the nucleus only feeds the mask, so it has no gradient."""
+    log_p = logits.log_softmax(-1)
+    logp = log_p.gather(-1, job.token_ids[:, None]).squeeze(-1)
+    entropy = -(log_p.exp() * log_p).sum(-1)
+    with torch.no_grad():
+        log_p_sorted = log_p.sort(dim=-1, descending=True).values
+        p_sorted = log_p_sorted.exp()
+        in_nucleus = p_sorted.cumsum(-1) - p_sorted < job.top_p
+        p_nucleus = torch.where(in_nucleus, p_sorted, 0.0)
+        mass = p_nucleus.sum(-1)
+        nucleus_entropy = mass.log() - (p_nucleus * log_p_sorted).sum(-1) / mass
+        margin = log_p_sorted[:, 0] - log_p_sorted[:, 1]
+    return logp, entropy, nucleus_entropy, margin
+
+
+def by_reference(job: Job, logits: Tensor) -> Stats:
+    stats = pk.reference.token_stats(logits, job.token_ids, top_p=job.top_p)
+    assert stats.logp is not None
+    return stats.logp, stats.entropy, stats.nucleus_entropy, stats.margin
+
+
+def compare(job: Job, repeats: int, on_run: Callable[[], None] = lambda: None) -> Comparison:
+    """Runs the two in turn, so that a busy machine slows both alike.
+
+    Args:
+        repeats: timed runs of each, at least 1.
+        on_run: called ``runs(repeats)`` times.
+    Raises:
+        ValueError: the operator is further from float64 than eager is; no time or memory is reported then.
+    """
+    ways = (by_operator, by_eager)
+    errors = _errors(job, ways)
+    on_run()
+    for ours, eagers in zip(*errors, strict=True):
+        if not ours <= eagers + 1e-5:
+            raise ValueError(f"errors against float64: operator {errors[0]}, eager {errors[1]}")
+    peaks = []
+    for way in ways:
+        peaks.append(_peak_bytes(job, way))
+        on_run()
+    seconds: tuple[list[float], list[float]] = ([], [])
+    for _ in range(repeats):
+        for way, times in zip(ways, seconds, strict=True):
+            times.append(_seconds(job, way))
+            on_run()
+    operator, eager = (
+        Side(statistics.median(times), peak, *error) for times, peak, error in zip(seconds, peaks, errors, strict=True)
+    )
+    rows, vocab_size = job.logits.shape
+    return Comparison(rows, vocab_size, str(job.logits.dtype).removeprefix("torch."), repeats, operator, eager)
+
+
+def runs(repeats: int) -> int:
+    return 3 + 2 * repeats
+
+
+def _run(job: Job, way: Way) -> tuple[Stats, Tensor]:
+    logits = job.logits.detach().requires_grad_()
+    stats = way(job, logits)
+    (stats[0] * job.logp_weight + stats[1] * job.entropy_weight).sum().backward()
+    assert logits.grad is not None
+    return stats, logits.grad
+
+
+def _errors(job: Job, ways: tuple[Way, ...]) -> list[tuple[float, float]]:
+    """Largest error of the statistics, and of the gradient relative to its largest entry, for each way."""
+    n = CHECKED_ROWS
+    some = Job(job.logits[:n], job.token_ids[:n], job.top_p, job.logp_weight[:n], job.entropy_weight[:n])
+    true_stats, true_gradient = _run(some._replace(logits=some.logits.double()), by_reference)
+    scale = true_gradient.abs().max()
+    errors = []
+    for way in ways:
+        stats, gradient = _run(some, way)
+        differences = [(a - b).abs().max().item() for a, b in zip(stats, true_stats, strict=True)]
+        errors.append((max(differences), ((gradient - true_gradient).abs().max() / scale).item()))
+    return errors
+
+
+def _seconds(job: Job, way: Way) -> float:
+    _synchronize(job.logits.device)
+    start = time.perf_counter()
+    _run(job, way)
+    _synchronize(job.logits.device)
+    return time.perf_counter() - start
+
+
+def _peak_bytes(job: Job, way: Way) -> int:
+    """The most that one run holds at once, as PyTorch's allocator counts it."""
+    device = job.logits.device
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        _run(job, way)
+        return torch.cuda.max_memory_allocated(device) - before
+    # The profiler sees each allocation on the CPU, those inside an operator too, which a dispatch mode does
+    # not; and unlike the resident set size it does not depend on what was freed before.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # keeps the profiler's own log off the terminal
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        _run(job, way)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profile.export_chrome_trace(str(path))
+        events = json.loads(path.read_text())["traceEvents"]
+    changes = [event for event in events if event.get("name") == "[memory]"]
+    in_use = peak = 0
+    for event in sorted(changes, key=lambda event: event["ts"]):
+        in_use += event["args"]["Bytes"]
+        peak = max(peak, in_use)
+    return peak
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

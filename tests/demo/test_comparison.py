@@ -1,0 +1,48 @@
+import pytest
+import torch
+
+pytest.importorskip("transformers", reason="needs the demo's packages: pip install 'paec-kernels[demo]'")
+from paec_kernels.demo import comparison
+from paec_kernels.demo.comparison import Job, Stats, compare
+
+
+@pytest.fixture
+def job(real_logits) -> Job:
+    n = len(real_logits.logits)
+    weights = torch.randn(2, n) / n
+    return Job(real_logits.logits.float(), real_logits.token_ids, 0.95, weights[0], weights[1])
+
+
+def test_compare_on_real_logits(job: Job) -> None:
+    ticks: list[None] = []
+    found = compare(job, repeats=2, on_run=lambda: ticks.append(None))
+    assert len(ticks) == comparison.runs(2)
+    assert (found.rows, found.vocab_size, found.dtype) == (32, 49152, "float32")
+    gradient_bytes = job.logits.nbytes
+    for side in (found.operator, found.eager):
+        assert side.seconds > 0
+        assert side.peak_bytes >= gradient_bytes
+        assert side.stats_error < 0.05
+        assert side.gradient_error < 1e-4
+    assert found.operator.stats_error < 1e-5
+    assert found.memory_ratio < 0.5
+
+
+def test_nothing_is_reported_when_the_operator_is_wrong(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(job: Job, logits: torch.Tensor) -> Stats:
+        logp, entropy, nucleus_entropy, margin = comparison.by_reference(job, logits)
+        return logp, entropy * 1.01, nucleus_entropy, margin
+
+    monkeypatch.setattr(comparison, "by_operator", wrong)
+    with pytest.raises(ValueError, match="errors against float64"):
+        compare(job, repeats=1)
+
+
+def test_peak_bytes_counts_what_is_held_at_once(job: Job) -> None:
+    def two_buffers(job: Job, logits: torch.Tensor) -> Stats:
+        torch.empty(10 * 2**20, dtype=torch.uint8)  # freed before the next one, so not part of the peak
+        held = torch.empty(20 * 2**20, dtype=torch.uint8)
+        row = logits[:, 0] + held[0]
+        return row, row, row, row
+
+    assert 20 * 2**20 <= comparison._peak_bytes(job, two_buffers) < 21 * 2**20
