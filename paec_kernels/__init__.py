@@ -2,6 +2,7 @@
 
 from paec_kernels import reference
 from paec_kernels.calibration import PAEC, PAECConfig
+from paec_kernels.linear_token_stats import linear_token_stats
 from paec_kernels.loss import PAECLoss
 from paec_kernels.policy_losses import group_advantages, grpo_loss
 from paec_kernels.reference import TokenStats
@@ -14,6 +15,7 @@ __all__ = [
     "TokenStats",
     "group_advantages",
     "grpo_loss",
+    "linear_token_stats",
     "reference",
     "token_stats",
 ]

@@ -14,19 +14,20 @@ import triton.language as tl
 from paec_kernels.token_stats.rows import LN2, LOG2E, log2_weight, row_offset, tanh
 
 
-@triton.jit(do_not_specialize=["n_rows", "n_inner"])
+@triton.jit(do_not_specialize=["n_rows", "n_inner", "first_column"])
 def backward_kernel(
     d_logits_ptr, d_stride_outer, d_stride_inner, d_stride_col,
     logits_ptr, stride_outer, stride_inner, stride_col,
     token_ids_ptr, token_stride, valid_ptr, valid_stride, temperature_ptr, temperature_stride,
     stats_ptr, d_stats_ptr,
-    n_rows, n_inner, n_cols, width, softcap,
+    n_rows, n_inner, n_cols, width, softcap, first_column,
     HAS_SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The gradient of BLOCK columns of one row; d_logits may be logits itself.
 
     Columns from n_cols to width are padding and get 0, as every column of a row that is not valid does. stats and
-    d_stats: [10, n_rows] float32, of which the first three rows of d_stats are read.
+    d_stats: [10, n_rows] float32, of which the first three rows of d_stats are read. The columns may be those from
+    first_column on of a wider vocabulary.
     """
     n_blocks = tl.cdiv(width, BLOCK)
     row = tl.program_id(0) // n_blocks
@@ -63,7 +64,7 @@ def backward_kernel(
     p = tl.exp2(log2_p)
     w = tl.where(z > threshold, 1.0, tl.where(z == threshold, tie_weight, 0.0))
     dz = p * ((offset + w * nucleus_offset) + (slope + w * nucleus_slope) * log2_p)
-    dz += tl.where(columns == token, a, 0.0)
+    dz += tl.where(columns + first_column == token, a, 0.0)
     if HAS_SOFTCAP:
         u = tanh(z / softcap)
         dz *= 1.0 - u * u

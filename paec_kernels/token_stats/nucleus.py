@@ -115,13 +115,11 @@ def sums_of(z, e, low_value, high_value, top, scale, softcap, HAS_SOFTCAP: tl.co
 
 
 @triton.jit
-def search_values(
-    z, extra, low, high, target, top, scale, softcap, SHIFT: tl.constexpr, HAS_SOFTCAP: tl.constexpr
-):  # fmt: skip
+def search_values(z, extra, low, high, target, top, scale, softcap, SHIFT: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
     """Bisect [low, high) over values held in registers: z, and extra where it is not None.
 
     Returns:
-        whether a threshold above low was found to reach the target, the last low, and the nucleus as `settle` returns it.
+        whether a threshold above low was found to reach the target; the last low; the nucleus as from `settle`.
     """
     e = tl.exp2(log2_weight(z, top, scale, softcap, HAS_SOFTCAP))
     extra_e = None

@@ -31,7 +31,7 @@ def resolve_backend(backend: str, device: torch.device) -> str:
     return backend
 
 
-def _implementation(backend: str) -> Any:
+def implementation(backend: str) -> Any:
     if backend == "triton":
         from paec_kernels.token_stats import triton_backend
 
@@ -122,8 +122,37 @@ def as_rows(logits: Tensor) -> Tensor:
     return logits.reshape(outer, inner, logits.shape[-1])
 
 
-def _flat(value: Tensor | None) -> Tensor | None:
-    return None if value is None else value.reshape(-1).contiguous()
+def check_dtype(name: str, value: Tensor) -> None:
+    if value.dtype not in DTYPES:
+        raise TypeError(f"{name} must be float32, bfloat16 or float16, got {value.dtype}")
+
+
+def flat_rows(
+    token_ids: Tensor | None, valid: Tensor | None, temperature: float | Tensor, logits: Tensor
+) -> tuple[Tensor | None, Tensor | None, Tensor]:
+    """The per-row arguments as the ops take them: int64 and bool ``[N]`` or None, float32 ``[N]`` or ``[1]``."""
+    if isinstance(temperature, Tensor):
+        temperature = temperature.detach().float().expand(logits.shape[:-1]).reshape(-1).contiguous()
+    else:
+        temperature = torch.full((1,), temperature, dtype=torch.float32, device=logits.device)
+    return (
+        None if token_ids is None else token_ids.long().reshape(-1).contiguous(),
+        None if valid is None else valid.reshape(-1).contiguous(),
+        temperature,
+    )
+
+
+def as_token_stats(table: Tensor, sizes: Tensor, shape: torch.Size, has_tokens: bool) -> TokenStats:
+    """The table's public rows; those without a gradient are cut from the graph."""
+    fixed = table.detach()
+    return TokenStats(
+        table[layout.LOGP].view(shape) if has_tokens else None,
+        table[layout.ENTROPY].view(shape),
+        table[layout.NUCLEUS_ENTROPY].view(shape),
+        fixed[layout.MARGIN].view(shape),
+        fixed[layout.LSE].view(shape),
+        sizes.view(shape),
+    )
 
 
 @torch.library.custom_op("paec::token_stats_forward", mutates_args=())
@@ -142,8 +171,7 @@ def token_stats_forward(
     token_ids int64 ``[N]``, valid bool ``[N]``, temperature float32 ``[N]`` or ``[1]``; softcap 0 is none.
     """
     check_values(token_ids, valid, temperature, vocab_size)
-    implementation = _implementation(backend)
-    return implementation.forward(as_rows(logits), token_ids, valid, temperature, top_p, softcap, vocab_size)
+    return implementation(backend).forward(as_rows(logits), token_ids, valid, temperature, top_p, softcap, vocab_size)
 
 
 @token_stats_forward.register_fake
@@ -168,7 +196,7 @@ def token_stats_backward(
     """The gradient of logits, contiguous, of their shape and dtype."""
     out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     rows = as_rows(logits)
-    _implementation(backend).backward(
+    implementation(backend).backward(
         d_table, table, rows, token_ids, valid, temperature, softcap, vocab_size, out.view(rows.shape)
     )
     return out
@@ -193,7 +221,7 @@ def token_stats_backward_(
 ) -> None:
     """The gradient of logits, written over them."""
     rows = as_rows(logits)
-    _implementation(backend).backward(d_table, table, rows, token_ids, valid, temperature, softcap, vocab_size, rows)
+    implementation(backend).backward(d_table, table, rows, token_ids, valid, temperature, softcap, vocab_size, rows)
     if rows.data_ptr() != logits.data_ptr():
         logits.copy_(rows.view(logits.shape))
 
@@ -267,48 +295,34 @@ def token_stats(
     check_arguments(logits, token_ids, valid, top_p, temperature, softcap, vocab_size)
     backend = resolve_backend(backend, logits.device)
     n_cols = logits.shape[-1] if vocab_size is None else vocab_size
-    if isinstance(temperature, Tensor):
-        temperature = temperature.detach().float().expand(logits.shape[:-1])
-    else:
-        temperature = torch.full((1,), temperature, dtype=torch.float32, device=logits.device)
     if backend == "reference":
         return _by_reference(logits, token_ids, valid, top_p, temperature, softcap, n_cols)
-    if logits.dtype not in DTYPES:
-        raise TypeError(f"logits must be float32, bfloat16 or float16, got {logits.dtype}")
+    check_dtype("logits", logits)
     if inplace_backward and any(n > 1 and stride == 0 for n, stride in zip(logits.shape, logits.stride(), strict=True)):
         raise ValueError("inplace_backward needs logits of their own memory, got an expanded tensor (stride 0)")
 
     table, sizes = _TokenStats.apply(
         logits,
-        None if token_ids is None else _flat(token_ids.long()),
-        _flat(valid),
-        _flat(temperature),
+        *flat_rows(token_ids, valid, temperature, logits),
         float(top_p),
         float(softcap or 0.0),
         n_cols,
         inplace_backward,
         backend,
     )
-    shape = logits.shape[:-1]
-    fixed = table.detach()
-    return TokenStats(
-        None if token_ids is None else table[layout.LOGP].view(shape),
-        table[layout.ENTROPY].view(shape),
-        table[layout.NUCLEUS_ENTROPY].view(shape),
-        fixed[layout.MARGIN].view(shape),
-        fixed[layout.LSE].view(shape),
-        sizes.view(shape),
-    )
+    return as_token_stats(table, sizes, logits.shape[:-1], token_ids is not None)
 
 
 def _by_reference(logits, token_ids, valid, top_p, temperature, softcap, n_cols) -> TokenStats:
-    check_values(token_ids, valid, temperature, n_cols)
+    check_values(*flat_rows(token_ids, valid, temperature, logits), n_cols)
+    if isinstance(temperature, Tensor):
+        temperature = temperature.expand(logits.shape[:-1])
     return reference.token_stats(
         logits,
         token_ids,
         valid=valid,
         top_p=top_p,
-        temperature=temperature if temperature.dim() == logits.dim() - 1 else temperature.item(),
+        temperature=temperature,
         softcap=softcap,
         vocab_size=n_cols,
     )

@@ -43,26 +43,28 @@ def forward(
     if n_rows == 0:
         return stats, size
     scratch = torch.empty(n_rows, GATHERED_LANES.value, dtype=torch.int32, device=logits.device)
-    forward_kernel[(n_rows,)](
-        logits,
-        *logits.stride(),
-        *_per_row(token_ids, -100, logits, torch.int64),
-        *_per_row(valid, True, logits, torch.bool),
-        *_per_row(temperature, 1, logits, torch.float32),
-        stats,
-        size,
-        scratch,
-        n_rows,
-        n_inner,
-        vocab_size,
-        top_p,
-        softcap,
-        SHIFT=KEY_SHIFT[logits.dtype],
-        HAS_SOFTCAP=softcap > 0,
-        LANES=LANES,
-        num_warps=SOFTCAP_WARPS if softcap > 0 else FORWARD_WARPS,
-        enable_fp_fusion=True,
-    )
+    launch = forward_kernel[(n_rows,)]
+    with torch.cuda.device_of(logits):  # Triton launches on the current device
+        launch(
+            logits,
+            *logits.stride(),
+            *_per_row(token_ids, -100, logits, torch.int64),
+            *_per_row(valid, True, logits, torch.bool),
+            *_per_row(temperature, 1, logits, torch.float32),
+            stats,
+            size,
+            scratch,
+            n_rows,
+            n_inner,
+            vocab_size,
+            top_p,
+            softcap,
+            SHIFT=KEY_SHIFT[logits.dtype],
+            HAS_SOFTCAP=softcap > 0,
+            LANES=LANES,
+            num_warps=SOFTCAP_WARPS if softcap > 0 else FORWARD_WARPS,
+            enable_fp_fusion=True,
+        )
     return stats, size
 
 
@@ -76,8 +78,12 @@ def backward(
     softcap: float,
     vocab_size: int,
     out: Tensor,
+    first_column: int = 0,
 ) -> None:
-    """Write the gradient of logits ``[B, L, V]`` into ``out``, which may be ``logits``."""
+    """Write the gradient of logits ``[B, L, V]`` into ``out``, which may be ``logits``.
+
+    The logits may be the columns from ``first_column`` on of a wider vocabulary, whose table and token ids these are.
+    """
     n_outer, n_inner, width = logits.shape
     n_rows = n_outer * n_inner
     if n_rows == 0:
@@ -85,26 +91,30 @@ def backward(
     if triton.knobs.runtime.interpret and out.dtype == torch.bfloat16:
         # Triton's interpreter truncates to bfloat16 where a GPU rounds: let torch round.
         exact = torch.empty(out.shape, dtype=torch.float32)
-        backward(d_stats, stats, logits.float(), token_ids, valid, temperature, softcap, vocab_size, exact)
+        arguments = (token_ids, valid, temperature, softcap, vocab_size, exact, first_column)
+        backward(d_stats, stats, logits.float(), *arguments)
         out.copy_(exact)
         return
-    backward_kernel[(n_rows * triton.cdiv(width, BACKWARD_BLOCK),)](
-        out,
-        *out.stride(),
-        logits,
-        *logits.stride(),
-        *_per_row(token_ids, -100, logits, torch.int64),
-        *_per_row(valid, True, logits, torch.bool),
-        *_per_row(temperature, 1, logits, torch.float32),
-        stats,
-        d_stats,
-        n_rows,
-        n_inner,
-        vocab_size,
-        width,
-        softcap,
-        HAS_SOFTCAP=softcap > 0,
-        BLOCK=BACKWARD_BLOCK,
-        num_warps=BACKWARD_WARPS,
-        enable_fp_fusion=True,
-    )
+    launch = backward_kernel[(n_rows * triton.cdiv(width, BACKWARD_BLOCK),)]
+    with torch.cuda.device_of(logits):
+        launch(
+            out,
+            *out.stride(),
+            logits,
+            *logits.stride(),
+            *_per_row(token_ids, -100, logits, torch.int64),
+            *_per_row(valid, True, logits, torch.bool),
+            *_per_row(temperature, 1, logits, torch.float32),
+            stats,
+            d_stats,
+            n_rows,
+            n_inner,
+            vocab_size,
+            width,
+            softcap,
+            first_column,
+            HAS_SOFTCAP=softcap > 0,
+            BLOCK=BACKWARD_BLOCK,
+            num_warps=BACKWARD_WARPS,
+            enable_fp_fusion=True,
+        )

@@ -1,0 +1,319 @@
+"""`linear_token_stats`: the statistics of hidden @ weight.T, whose logits exist only a chunk at a time.
+
+    forward   for rows R:      logits[R] = hidden[R] @ weight.T;  the operator's forward on them     1 product
+    backward  for columns C:   logits[:, C] = hidden @ weight[C].T, overwritten by their gradient    1 product
+                               d_weight[C] = d_logits[:, C].T @ hidden                               1 product
+                               d_hidden += d_logits[:, C] @ weight[C]                                1 product
+
+The nucleus needs whole rows, so forward goes by rows. Backward has every row's statistics, so it may go by columns:
+each block of d_weight is then one product over all rows, accumulated in float32 by the product itself, and the only
+float32 sum kept for 16-bit weights is d_hidden's, N x D and not V x D.
+"""
+
+import os
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from paec_kernels import reference
+from paec_kernels.reference import TokenStats
+from paec_kernels.token_stats import layout, operator
+
+# 5 % of the logits of 16,384 tokens of a vocabulary of 151,936 in bfloat16.
+DEFAULT_CHUNK_BYTES = 224 << 20
+ALIGNMENT = 128  # rows and columns of a chunk, where it has that many: a product's tile
+
+
+def chunk_bytes() -> int:
+    """The memory that logits may take at a time, in bytes: ``PAEC_CHUNK_BYTES`` or 224 MiB."""
+    text = os.environ.get("PAEC_CHUNK_BYTES", str(DEFAULT_CHUNK_BYTES))
+    if not text.isdigit() or int(text) < 1:
+        raise ValueError(f"PAEC_CHUNK_BYTES must be a positive number of bytes, got {text!r}")
+    return int(text)
+
+
+class Chunks(NamedTuple):
+    """How many rows of logits the forward pass holds at a time, and how many columns the backward pass."""
+
+    rows: int
+    columns: int
+
+
+def choose_chunks(n_rows: int, n_cols: int, width: int, dtype: torch.dtype, chunk_rows: int) -> Chunks:
+    """As many as the budget allows; for 16-bit hidden states ``[n_rows, width]`` beside d_hidden's float32 sum.
+
+    ``chunk_rows`` other than 0 takes the budget's place.
+    """
+    n_rows = max(n_rows, 1)
+    if chunk_rows:
+        return Chunks(min(chunk_rows, n_rows), _aligned(chunk_rows * n_cols // n_rows, n_cols))
+    budget = chunk_bytes()
+    beside_sum = budget if dtype.itemsize == 4 else max(budget - 4 * n_rows * width, budget // 4)
+    return Chunks(
+        _aligned(budget // (n_cols * dtype.itemsize), n_rows), _aligned(beside_sum // (n_rows * dtype.itemsize), n_cols)
+    )
+
+
+def _aligned(n: int, most: int) -> int:
+    return max(1, min(most, n - n % ALIGNMENT if n >= ALIGNMENT else n))
+
+
+def tiles(total: int, size: int, dtype: torch.dtype) -> Iterator[slice]:
+    """The pieces of a chunk's longer side that are multiplied at a time.
+
+    Forward and backward must see the same logits, or a token at the nucleus' threshold drops out of its gradient. In
+    float32, products of other shapes differ in the last bits of nearly every logit, so both passes make their chunks
+    of the same rows x columns tiles. In 16 bits they differ in next to none, and one large product is faster.
+    """
+    return _blocks(total, size if dtype.itemsize == 4 else total)
+
+
+def _blocks(total: int, size: int) -> Iterator[slice]:
+    return (slice(start, min(start + size, total)) for start in range(0, total, max(size, 1)))
+
+
+def _multiply(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """out = hidden @ weight.T + bias."""
+    if bias is None:
+        torch.mm(hidden, weight.T, out=out)
+    else:
+        torch.addmm(bias, hidden, weight.T, out=out)
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left @ right in total's float32, a slice of rows at a time where the factors must be converted."""
+    if left.dtype == total.dtype:
+        total.addmm_(left, right)
+    elif total.is_cuda:
+        torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
+    else:
+        right = right.float()
+        for rows in _blocks(len(left), max(1, len(left) // 8)):
+            total[rows].addmm_(left[rows].float(), right)
+
+
+def _select(value: Tensor | None, rows: Tensor | slice) -> Tensor | None:
+    return None if value is None else value[rows]
+
+
+@torch.library.custom_op("paec::linear_token_stats_forward", mutates_args=())
+def linear_token_stats_forward(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    token_ids: Tensor | None,
+    valid: Tensor | None,
+    temperature: Tensor,
+    top_p: float,
+    softcap: float,
+    chunk_rows: int,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """`token_stats_forward` for hidden ``[N, D]`` and weight ``[V, D]``; chunk_rows 0 leaves the choice to the budget."""
+    n_rows, n_cols = len(hidden), len(weight)
+    operator.check_values(token_ids, valid, temperature, n_cols)
+    implementation = operator.implementation(backend)
+    table = torch.zeros(layout.N_ROWS, n_rows, dtype=torch.float32, device=hidden.device)
+    sizes = torch.zeros(n_rows, dtype=torch.int32, device=hidden.device)
+    kept = None if valid is None else valid.nonzero().squeeze(1)
+    n_kept = n_rows if kept is None else len(kept)
+    chunks = choose_chunks(n_kept, n_cols, hidden.shape[1], hidden.dtype, chunk_rows)
+    buffer = torch.empty(min(chunks.rows, n_kept), n_cols, dtype=hidden.dtype, device=hidden.device)
+    for block in _blocks(n_kept, chunks.rows):
+        rows = block if kept is None else kept[block]
+        logits, hidden_rows = buffer[: block.stop - block.start], hidden[rows]
+        for columns in tiles(n_cols, chunks.columns, hidden.dtype):
+            _multiply(hidden_rows, weight[columns], _select(bias, columns), out=logits[:, columns])
+        t = temperature if temperature.numel() == 1 else temperature[rows]
+        table[:, rows], sizes[rows] = implementation.forward(
+            logits[None], _select(token_ids, rows), None, t, top_p, softcap, n_cols
+        )
+    return table, sizes
+
+
+@linear_token_stats_forward.register_fake
+def _(hidden, weight, bias, token_ids, valid, temperature, top_p, softcap, chunk_rows, backend):
+    table = hidden.new_empty(layout.N_ROWS, hidden.shape[0], dtype=torch.float32)
+    return table, hidden.new_empty(hidden.shape[0], dtype=torch.int32)
+
+
+@torch.library.custom_op("paec::linear_token_stats_backward", mutates_args=())
+def linear_token_stats_backward(
+    d_table: Tensor,
+    table: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    token_ids: Tensor | None,
+    valid: Tensor | None,
+    temperature: Tensor,
+    softcap: float,
+    chunk_rows: int,
+    needs_hidden: bool,
+    needs_weight: bool,
+    needs_bias: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """d_hidden, d_weight, d_bias; empty tensors where not needed, whose products are not computed."""
+    implementation = operator.implementation(backend)
+    n_rows, n_cols = len(hidden), len(weight)
+    d_weight = torch.empty_like(weight, memory_format=torch.contiguous_format) if needs_weight else weight.new_empty(0)
+    d_bias = weight.new_empty(n_cols if needs_bias else 0)
+    kept = None
+    if valid is not None:
+        kept = valid.nonzero().squeeze(1)
+        hidden, d_table, table = hidden[kept], d_table[:, kept].contiguous(), table[:, kept].contiguous()
+        token_ids = _select(token_ids, kept)
+        temperature = temperature if temperature.numel() == 1 else temperature[kept]
+    total = torch.zeros(hidden.shape if needs_hidden else 0, dtype=torch.float32, device=hidden.device)
+    chunks = choose_chunks(len(hidden), n_cols, hidden.shape[1], hidden.dtype, chunk_rows)
+    buffer = torch.empty(len(hidden) * chunks.columns, dtype=hidden.dtype, device=hidden.device)
+    for columns in _blocks(n_cols, chunks.columns):
+        n_columns = columns.stop - columns.start
+        logits = buffer[: len(hidden) * n_columns].view(len(hidden), n_columns)
+        for rows in tiles(len(hidden), chunks.rows, hidden.dtype):
+            _multiply(hidden[rows], weight[columns], _select(bias, columns), out=logits[rows])
+        implementation.backward(
+            d_table, table, logits[None], token_ids, None, temperature, softcap, n_columns, logits[None], columns.start
+        )
+        if needs_hidden:
+            _add_product(total, logits, weight[columns])
+        if needs_weight:
+            torch.mm(logits.T, hidden, out=d_weight[columns])
+        if needs_bias:
+            torch.sum(logits, 0, out=d_bias[columns])
+    d_hidden = total.to(hidden.dtype)
+    if kept is not None and needs_hidden:
+        d_hidden = hidden.new_zeros(n_rows, hidden.shape[1]).index_copy_(0, kept, d_hidden)
+    return d_hidden, d_weight, d_bias
+
+
+@linear_token_stats_backward.register_fake
+def _(
+    d_table, table, hidden, weight, bias, token_ids, valid, temperature, softcap, chunk_rows,
+    needs_hidden, needs_weight, needs_bias, backend,
+):  # fmt: skip
+    return (
+        hidden.new_empty(hidden.shape if needs_hidden else 0),
+        weight.new_empty(weight.shape if needs_weight else 0),
+        weight.new_empty(weight.shape[0] if needs_bias else 0),
+    )
+
+
+class _LinearTokenStats(torch.autograd.Function):
+    """(hidden, weight, bias, ...) -> (table, sizes), as `_TokenStats` of their product."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, token_ids, valid, temperature, top_p, softcap, chunk_rows, backend):
+        table, sizes = linear_token_stats_forward(
+            hidden, weight, bias, token_ids, valid, temperature, top_p, softcap, chunk_rows, backend
+        )
+        ctx.save_for_backward(hidden, weight, bias, token_ids, valid, temperature, table)
+        ctx.options = (softcap, chunk_rows)
+        ctx.backend = backend
+        ctx.mark_non_differentiable(sizes)
+        return table, sizes
+
+    @staticmethod
+    def backward(ctx, d_table, _):
+        *inputs, table = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:3]
+        gradients = linear_token_stats_backward(d_table.contiguous(), table, *inputs, *ctx.options, *needs, ctx.backend)
+        wanted = (gradient if need else None for gradient, need in zip(gradients, needs, strict=True))
+        return *wanted, None, None, None, None, None, None, None
+
+
+def linear_token_stats(
+    hidden: Tensor,
+    weight: Tensor,
+    token_ids: Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+    chunk_rows: int | None = None,
+    valid: Tensor | None = None,
+    top_p: float = 0.95,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    vocab_size: int | None = None,
+    backend: str = "auto",
+) -> TokenStats:
+    """`token_stats` of ``hidden @ weight.T + bias`` without those logits: they exist a chunk at a time.
+
+    Differentiable in ``hidden``, ``weight`` and ``bias``; a frozen one costs no product. Four products in all, two of
+    the logits and one for each gradient, since the gradient's coefficients may depend on the whole batch.
+
+    Memory beyond the inputs and their gradients: a chunk of logits of ``PAEC_CHUNK_BYTES`` (bytes; 224 MiB unless
+    set) and, for 16-bit hidden states, the float32 sum of d_hidden inside that budget. Rows that are not valid are
+    dropped before the products; on a GPU counting them waits for the device once, and ``valid=None`` does not.
+
+    Under autocast the inputs are cast as a linear layer's. A sharded FSDP2 weight is gathered (``full_tensor()``);
+    under DeepSpeed ZeRO-3 call this, and backward, inside ``deepspeed.zero.GatheredParameters([weight])``.
+
+    Args:
+        hidden: ``[..., D]``, float32, bfloat16 or float16.
+        weight: ``[V, D]`` of the same dtype.
+        token_ids, valid, top_p, temperature, softcap, backend: as for `token_stats`, of shape ``hidden.shape[:-1]``.
+        bias: ``[V]`` of the same dtype, or None.
+        chunk_rows: rows of logits at a time in the forward pass (as many elements in the backward pass), in place of
+            the memory budget. One value gives one result, to the bit; others differ in rounding.
+        vocab_size: rows of ``weight`` from here on are padding: not multiplied, gradient 0.
+
+    Returns:
+        `TokenStats`, its tensors shaped ``hidden.shape[:-1]``.
+
+    Raises:
+        TypeError, ValueError: as `token_stats`, and for hidden, weight, bias or chunk_rows that do not fit.
+    """
+    hidden, weight, bias = _prepare(hidden, weight, bias)
+    if chunk_rows is not None and chunk_rows < 1:
+        raise ValueError(f"chunk_rows must be at least 1, got {chunk_rows}")
+    # A tensor without memory, of the shape and dtype of the logits that never exist as a whole.
+    logits_like = hidden[..., :1].expand(*hidden.shape[:-1], weight.shape[0])
+    operator.check_arguments(logits_like, token_ids, valid, top_p, temperature, softcap, vocab_size)
+    backend = operator.resolve_backend(backend, hidden.device)
+    if backend == "reference":
+        return reference.linear_token_stats(
+            hidden, weight, token_ids, bias=bias, valid=valid, top_p=top_p, temperature=temperature,
+            softcap=softcap, vocab_size=vocab_size,
+        )  # fmt: skip
+    operator.check_dtype("hidden", hidden)
+    shape = hidden.shape[:-1]
+    table, sizes = _LinearTokenStats.apply(
+        hidden.reshape(-1, hidden.shape[-1]),
+        weight[:vocab_size],
+        None if bias is None else bias[:vocab_size],
+        *operator.flat_rows(token_ids, valid, temperature, logits_like),
+        float(top_p),
+        float(softcap or 0.0),
+        chunk_rows or 0,
+        backend,
+    )
+    return operator.as_token_stats(table, sizes, shape, token_ids is not None)
+
+
+def _prepare(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The inputs checked, gathered if sharded, and cast if autocast is on."""
+    for name, value in (("hidden", hidden), ("weight", weight), ("bias", bias)):
+        if not isinstance(value, Tensor) and not (name == "bias" and value is None):
+            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    if hidden.dim() == 0 or weight.dim() != 2 or hidden.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"hidden must have shape [..., D] and weight [V, D], got {tuple(hidden.shape)} and {tuple(weight.shape)}"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias must have shape [V], ({weight.shape[0]},), got {tuple(bias.shape)}")
+    weight = weight.full_tensor() if hasattr(weight, "full_tensor") else weight
+    bias = bias.full_tensor() if bias is not None and hasattr(bias, "full_tensor") else bias
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    for name, value in (("weight", weight), ("bias", bias)):
+        if value is not None and value.dtype != hidden.dtype:
+            raise TypeError(f"{name} must have the dtype of hidden, {hidden.dtype}, got {value.dtype}")
+        if value is not None and value.device != hidden.device:
+            raise ValueError(f"{name} must be on the device of hidden, {hidden.device}, got {value.device}")
+    return hidden, weight, bias
