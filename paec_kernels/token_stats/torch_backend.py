@@ -285,13 +285,11 @@ def select_nucleus(chunk: Scratch, best: Tensor, total: Tensor, top_p: float) ->
     step = math.ceil(len(target) / 4)  # a quarter of a chunk at a time, as a flat row lists every column
     for start in range(0, len(rest), step):
         rows = rest[start : start + step]
-        z, d, e = (values[rows] for values in chunk)
-        columns, listed = possible_members(e, (1 - top_p) * total[rows])
-        z_listed, order = z.gather(1, columns).masked_fill_(~listed, -math.inf).sort(dim=-1, descending=True)
+        columns, listed = possible_members(chunk.e[rows], (1 - top_p) * total[rows])
+        z, order = chunk.z[rows[:, None], columns].masked_fill_(~listed, -math.inf).sort(dim=-1, descending=True)
         columns = columns.gather(1, order)
-        e_listed = e.gather(1, columns).masked_fill_(z_listed == -math.inf, 0)
-        complete = nucleus_of_sorted(z_listed, d.gather(1, columns), e_listed, target[rows])
-        for values, better in zip(nucleus, complete, strict=True):
+        d, e = chunk.d[rows[:, None], columns], chunk.e[rows[:, None], columns].masked_fill_(z == -math.inf, 0)
+        for values, better in zip(nucleus, nucleus_of_sorted(z, d, e, target[rows]), strict=True):
             values[rows] = better
     return nucleus
 
@@ -300,27 +298,28 @@ def possible_members(e: Tensor, spare: Tensor) -> tuple[Tensor, Tensor]:
     """Columns of a superset of each row's nucleus, ``[r, C]`` in any order, and which of them are not padding.
 
     The nucleus leaves out a mass of at most ``spare``. Of n tokens, those with e < spare / n cannot use it up, so
-    none of them is a member; a second sieve, of the few that remain, has a smaller n and cuts higher.
+    none of them is a member; sieving the few that remain has a smaller n and cuts higher.
     """
     columns, listed, spare = sieve(e, torch.full_like(spare, e.shape[1]), spare)
-    again, listed, _ = sieve(e.gather(1, columns).masked_fill_(~listed, 0), listed.sum(-1), spare)
-    return columns.gather(1, again), listed
+    for _ in range(2):  # each costs less than sorting what it drops; a fourth sieve would drop little
+        listed_e = e.gather(1, columns).masked_fill_(~listed, 0)
+        kept, listed, spare = sieve(listed_e, listed.sum(-1), spare)
+        columns = columns.gather(1, kept)
+    return columns, listed
 
 
 def sieve(e: Tensor, n: Tensor, spare: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Drops tokens with e < spare / n: the others' columns, which are not padding, and what is left of spare."""
     keep = e >= (0.99 * spare / n)[:, None]  # 0.99: the sums below round
-    return *compact(keep), spare - e.masked_fill(keep, 0).sum(-1)
+    return *compact(keep), spare - (e * ~keep).sum(-1)
 
 
 def compact(keep: Tensor) -> tuple[Tensor, Tensor]:
     """Columns where ``keep`` ``[r, W]`` is true, padded with 0 to the longest row, and which are not padding."""
-    row, column = keep.nonzero(as_tuple=True)
-    count = row.bincount(minlength=len(keep))
-    place = torch.arange(len(row), device=keep.device) - (count.cumsum(0) - count)[row]
-    columns = column.new_zeros(len(keep), int(count.max()))
-    columns[row, place] = column
-    return columns, torch.arange(columns.shape[1], device=keep.device) < count[:, None]
+    count = keep.sum(-1)
+    listed = torch.arange(int(count.max()), device=keep.device) < count[:, None]
+    flat = keep.flatten().nonzero().squeeze(1)
+    return torch.zeros_like(listed, dtype=torch.int64).masked_scatter_(listed, flat) % keep.shape[1], listed
 
 
 def nucleus_of_sorted(z: Tensor, d: Tensor, e: Tensor, target: Tensor) -> Nucleus:
