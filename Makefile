@@ -3,10 +3,14 @@
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 JOBS ?= 2
-# cpu or cuda. PyPI's Linux wheel of torch brings gigabytes of CUDA libraries, so without an NVIDIA
-# driver the CPU build is taken: from pip's configured sources if they hold it, else from PyTorch's index.
+# Idle OpenMP threads sleep. Spinning, they take the cores from whatever else runs: with two other busy
+# processes on two cores the torch backend was 40 times slower.
+export OMP_WAIT_POLICY ?= PASSIVE
+# cpu or cuda. PyPI's Linux wheel of torch brings gigabytes of CUDA libraries, so without an NVIDIA driver the CPU
+# build is taken: from pip's own sources if they hold it, else from the index of CPU wheels that TORCH_CPU_INDEX
+# names (PyTorch's installation page has its address).
 TORCH ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo cuda || echo cpu)
-TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
+TORCH_CPU_INDEX ?=
 TORCH_VERSION := $(shell sed -n 's/^torch==//p' constraints.txt)
 UNAME := $(shell uname -s)
 
@@ -46,8 +50,10 @@ endef
 # $(call install_cpu_torch,DIR): macOS wheels on PyPI are CPU builds already.
 define install_cpu_torch
 	@if [ "$(UNAME)" = Linux ]; then echo "installing the CPU build of torch $(TORCH_VERSION)"; \
-		$(1)/bin/python -m pip install --quiet --no-deps "torch==$(TORCH_VERSION)+cpu" 2>/dev/null || \
-		$(1)/bin/python -m pip install --no-deps --index-url "$(TORCH_CPU_INDEX)" "torch==$(TORCH_VERSION)"; fi
+		$(1)/bin/python -m pip install --quiet --no-deps \
+			$(if $(TORCH_CPU_INDEX),--extra-index-url "$(TORCH_CPU_INDEX)") "torch==$(TORCH_VERSION)+cpu" || \
+		echo "pip finds no CPU build of torch $(TORCH_VERSION), so the build with CUDA follows, several GB. To avoid it," \
+			"stop and set TORCH_CPU_INDEX to the index of CPU wheels that PyTorch's installation page names."; fi
 endef
 
 .venv/.stamp: pyproject.toml constraints.txt
