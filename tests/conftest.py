@@ -8,6 +8,7 @@ from typing import NamedTuple
 # Shares the cores among xdist workers; set before torch starts its threads, inherited by child processes.
 _WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // _WORKERS))
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in the Makefile
 
 import pytest
 import torch

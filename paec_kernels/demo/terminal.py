@@ -108,7 +108,7 @@ def _change(report: Report) -> Table:
     table.add_row("entropy floor", _floor(before), _floor(after))
     for name, change in report.logp_change.items():
         shown = "no such answer" if change is None else f"{change:+.4f}"
-        table.add_row(f"log-prob of a token, {name} answers", "", shown)
+        table.add_row(f"log-prob of a token, {name}", "", shown)
     return table
 
 
@@ -129,14 +129,14 @@ def _comparison(report: Report) -> Table:
         f"[bold]{c.speedup:.1f} x as fast[/]",
     )
     table.add_row(
-        "peak memory beyond the logits",
+        "peak beyond the logits",
         f"{c.eager.peak_bytes / 2**20:.0f} MiB",
         f"{c.operator.peak_bytes / 2**20:.0f} MiB",
         f"[bold]{100 * c.memory_ratio:.0f} %[/]",
     )
-    for name, unit, eager, operator in (
-        ("statistics", "nats", c.eager.stats_error, c.operator.stats_error),
-        ("gradient", "relative", c.eager.gradient_error, c.operator.gradient_error),
+    for name, eager, operator in (
+        ("statistics, nats", c.eager.stats_error, c.operator.stats_error),
+        ("gradient, relative", c.eager.gradient_error, c.operator.gradient_error),
     ):
-        table.add_row(f"error of the {name}, {unit}", f"{eager:.1e}", f"{operator:.1e}", "against float64")
+        table.add_row(f"error, {name}", f"{eager:.1e}", f"{operator:.1e}", "against float64")
     return table
