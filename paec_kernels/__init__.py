@@ -4,6 +4,7 @@ from paec_kernels import reference
 from paec_kernels.calibration import PAEC, PAECConfig
 from paec_kernels.linear_token_stats import linear_token_stats
 from paec_kernels.loss import PAECLoss
+from paec_kernels.one_pass import one_pass_loss
 from paec_kernels.policy_losses import group_advantages, grpo_loss
 from paec_kernels.reference import TokenStats
 from paec_kernels.token_stats import token_stats
@@ -16,6 +17,7 @@ __all__ = [
     "group_advantages",
     "grpo_loss",
     "linear_token_stats",
+    "one_pass_loss",
     "reference",
     "token_stats",
 ]

@@ -10,92 +10,13 @@ each block of d_weight is then one product over all rows, accumulated in float32
 float32 sum kept for 16-bit weights is d_hidden's, N x D and not V x D.
 """
 
-import os
-from collections.abc import Iterator
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from paec_kernels import reference
+from paec_kernels.linear_chunks import add_product, blocks, choose_chunks, multiply, prepare, select, tiles
 from paec_kernels.reference import TokenStats
 from paec_kernels.token_stats import layout, operator
-
-# 5 % of the logits of 16,384 tokens of a vocabulary of 151,936 in bfloat16.
-DEFAULT_CHUNK_BYTES = 224 << 20
-ALIGNMENT = 128  # rows and columns of a chunk, where it has that many: a product's tile
-
-
-def chunk_bytes() -> int:
-    """The memory that logits may take at a time, in bytes: ``PAEC_CHUNK_BYTES`` or 224 MiB."""
-    text = os.environ.get("PAEC_CHUNK_BYTES", str(DEFAULT_CHUNK_BYTES))
-    if not text.isdigit() or int(text) < 1:
-        raise ValueError(f"PAEC_CHUNK_BYTES must be a positive number of bytes, got {text!r}")
-    return int(text)
-
-
-class Chunks(NamedTuple):
-    """How many rows of logits the forward pass holds at a time, and how many columns the backward pass."""
-
-    rows: int
-    columns: int
-
-
-def choose_chunks(n_rows: int, n_cols: int, width: int, dtype: torch.dtype, chunk_rows: int) -> Chunks:
-    """As many as the budget allows; for 16-bit hidden states ``[n_rows, width]`` beside d_hidden's float32 sum.
-
-    ``chunk_rows`` other than 0 takes the budget's place.
-    """
-    n_rows = max(n_rows, 1)
-    if chunk_rows:
-        return Chunks(min(chunk_rows, n_rows), _aligned(chunk_rows * n_cols // n_rows, n_cols))
-    budget = chunk_bytes()
-    beside_sum = budget if dtype.itemsize == 4 else max(budget - 4 * n_rows * width, budget // 4)
-    return Chunks(
-        _aligned(budget // (n_cols * dtype.itemsize), n_rows), _aligned(beside_sum // (n_rows * dtype.itemsize), n_cols)
-    )
-
-
-def _aligned(n: int, most: int) -> int:
-    return max(1, min(most, n - n % ALIGNMENT if n >= ALIGNMENT else n))
-
-
-def tiles(total: int, size: int, dtype: torch.dtype) -> Iterator[slice]:
-    """The pieces of a chunk's longer side that are multiplied at a time.
-
-    Forward and backward must see the same logits, or a token at the nucleus' threshold drops out of its gradient. In
-    float32, products of other shapes differ in the last bits of nearly every logit, so both passes make their chunks
-    of the same rows x columns tiles. In 16 bits they differ in next to none, and one large product is faster.
-    """
-    return _blocks(total, size if dtype.itemsize == 4 else total)
-
-
-def _blocks(total: int, size: int) -> Iterator[slice]:
-    return (slice(start, min(start + size, total)) for start in range(0, total, max(size, 1)))
-
-
-def _multiply(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    """out = hidden @ weight.T + bias."""
-    if bias is None:
-        torch.mm(hidden, weight.T, out=out)
-    else:
-        torch.addmm(bias, hidden, weight.T, out=out)
-
-
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left @ right in total's float32, a slice of rows at a time where the factors must be converted."""
-    if left.dtype == total.dtype:
-        total.addmm_(left, right)
-    elif total.is_cuda:
-        torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
-    else:
-        right = right.float()
-        for rows in _blocks(len(left), max(1, len(left) // 8)):
-            total[rows].addmm_(left[rows].float(), right)
-
-
-def _select(value: Tensor | None, rows: Tensor | slice) -> Tensor | None:
-    return None if value is None else value[rows]
 
 
 @torch.library.custom_op("paec::linear_token_stats_forward", mutates_args=())
@@ -111,7 +32,7 @@ def linear_token_stats_forward(
     chunk_rows: int,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """`token_stats_forward` for hidden ``[N, D]`` and weight ``[V, D]``; chunk_rows 0 leaves the choice to the budget."""
+    """`token_stats_forward` for hidden ``[N, D]`` and weight ``[V, D]``; chunk_rows 0: the budget decides."""
     n_rows, n_cols = len(hidden), len(weight)
     operator.check_values(token_ids, valid, temperature, n_cols)
     implementation = operator.implementation(backend)
@@ -121,14 +42,14 @@ def linear_token_stats_forward(
     n_kept = n_rows if kept is None else len(kept)
     chunks = choose_chunks(n_kept, n_cols, hidden.shape[1], hidden.dtype, chunk_rows)
     buffer = torch.empty(min(chunks.rows, n_kept), n_cols, dtype=hidden.dtype, device=hidden.device)
-    for block in _blocks(n_kept, chunks.rows):
+    for block in blocks(n_kept, chunks.rows):
         rows = block if kept is None else kept[block]
         logits, hidden_rows = buffer[: block.stop - block.start], hidden[rows]
         for columns in tiles(n_cols, chunks.columns, hidden.dtype):
-            _multiply(hidden_rows, weight[columns], _select(bias, columns), out=logits[:, columns])
+            multiply(hidden_rows, weight[columns], select(bias, columns), out=logits[:, columns])
         t = temperature if temperature.numel() == 1 else temperature[rows]
         table[:, rows], sizes[rows] = implementation.forward(
-            logits[None], _select(token_ids, rows), None, t, top_p, softcap, n_cols
+            logits[None], select(token_ids, rows), None, t, top_p, softcap, n_cols
         )
     return table, sizes
 
@@ -165,21 +86,21 @@ def linear_token_stats_backward(
     if valid is not None:
         kept = valid.nonzero().squeeze(1)
         hidden, d_table, table = hidden[kept], d_table[:, kept].contiguous(), table[:, kept].contiguous()
-        token_ids = _select(token_ids, kept)
+        token_ids = select(token_ids, kept)
         temperature = temperature if temperature.numel() == 1 else temperature[kept]
     total = torch.zeros(hidden.shape if needs_hidden else 0, dtype=torch.float32, device=hidden.device)
     chunks = choose_chunks(len(hidden), n_cols, hidden.shape[1], hidden.dtype, chunk_rows)
     buffer = torch.empty(len(hidden) * chunks.columns, dtype=hidden.dtype, device=hidden.device)
-    for columns in _blocks(n_cols, chunks.columns):
+    for columns in blocks(n_cols, chunks.columns):
         n_columns = columns.stop - columns.start
         logits = buffer[: len(hidden) * n_columns].view(len(hidden), n_columns)
         for rows in tiles(len(hidden), chunks.rows, hidden.dtype):
-            _multiply(hidden[rows], weight[columns], _select(bias, columns), out=logits[rows])
+            multiply(hidden[rows], weight[columns], select(bias, columns), out=logits[rows])
         implementation.backward(
             d_table, table, logits[None], token_ids, None, temperature, softcap, n_columns, logits[None], columns.start
         )
         if needs_hidden:
-            _add_product(total, logits, weight[columns])
+            add_product(total, logits, weight[columns])
         if needs_weight:
             torch.mm(logits.T, hidden, out=d_weight[columns])
         if needs_bias:
@@ -266,12 +187,8 @@ def linear_token_stats(
     Raises:
         TypeError, ValueError: as `token_stats`, and for hidden, weight, bias or chunk_rows that do not fit.
     """
-    hidden, weight, bias = _prepare(hidden, weight, bias)
-    if chunk_rows is not None and chunk_rows < 1:
-        raise ValueError(f"chunk_rows must be at least 1, got {chunk_rows}")
-    # A tensor without memory, of the shape and dtype of the logits that never exist as a whole.
-    logits_like = hidden[..., :1].expand(*hidden.shape[:-1], weight.shape[0])
-    operator.check_arguments(logits_like, token_ids, valid, top_p, temperature, softcap, vocab_size)
+    hidden, weight, bias = prepare(hidden, weight, bias, chunk_rows)
+    logits_like = operator.check_head(hidden, weight, token_ids, valid, top_p, temperature, softcap, vocab_size)
     backend = operator.resolve_backend(backend, hidden.device)
     if backend == "reference":
         return reference.linear_token_stats(
@@ -291,29 +208,3 @@ def linear_token_stats(
         backend,
     )
     return operator.as_token_stats(table, sizes, shape, token_ids is not None)
-
-
-def _prepare(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The inputs checked, gathered if sharded, and cast if autocast is on."""
-    for name, value in (("hidden", hidden), ("weight", weight), ("bias", bias)):
-        if not isinstance(value, Tensor) and not (name == "bias" and value is None):
-            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
-    if hidden.dim() == 0 or weight.dim() != 2 or hidden.shape[-1] != weight.shape[1]:
-        raise ValueError(
-            f"hidden must have shape [..., D] and weight [V, D], got {tuple(hidden.shape)} and {tuple(weight.shape)}"
-        )
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias must have shape [V], ({weight.shape[0]},), got {tuple(bias.shape)}")
-    weight = weight.full_tensor() if hasattr(weight, "full_tensor") else weight
-    bias = bias.full_tensor() if bias is not None and hasattr(bias, "full_tensor") else bias
-    device = hidden.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        hidden, weight = hidden.to(dtype), weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
-    for name, value in (("weight", weight), ("bias", bias)):
-        if value is not None and value.dtype != hidden.dtype:
-            raise TypeError(f"{name} must have the dtype of hidden, {hidden.dtype}, got {value.dtype}")
-        if value is not None and value.device != hidden.device:
-            raise ValueError(f"{name} must be on the device of hidden, {hidden.device}, got {value.device}")
-    return hidden, weight, bias

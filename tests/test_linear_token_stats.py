@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import paec_kernels as pk
 from paec_kernels import reference
+from paec_kernels.linear_chunks import choose_chunks
 
 # By name: the package's attributes of these names are the functions.
 module = importlib.import_module("paec_kernels.linear_token_stats")
@@ -155,18 +156,18 @@ def test_one_chunk_size_gives_one_result_and_others_round_differently():
 
 def test_the_budget_decides_the_chunk(monkeypatch):
     monkeypatch.setenv("PAEC_CHUNK_BYTES", str(1 << 20))
-    assert module.choose_chunks(4096, 1000, 64, torch.float32, 0) == (256, 64)
+    assert choose_chunks(4096, 1000, 64, torch.float32, 0) == (256, 64)
     # Beside the float32 sum of 4096 x 64 nothing is left of 1 MiB: a quarter of it.
-    assert module.choose_chunks(4096, 1000, 64, torch.bfloat16, 0) == (512, 32)
-    assert module.choose_chunks(10, 1000, 64, torch.float32, 0) == (10, 1000)
-    assert module.choose_chunks(0, 1000, 64, torch.float32, 0).rows == 1
+    assert choose_chunks(4096, 1000, 64, torch.bfloat16, 0) == (512, 32)
+    assert choose_chunks(10, 1000, 64, torch.float32, 0) == (10, 1000)
+    assert choose_chunks(0, 1000, 64, torch.float32, 0).rows == 1
     monkeypatch.setenv("PAEC_CHUNK_BYTES", "1")
-    assert module.choose_chunks(4096, 1000, 64, torch.float32, 0) == (1, 1)
+    assert choose_chunks(4096, 1000, 64, torch.float32, 0) == (1, 1)
 
 
 def test_default_chunk_is_under_5_percent_of_the_logits():
     n, width, n_cols = 16_384, 2_048, 151_936
-    chunks = module.choose_chunks(n, n_cols, width, torch.bfloat16, 0)
+    chunks = choose_chunks(n, n_cols, width, torch.bfloat16, 0)
     logits = 2 * n * n_cols
     assert 2 * chunks.rows * n_cols < 0.05 * logits
     assert 2 * chunks.columns * n + 4 * n * width < 0.05 * logits
@@ -211,12 +212,12 @@ def test_scoring_keeps_nothing(monkeypatch):
     monkeypatch.setenv("PAEC_CHUNK_BYTES", str(1 << 20))
     case = head(512, 32, 20_000)
     products = []
-    multiply = module._multiply
-    monkeypatch.setattr(module, "_multiply", lambda *a, **k: (products.append(1), multiply(*a, **k)))
+    multiply = module.multiply
+    monkeypatch.setattr(module, "multiply", lambda *a, **k: (products.append(1), multiply(*a, **k)))
     with torch.no_grad():
         stats = pk.linear_token_stats(case.hidden, case.weight.requires_grad_(), case.token_ids)
     assert not stats.entropy.requires_grad
-    tiles = math.ceil(512 / 13) * math.ceil(20_000 / module.choose_chunks(512, 20_000, 32, torch.float32, 0).columns)
+    tiles = math.ceil(512 / 13) * math.ceil(20_000 / choose_chunks(512, 20_000, 32, torch.float32, 0).columns)
     assert len(products) == tiles
 
 

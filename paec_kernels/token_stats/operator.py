@@ -86,6 +86,22 @@ def check_arguments(
         raise ValueError(f"vocab_size must be in [1, {logits.shape[-1]}], the columns of logits, got {vocab_size}")
 
 
+def check_head(
+    hidden: Tensor,
+    weight: Tensor,
+    token_ids: Tensor | None,
+    valid: Tensor | None,
+    top_p: float,
+    temperature: float | Tensor,
+    softcap: float | None,
+    vocab_size: int | None,
+) -> Tensor:
+    """`check_arguments` for the logits of a linear head. Returns a stand-in of their shape that takes no memory."""
+    logits = hidden[..., :1].expand(*hidden.shape[:-1], weight.shape[0])
+    check_arguments(logits, token_ids, valid, top_p, temperature, softcap, vocab_size)
+    return logits
+
+
 def check_values(token_ids: Tensor | None, valid: Tensor | None, temperature: Tensor, vocab_size: int) -> None:
     """What only the values tell: token ids in range, temperatures positive, in rows that are valid.
 

@@ -6,8 +6,12 @@ to the bit, on the batch it sits in. Entropies are in nats; z are logits, x = z 
 tanh(z / softcap) / T), d = x - max(x), so that nothing cancels where logits are large, e = exp(d), Z = sum e.
 """
 
+import functools
 import math
-from collections.abc import Iterator
+import os
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import NamedTuple
 
 import torch
@@ -18,7 +22,7 @@ from paec_kernels.token_stats import layout
 
 BLOCK = 64  # columns in a block; the best k tokens lie in the k blocks with the largest maxima
 SHORT_LIST = 128  # tokens in the first, cheap attempt at a nucleus
-CHUNK_BYTES_PER_THREAD = 2 << 20  # of one scratch buffer: cache, against the price of a call
+CHUNK_BYTES_PER_THREAD = 2 << 20  # of one scratch buffer: small for the cache, large against a call's price
 CHUNK_BYTES_OFF_CPU = 1 << 26  # other devices prefer few, large launches
 LOWEST = -150.0  # of d: exp(-150) is 0 in float32, and 0 * -150 is 0 where 0 * -inf is NaN
 
@@ -70,12 +74,13 @@ def forward(
     n_rows = logits.shape[0] * logits.shape[1]
     table = torch.zeros(layout.N_ROWS, n_rows, device=logits.device)
     nucleus_size = torch.zeros(n_rows, dtype=torch.int32, device=logits.device)
-    logits, temperature = logits[..., :vocab_size], temperature.expand(n_rows)
-    scratch = allocate(n_rows, vocab_size, logits.device)
-    for rows, index in row_chunks(logits, valid, len(scratch.z)):
-        chunk = load(logits[index], scratch)
+    temperature = temperature.expand(n_rows)
+
+    def fill(rows: Tensor, index: tuple, chunk: Scratch) -> None:
         ids = None if token_ids is None else token_ids[rows]
         table[:, rows], nucleus_size[rows] = chunk_statistics(chunk, ids, temperature[rows], top_p, softcap)
+
+    for_each_chunk(fill, logits[..., :vocab_size], valid)
     return table, nucleus_size
 
 
@@ -104,24 +109,71 @@ def backward(
     out[..., vocab_size:] = 0
     if valid is not None:
         out[~valid.view(out.shape[:2])] = 0
-    logits, out, temperature = logits[..., :vocab_size], out[..., :vocab_size], temperature.expand(n_rows)
-    scratch = allocate(n_rows, vocab_size, logits.device)
-    for rows, index in row_chunks(logits, valid, len(scratch.z)):
-        chunk = load(logits[index], scratch)
+    out, temperature = out[..., :vocab_size], temperature.expand(n_rows)
+
+    def write(rows: Tensor, index: tuple, chunk: Scratch) -> None:
         ids = None if token_ids is None else token_ids[rows]
         d_stats, stats = d_table[:, rows], table[:, rows]
         grad = chunk_gradient(chunk, d_stats, stats, ids, temperature[rows], softcap, first_column)
         out[index] = grad[:, :vocab_size].to(out.dtype)
 
+    for_each_chunk(write, logits[..., :vocab_size], valid)
 
-def allocate(n_rows: int, vocab_size: int, device: torch.device) -> Scratch:
-    """Scratch of as many rows as a chunk shall have, at least one."""
+
+def for_each_chunk(work: Callable[[Tensor, tuple, Scratch], None], logits: Tensor, valid: Tensor | None) -> None:
+    """Calls ``work(rows, index, chunk)`` for every chunk of valid rows, on a CPU in as many threads as PyTorch has.
+
+    Args:
+        work: is given the rows' numbers ``[r]``, what picks them from ``[B, L]``, and their logits in ``chunk.z``.
+        logits: ``[B, L, V]``, read chunk by chunk.
+    """
+    batch, length, vocab_size = logits.shape
+    on_cpu = logits.device.type == "cpu"
+    n_threads = torch.get_num_threads() if on_cpu else 1
     width = BLOCK * math.ceil(vocab_size / BLOCK)
-    threads = min(torch.get_num_threads(), 8)
-    chunk_bytes = CHUNK_BYTES_PER_THREAD * threads if device.type == "cpu" else CHUNK_BYTES_OFF_CPU
-    chunk_rows = max(1, min(n_rows, chunk_bytes // (4 * width)))
-    z, d, e = (torch.full((chunk_rows, width), -math.inf, device=device) for _ in range(3))
-    return Scratch(z, d, e)
+    chunk_bytes = CHUNK_BYTES_PER_THREAD if on_cpu else CHUNK_BYTES_OFF_CPU
+    chunk_rows = max(1, min(math.ceil(batch * length / n_threads), chunk_bytes // (4 * width)))
+    chunks = list(row_chunks(logits, valid, chunk_rows))
+    n_threads = min(n_threads, len(chunks))
+    inference = torch.is_inference_mode_enabled()
+    remaining = iter(chunks)  # shared: whichever thread is free takes the next chunk
+
+    def worker() -> None:
+        with torch.inference_mode(inference), torch.no_grad():  # a thread starts with modes of its own
+            scratch = Scratch(*(torch.full((chunk_rows, width), -math.inf, device=logits.device) for _ in range(3)))
+            for rows, index in remaining:
+                chunk = Scratch(*(buffer[: len(rows)] for buffer in scratch))
+                chunk.z[:, :vocab_size] = logits[index]
+                work(rows, index, chunk)
+
+    if torch.get_num_threads() == 1 or not on_cpu:
+        worker()
+    else:
+        pool = serial_threads(torch.get_num_threads(), os.getpid())
+        futures = [pool.submit(worker) for _ in range(n_threads)]
+        wait(futures)
+        for future in futures:
+            future.result()
+
+
+@functools.cache
+def serial_threads(n_threads: int, process_id: int) -> ThreadPoolExecutor:
+    """Threads in which PyTorch runs every operation serially; a forked process needs its own, hence its id.
+
+    Many short operations, each split among threads, wait for each other at its end: where other programs use the
+    cores too, that took 70 times as long as eager PyTorch's few long ones. Serial operations on separate chunks
+    do not wait; and since none is split, their rounding does not depend on the number of threads.
+    """
+
+    def start() -> None:
+        torch.get_num_threads()  # PyTorch initialises a thread's number at the first look, which must not come later
+        torch.set_num_threads(1)
+
+    pool = ThreadPoolExecutor(n_threads, "paec-torch", start)
+    started = threading.Barrier(n_threads)
+    wait([pool.submit(started.wait) for _ in range(n_threads)])
+    torch.set_num_threads(n_threads)  # for threads that start from now on, as ``start`` changed their default too
+    return pool
 
 
 def row_chunks(logits: Tensor, valid: Tensor | None, chunk_rows: int) -> Iterator[tuple[Tensor, tuple]]:
@@ -135,14 +187,6 @@ def row_chunks(logits: Tensor, valid: Tensor | None, chunk_rows: int) -> Iterato
             yield chunk, (first // length, slice(first % length, last % length + 1))
         else:
             yield chunk, (chunk // length, chunk % length)
-
-
-def load(rows: Tensor, scratch: Scratch) -> Scratch:
-    """Copies ``[r, vocab_size]`` logits into the scratch, and returns its first r rows."""
-    n_rows, vocab_size = rows.shape
-    chunk = Scratch(*(buffer[:n_rows] for buffer in scratch))
-    chunk.z[:, :vocab_size] = rows
-    return chunk
 
 
 def chunk_statistics(
@@ -159,11 +203,11 @@ def chunk_statistics(
     if token_ids is not None:
         d_token = (x.gather(1, token_ids.clamp(min=0)[:, None]).squeeze(1) - top) / temperature
     shifted_exp(x, top, temperature, d, e)
-    total = row_sums(e)
+    total = e.sum(-1)
     log_total = total.log()
 
     nucleus = select_nucleus(chunk, best, total, top_p) if top_p < 1 else whole_vocabulary(z, total)
-    entropy = log_total - row_sums(d.mul_(e)) / total
+    entropy = log_total - d.mul_(e).sum(-1) / total
     log_mass = nucleus.mass.log()
 
     stats = torch.zeros(layout.N_ROWS, len(z), device=z.device)
@@ -262,16 +306,10 @@ def soft_capped(z: Tensor, softcap: float, out: Tensor) -> Tensor:
 def shifted_exp(x: Tensor, top: Tensor, temperature: Tensor, d: Tensor, e: Tensor) -> None:
     """d = max((x - top) / T, LOWEST) and e = exp(d), into the buffers.
 
-    Not ``torch.softmax``: its exp is a coarser one (Z off by 2e-5 at V = 49,152). Not ``exp2``: PyTorch ends a
-    thread's share of the elements with other code than it began, so a row's bits would depend on its place.
+    Not ``torch.softmax``, whose exp is a coarser one: Z is off by 2e-5 at V = 49,152.
     """
     torch.sub(x, top[:, None], out=d).mul_(1 / temperature[:, None]).clamp_(min=LOWEST)
     torch.exp(d, out=e)
-
-
-def row_sums(rows: Tensor) -> Tensor:
-    """Sum of each row. In halves: a sum with a single result is split among threads, and rounds differently."""
-    return rows.view(len(rows), 2, -1).sum(-1).sum(-1)
 
 
 def select_nucleus(chunk: Scratch, best: Tensor, total: Tensor, top_p: float) -> Nucleus:
