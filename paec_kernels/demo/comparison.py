@@ -1,11 +1,11 @@
 """The operator against eager PyTorch on the same logits: errors first, then time and peak memory."""
 
-import json
-import os
+import multiprocessing
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 import paec_kernels as pk
+from paec_kernels.demo import peak_memory
 
 Stats = tuple[Tensor, Tensor, Tensor, Tensor]  # logp, entropy, nucleus entropy, margin: [N] each, in nats
 CHECKED_ROWS = 96  # held against float64, whose own run would otherwise take the most memory
@@ -35,7 +36,7 @@ Way = Callable[[Job, Tensor], Stats]
 @dataclass(frozen=True)
 class Side:
     seconds: float  # forward and backward together, median
-    peak_bytes: int  # allocated at once beyond the logits; the gradient's own N x V is part of it
+    peak_bytes: int  # held at once beyond the logits; the gradient's own N x V is part of it
     stats_error: float  # largest, against float64, nats
     gradient_error: float  # largest, against float64, relative to the largest gradient
 
@@ -131,8 +132,7 @@ def _run(job: Job, way: Way) -> tuple[Stats, Tensor]:
 
 def _errors(job: Job, ways: tuple[Way, ...]) -> list[tuple[float, float]]:
     """Largest error of the statistics, and of the gradient relative to its largest entry, for each way."""
-    n = CHECKED_ROWS
-    some = Job(job.logits[:n], job.token_ids[:n], job.top_p, job.logp_weight[:n], job.entropy_weight[:n])
+    some = _first_rows(job, CHECKED_ROWS)
     true_stats, true_gradient = _run(some._replace(logits=some.logits.double()), by_reference)
     scale = true_gradient.abs().max()
     errors = []
@@ -152,28 +152,33 @@ def _seconds(job: Job, way: Way) -> float:
 
 
 def _peak_bytes(job: Job, way: Way) -> int:
-    """The most that one run holds at once, as PyTorch's allocator counts it."""
+    """The most that one run holds at once: of PyTorch's allocator on a GPU, of a new process on the CPU.
+
+    On the CPU the profiler would miss what the operator's own threads allocate, and this process keeps freed
+    memory that a run would use again unseen.
+    """
     device = job.logits.device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         _run(job, way)
         return torch.cuda.max_memory_allocated(device) - before
-    # The profiler sees each allocation on the CPU, those inside an operator too, which a dispatch mode does
-    # not; and unlike the resident set size it does not depend on what was freed before.
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # keeps the profiler's own log off the terminal
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        _run(job, way)
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "trace.json"
-        profile.export_chrome_trace(str(path))
-        events = json.loads(path.read_text())["traceEvents"]
-    changes = [event for event in events if event.get("name") == "[memory]"]
-    in_use = peak = 0
-    for event in sorted(changes, key=lambda event: event["ts"]):
-        in_use += event["args"]["Bytes"]
-        peak = max(peak, in_use)
-    return peak
+        path = Path(folder) / "job.pt"
+        torch.save(job._asdict(), path)
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+            return process.submit(_peak_bytes_in_new_process, path, way, torch.get_num_threads()).result()
+
+
+def _peak_bytes_in_new_process(path: Path, way: Way, n_threads: int) -> int:
+    torch.set_num_threads(n_threads)
+    job = Job(**torch.load(path, weights_only=True))
+    _run(_first_rows(job, 2), way)  # loads code and starts threads
+    return peak_memory.growth(lambda: _run(job, way))
+
+
+def _first_rows(job: Job, n: int) -> Job:
+    return Job(job.logits[:n], job.token_ids[:n], job.top_p, job.logp_weight[:n], job.entropy_weight[:n])
 
 
 def _synchronize(device: torch.device) -> None:

@@ -1,8 +1,10 @@
+import threading
+
 import pytest
 import torch
 
 pytest.importorskip("transformers", reason="needs the demo's packages: pip install 'paec-kernels[demo]'")
-from paec_kernels.demo import comparison
+from paec_kernels.demo import comparison, peak_memory
 from paec_kernels.demo.comparison import Job, Stats, compare
 
 
@@ -38,11 +40,16 @@ def test_nothing_is_reported_when_the_operator_is_wrong(job: Job, monkeypatch: p
         compare(job, repeats=1)
 
 
-def test_peak_bytes_counts_what_is_held_at_once(job: Job) -> None:
-    def two_buffers(job: Job, logits: torch.Tensor) -> Stats:
-        torch.empty(10 * 2**20, dtype=torch.uint8)  # freed before the next one, so not part of the peak
-        held = torch.empty(20 * 2**20, dtype=torch.uint8)
-        row = logits[:, 0] + held[0]
-        return row, row, row, row
+def test_peak_memory_is_what_is_held_at_once_in_any_thread() -> None:
+    mib = 2**20
 
-    assert 20 * 2**20 <= comparison._peak_bytes(job, two_buffers) < 21 * 2**20
+    def allocate() -> None:
+        def one_after_the_other() -> None:
+            torch.ones(100 * mib, dtype=torch.uint8)
+            torch.ones(60 * mib, dtype=torch.uint8)
+
+        thread = threading.Thread(target=one_after_the_other)
+        thread.start()
+        thread.join()
+
+    assert 95 * mib < peak_memory.growth(allocate) < 110 * mib
