@@ -3,8 +3,8 @@
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 JOBS ?= 2
-# Idle OpenMP threads sleep. Spinning, they take the cores from whatever else runs: with two other busy
-# processes on two cores the torch backend was 40 times slower.
+# Idle OpenMP threads sleep. Spinning, they take the cores from whatever else runs: beside two other busy
+# processes on two cores, make demo took five times as long.
 export OMP_WAIT_POLICY ?= PASSIVE
 # cpu or cuda. PyPI's Linux wheel of torch brings gigabytes of CUDA libraries, so without an NVIDIA driver the CPU
 # build is taken: from pip's own sources if they hold it, else from the index of CPU wheels that TORCH_CPU_INDEX
