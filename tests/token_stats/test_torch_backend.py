@@ -175,9 +175,24 @@ def test_wide_nuclei_cost_no_sort_of_the_vocabulary(monkeypatch):
     assert 0 < max(sorted_widths) < 4 * size.max() < 49_152
 
 
+def test_the_whole_vocabulary_is_a_nucleus_at_top_p_1():
+    logits = mixed_rows(17)
+    stats = pk.token_stats(logits, top_p=1.0, backend="torch")
+    assert torch.equal(stats.nucleus_entropy, stats.entropy)
+    assert torch.equal(stats.nucleus_size, (logits > -math.inf).sum(-1).int())
+    only_entropy, only_nucleus_entropy = torch.eye(3)[1:, :, None].expand(2, 3, 17)
+    gradients = [
+        gradient_of(lambda z: pk.token_stats(z, top_p=1.0, backend="torch"), logits, weights)
+        for weights in (only_entropy, only_nucleus_entropy)
+    ]
+    assert gradients[0].abs().amax(-1).count_nonzero() > 10
+    assert torch.equal(*gradients)
+
+
 def test_threads_keep_their_settings(n_threads):
     seen = []
     logits = flat(64, 3000)
+    torch_backend.serial_threads.cache_clear()  # it is their start that touches the settings
     pk.token_stats(logits, backend="torch")
     for _ in range(2):
         thread = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
