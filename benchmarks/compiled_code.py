@@ -77,7 +77,7 @@ def _signature(kernel: str, dtype: str) -> dict[str, str]:
             **logits,
             **ROW_ARGUMENTS,
             **{"stats_ptr": "*fp32", "d_stats_ptr": "*fp32"},
-            **{"n_rows": "i32", "n_inner": "i32", "n_cols": "i32", "width": "i32", "softcap": "fp32"},
+            **{"n_rows": "i32", "n_inner": "i32", "n_cols": "i32", "width": "i32", "softcap": "fp32", "first_column": "i32"},
             **{"HAS_SOFTCAP": "constexpr", "BLOCK": "constexpr"},
         }
     return {
