@@ -72,7 +72,7 @@ def forward(
         The table float32 ``[layout.N_ROWS, B * L]``, and nucleus_size int32 ``[B * L]``.
     """
     n_rows = logits.shape[0] * logits.shape[1]
-    table = torch.zeros(layout.N_ROWS, n_rows, device=logits.device)
+    table = torch.zeros(layout.N_ROWS, n_rows, dtype=torch.float32, device=logits.device)
     nucleus_size = torch.zeros(n_rows, dtype=torch.int32, device=logits.device)
     temperature = temperature.expand(n_rows)
 
@@ -134,23 +134,22 @@ def for_each_chunk(work: Callable[[Tensor, tuple, Scratch], None], logits: Tenso
     chunk_bytes = CHUNK_BYTES_PER_THREAD if on_cpu else CHUNK_BYTES_OFF_CPU
     chunk_rows = max(1, min(math.ceil(batch * length / n_threads), chunk_bytes // (4 * width)))
     chunks = list(row_chunks(logits, valid, chunk_rows))
-    n_threads = min(n_threads, len(chunks))
     inference = torch.is_inference_mode_enabled()
     remaining = iter(chunks)  # shared: whichever thread is free takes the next chunk
 
     def worker() -> None:
         with torch.inference_mode(inference), torch.no_grad():  # a thread starts with modes of its own
-            scratch = Scratch(*(torch.full((chunk_rows, width), -math.inf, device=logits.device) for _ in range(3)))
+            scratch = Scratch(*(logits.new_full((chunk_rows, width), -math.inf, dtype=torch.float32) for _ in range(3)))
             for rows, index in remaining:
                 chunk = Scratch(*(buffer[: len(rows)] for buffer in scratch))
                 chunk.z[:, :vocab_size] = logits[index]
                 work(rows, index, chunk)
 
-    if torch.get_num_threads() == 1 or not on_cpu:
+    if n_threads == 1:
         worker()
     else:
-        pool = serial_threads(torch.get_num_threads(), os.getpid())
-        futures = [pool.submit(worker) for _ in range(n_threads)]
+        pool = serial_threads(n_threads, os.getpid())
+        futures = [pool.submit(worker) for _ in chunks[:n_threads]]
         wait(futures)
         for future in futures:
             future.result()
@@ -210,7 +209,7 @@ def chunk_statistics(
     entropy = log_total - d.mul_(e).sum(-1) / total
     log_mass = nucleus.mass.log()
 
-    stats = torch.zeros(layout.N_ROWS, len(z), device=z.device)
+    stats = z.new_zeros(layout.N_ROWS, len(z))
     if token_ids is not None:
         stats[layout.LOGP] = torch.where(token_ids == IGNORE_INDEX, 0.0, d_token - log_total)
     stats[layout.ENTROPY] = entropy
@@ -370,7 +369,7 @@ def nucleus_of_sorted(z: Tensor, d: Tensor, e: Tensor, target: Tensor) -> Nucleu
     return Nucleus(
         size,
         threshold.squeeze(1),
-        (size - n_above) / n_tied,
+        (size - n_above).to(z.dtype) / n_tied,
         cumulative.gather(1, last).squeeze(1),
         (e * d).cumsum(-1).gather(1, last).squeeze(1),
     )

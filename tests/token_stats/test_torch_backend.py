@@ -234,6 +234,21 @@ def test_a_forked_process_gets_threads_of_its_own():
     assert queue.get() == expected.tolist()
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_default_dtype_changes_nothing(dtype):
+    logits = TIED["across its end"][None]
+    expected, _ = table_of(logits)
+    one = torch.ones(1)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        table, _ = table_of(logits, temperature=one)
+    finally:
+        torch.set_default_dtype(before)
+    assert table.dtype == torch.float32
+    assert torch.equal(table, expected)
+
+
 def test_inference_mode():
     logits = flat(40, 3000)
     expected = pk.token_stats(logits, backend="torch").entropy
