@@ -1,9 +1,9 @@
 """Token statistics in chunked PyTorch: the path for CPUs and for devices without Triton.
 
-Rows are taken a few at a time, so that a chunk stays in cache, into float32 scratch that every chunk reuses.
-No sum here spans more than one row or depends on how many rows there are, so a row's result does not depend,
-to the bit, on the batch it sits in. Entropies are in nats; z are logits, x = z / T (or softcap *
-tanh(z / softcap) / T), d = x - max(x), so that nothing cancels where logits are large, e = exp(d), Z = sum e.
+Rows are taken a few at a time, so that a chunk stays in cache, into float32 scratch that a thread's chunks reuse.
+No sum here spans more than one row, and on a CPU none is split, so that a row's result does not depend, to the bit,
+on the batch it sits in. Entropies are in nats; z are logits, x = z / T (or softcap * tanh(z / softcap) / T),
+d = x - max(x), so that nothing cancels where logits are large, e = exp(d), Z = sum e.
 """
 
 import functools
