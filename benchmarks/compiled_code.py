@@ -53,37 +53,41 @@ def candidate_search_kernel(
     tl.store(out_ptr, tau + weight + mass + weighted + size + n_suspect + found + reached)
 
 
+def _integers(*names: str) -> dict[str, str]:
+    return dict.fromkeys(names, "i32")
+
+
+def _constants(*names: str) -> dict[str, str]:
+    return dict.fromkeys(names, "constexpr")
+
+
 def _signature(kernel: str, dtype: str) -> dict[str, str]:
-    logits = {
-        "logits_ptr": f"*{dtype}",
-        "stride_outer": "i64",
-        "stride_inner": "i64",
-        "stride_col": "constexpr",
-    }
+    logits = {"logits_ptr": f"*{dtype}", "stride_outer": "i64", "stride_inner": "i64", "stride_col": "constexpr"}
     if kernel == "forward":
-        return {
-            **logits,
-            **ROW_ARGUMENTS,
-            **{"stats_ptr": "*fp32", "size_ptr": "*i32", "scratch_ptr": "*i32"},
-            **{"n_rows": "i32", "n_inner": "i32", "n_cols": "i32", "top_p": "fp32", "softcap": "fp32"},
-            **{"SHIFT": "constexpr", "HAS_SOFTCAP": "constexpr", "LANES": "constexpr"},
-        }
+        return (
+            logits
+            | ROW_ARGUMENTS
+            | {"stats_ptr": "*fp32", "size_ptr": "*i32", "scratch_ptr": "*i32"}
+            | _integers("n_rows", "n_inner", "n_cols")
+            | {"top_p": "fp32", "softcap": "fp32"}
+            | _constants("SHIFT", "HAS_SOFTCAP", "LANES")
+        )
     if kernel == "backward":
-        return {
-            **{
-                f"d_{name.removesuffix('_ptr')}{'_ptr' if name.endswith('_ptr') else ''}": t
-                for name, t in logits.items()
-            },
-            **logits,
-            **ROW_ARGUMENTS,
-            **{"stats_ptr": "*fp32", "d_stats_ptr": "*fp32"},
-            **{"n_rows": "i32", "n_inner": "i32", "n_cols": "i32", "width": "i32", "softcap": "fp32", "first_column": "i32"},
-            **{"HAS_SOFTCAP": "constexpr", "BLOCK": "constexpr"},
-        }
-    return {
-        **{"first_ptr": "*fp32", "second_ptr": "*fp32", "out_ptr": "*fp32", "low": "i32", "high": "i32"},
-        **{"target": "fp32", "top": "fp32", "scale": "fp32", "SHIFT": "constexpr", "LANES": "constexpr"},
-    }
+        return (
+            {f"d_{name}": annotation for name, annotation in logits.items()}
+            | logits
+            | ROW_ARGUMENTS
+            | {"stats_ptr": "*fp32", "d_stats_ptr": "*fp32"}
+            | _integers("n_rows", "n_inner", "n_cols", "width")
+            | {"softcap": "fp32", "first_column": "i32"}
+            | _constants("HAS_SOFTCAP", "BLOCK")
+        )
+    return (
+        {"first_ptr": "*fp32", "second_ptr": "*fp32", "out_ptr": "*fp32"}
+        | _integers("low", "high")
+        | {"target": "fp32", "top": "fp32", "scale": "fp32"}
+        | _constants("SHIFT", "LANES")
+    )
 
 
 def compile_kernel(kernel: str, target: str = "sm_90", dtype: str = "bf16", softcap: bool = False) -> Any:
