@@ -15,7 +15,7 @@ from torch import Tensor
 import paec_kernels as pk
 from paec_kernels.demo import comparison, model, picture, report, rollout, terminal
 from paec_kernels.demo.questions import QUESTIONS, messages, reward
-from paec_kernels.demo.step import score, take_step
+from paec_kernels.demo.step import Head, score, take_step
 
 # The default waits for 4 steps. With 1, the floor is set by this step and can be shown right after it.
 CONFIG = pk.PAECConfig(anchor_steps=1)
@@ -43,6 +43,10 @@ class Options:
     """Of the sampling and of all statistics."""
     learning_rate: float = 1e-5
     """Of AdamW."""
+    linear: bool = False
+    """Take all statistics from hidden states, with logits that exist a chunk at a time."""
+    chunk_rows: int = 64
+    """Rows of logits in such a chunk."""
     compare_rows: int = 384
     """Rows of the logits on which the operator is compared with eager PyTorch."""
     repeats: int = 5
@@ -51,7 +55,7 @@ class Options:
     def __post_init__(self) -> None:
         if not 1 <= self.questions <= len(QUESTIONS):
             raise ValueError(f"questions must be 1 to {len(QUESTIONS)}, got {self.questions}")
-        for name in ("answers", "max_new_tokens", "compare_rows", "repeats"):
+        for name in ("answers", "max_new_tokens", "chunk_rows", "compare_rows", "repeats"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("temperature", "learning_rate"):
@@ -69,6 +73,7 @@ def run(options: Options, console: Console) -> report.Report:
         policy, tokenizer = model.load(device)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=options.learning_rate, weight_decay=0.0)
     paec = pk.PAEC(CONFIG).to(device)
+    head = Head(options.temperature, CONFIG.top_p, options.chunk_rows if options.linear else 0)
     asked = list(QUESTIONS[: options.questions])
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -106,40 +111,45 @@ def run(options: Options, console: Console) -> report.Report:
         kept: list[Tensor] = []
         with stage("score", len(micro_batches)) as bar:
 
-            def keep(batch: rollout.Rollout, logits: Tensor) -> None:
+            def keep(batch: rollout.Rollout, hidden: Tensor) -> None:
                 missing = options.compare_rows - sum(len(rows) for rows in kept)
-                kept.append(logits[batch.valid][:missing] / options.temperature)
+                kept.append(hidden[batch.valid][:missing])
                 progress.advance(bar)
 
-            before = score(policy, paec, micro_batches, options.temperature, keep)
+            before = score(policy, head, paec, micro_batches, keep)
         mask = pk.PAEC(CONFIG)(before.stats, answers.valid).mask
 
         with stage("step", len(micro_batches)) as bar:
             result = take_step(
                 policy,
+                head,
                 optimizer,
                 paec,
                 micro_batches,
                 advantages.flatten(),
                 before,
-                options.temperature,
                 lambda: progress.advance(bar),
             )
         with stage("score again", len(micro_batches)) as bar:
-            after = score(policy, paec, micro_batches, options.temperature, lambda *_: progress.advance(bar))
+            after = score(policy, head, paec, micro_batches, lambda *_: progress.advance(bar))
 
+        hidden = torch.cat(kept)
+        n = len(hidden)
+        weight = policy.lm_head.weight.detach()
+        job = comparison.Job(
+            hidden @ weight.T / options.temperature,
+            answers.token_ids[answers.valid][:n],
+            CONFIG.top_p,
+            -advantages.flatten()[:, None].expand_as(mask)[answers.valid][:n] / answers.valid.sum(),
+            -CONFIG.beta * mask[answers.valid][:n] / mask.sum(),
+        )
         with stage("compare with eager", comparison.runs(options.repeats)) as bar:
-            logits = torch.cat(kept)
-            kept.clear()
-            n = len(logits)
-            job = comparison.Job(
-                logits,
-                answers.token_ids[answers.valid][:n],
-                CONFIG.top_p,
-                -advantages.flatten()[:, None].expand_as(mask)[answers.valid][:n] / answers.valid.sum(),
-                -CONFIG.beta * mask[answers.valid][:n] / mask.sum(),
-            )
-            compared = comparison.compare(job, options.repeats, lambda: progress.advance(bar))
+            compared = comparison.against_eager(job, options.repeats, lambda: progress.advance(bar))
+        compared_linear = None
+        if options.linear:
+            job = job._replace(rows=hidden, head=weight, temperature=options.temperature, chunk_rows=options.chunk_rows)
+            with stage("compare with logits", comparison.runs(options.repeats)) as bar:
+                compared_linear = comparison.against_logits(job, options.repeats, lambda: progress.advance(bar))
 
     return report.Report(
         model=model.NAME,
@@ -153,6 +163,7 @@ def run(options: Options, console: Console) -> report.Report:
         batch_after=report.batch(after, answers.valid),
         logp_change=report.logp_change(before.logp, after.logp, answers.valid, rewards.flatten()),
         comparison=compared,
+        comparison_linear=compared_linear,
         seconds=seconds,
     )
 

@@ -1,4 +1,4 @@
-"""The operator against eager PyTorch on the same logits: errors first, then time and peak memory."""
+"""Two ways to the same statistics on the same input, side by side: errors first, then time and peak memory."""
 
 import multiprocessing
 import statistics
@@ -23,11 +23,14 @@ CHECKED_ROWS = 96  # held against float64, whose own run would otherwise take th
 class Job(NamedTuple):
     """Statistics of N rows, and the gradient of sum(logp * logp_weight + entropy * entropy_weight)."""
 
-    logits: Tensor  # [N, V], temperature applied
+    rows: Tensor  # [N, V] logits, or [N, D] hidden states where there is a head
     token_ids: Tensor  # int64 [N]
     top_p: float
     logp_weight: Tensor  # [N]
     entropy_weight: Tensor  # [N]
+    head: Tensor | None = None  # [V, D]
+    temperature: float = 1.0
+    chunk_rows: int = 0
 
 
 Way = Callable[[Job, Tensor], Stats]
@@ -36,7 +39,7 @@ Way = Callable[[Job, Tensor], Stats]
 @dataclass(frozen=True)
 class Side:
     seconds: float  # forward and backward together, median
-    peak_bytes: int  # held at once beyond the logits; the gradient's own N x V is part of it
+    peak_bytes: int  # held at once beyond the rows (and the head); the rows' gradient is part of it
     stats_error: float  # largest, against float64, nats
     gradient_error: float  # largest, against float64, relative to the largest gradient
 
@@ -48,7 +51,7 @@ class Comparison:
     dtype: str
     repeats: int
     operator: Side
-    eager: Side
+    eager: Side  # or whatever the operator is compared with
 
     @property
     def speedup(self) -> float:
@@ -60,9 +63,7 @@ class Comparison:
 
 
 def by_operator(job: Job, logits: Tensor) -> Stats:
-    stats = pk.token_stats(logits, job.token_ids, top_p=job.top_p)
-    assert stats.logp is not None
-    return stats.logp, stats.entropy, stats.nucleus_entropy, stats.margin
+    return _as_tuple(pk.token_stats(logits, job.token_ids, top_p=job.top_p))
 
 
 def by_eager(job: Job, logits: Tensor) -> Stats:
@@ -82,26 +83,70 @@ def by_eager(job: Job, logits: Tensor) -> Stats:
 
 
 def by_reference(job: Job, logits: Tensor) -> Stats:
-    stats = pk.reference.token_stats(logits, job.token_ids, top_p=job.top_p)
+    return _as_tuple(pk.reference.token_stats(logits, job.token_ids, top_p=job.top_p))
+
+
+def by_chunks(job: Job, hidden: Tensor) -> Stats:
+    assert job.head is not None
+    return _as_tuple(
+        pk.linear_token_stats(
+            hidden,
+            job.head,
+            job.token_ids,
+            top_p=job.top_p,
+            temperature=job.temperature,
+            chunk_rows=job.chunk_rows,
+        )
+    )
+
+
+def by_logits(job: Job, hidden: Tensor) -> Stats:
+    assert job.head is not None
+    logits = torch.nn.functional.linear(hidden, job.head)
+    return _as_tuple(
+        pk.token_stats(logits, job.token_ids, top_p=job.top_p, temperature=job.temperature, inplace_backward=True)
+    )
+
+
+def by_reference_head(job: Job, hidden: Tensor) -> Stats:
+    assert job.head is not None
+    head = job.head.to(hidden.dtype)
+    return _as_tuple(
+        pk.reference.linear_token_stats(hidden, head, job.token_ids, top_p=job.top_p, temperature=job.temperature)
+    )
+
+
+def _as_tuple(stats: pk.TokenStats) -> Stats:
     assert stats.logp is not None
     return stats.logp, stats.entropy, stats.nucleus_entropy, stats.margin
 
 
-def compare(job: Job, repeats: int, on_run: Callable[[], None] = lambda: None) -> Comparison:
+def against_eager(job: Job, repeats: int, on_run: Callable[[], None] = lambda: None) -> Comparison:
+    """`token_stats` against eager PyTorch, on logits."""
+    return compare(job, (by_operator, by_eager), by_reference, repeats, on_run)
+
+
+def against_logits(job: Job, repeats: int, on_run: Callable[[], None] = lambda: None) -> Comparison:
+    """`linear_token_stats` against a linear layer and `token_stats` in place, on hidden states."""
+    return compare(job, (by_chunks, by_logits), by_reference_head, repeats, on_run)
+
+
+def compare(job: Job, ways: tuple[Way, Way], truth: Way, repeats: int, on_run: Callable[[], None]) -> Comparison:
     """Runs the two in turn, so that a busy machine slows both alike.
 
     Args:
+        ways: the operator's, and the other.
+        truth: what both are held against, in float64.
         repeats: timed runs of each, at least 1.
         on_run: called ``runs(repeats)`` times.
     Raises:
-        ValueError: the operator is further from float64 than eager is; no time or memory is reported then.
+        ValueError: the operator is further from float64 than the other; no time or memory is reported then.
     """
-    ways = (by_operator, by_eager)
-    errors = _errors(job, ways)
+    errors = _errors(job, ways, truth)
     on_run()
-    for ours, eagers in zip(*errors, strict=True):
-        if not ours <= eagers + 1e-5:
-            raise ValueError(f"errors against float64: operator {errors[0]}, eager {errors[1]}")
+    for ours, others in zip(*errors, strict=True):
+        if not ours <= others + 1e-5:
+            raise ValueError(f"errors against float64: operator {errors[0]}, the other {errors[1]}")
     peaks = []
     for way in ways:
         peaks.append(_peak_bytes(job, way))
@@ -114,8 +159,8 @@ def compare(job: Job, repeats: int, on_run: Callable[[], None] = lambda: None) -
     operator, eager = (
         Side(statistics.median(times), peak, *error) for times, peak, error in zip(seconds, peaks, errors, strict=True)
     )
-    rows, vocab_size = job.logits.shape
-    return Comparison(rows, vocab_size, str(job.logits.dtype).removeprefix("torch."), repeats, operator, eager)
+    vocab_size = job.rows.shape[1] if job.head is None else job.head.shape[0]
+    return Comparison(len(job.rows), vocab_size, str(job.rows.dtype).removeprefix("torch."), repeats, operator, eager)
 
 
 def runs(repeats: int) -> int:
@@ -123,17 +168,17 @@ def runs(repeats: int) -> int:
 
 
 def _run(job: Job, way: Way) -> tuple[Stats, Tensor]:
-    logits = job.logits.detach().requires_grad_()
-    stats = way(job, logits)
+    rows = job.rows.detach().requires_grad_()
+    stats = way(job, rows)
     (stats[0] * job.logp_weight + stats[1] * job.entropy_weight).sum().backward()
-    assert logits.grad is not None
-    return stats, logits.grad
+    assert rows.grad is not None
+    return stats, rows.grad
 
 
-def _errors(job: Job, ways: tuple[Way, ...]) -> list[tuple[float, float]]:
+def _errors(job: Job, ways: tuple[Way, ...], truth: Way) -> list[tuple[float, float]]:
     """Largest error of the statistics, and of the gradient relative to its largest entry, for each way."""
     some = _first_rows(job, CHECKED_ROWS)
-    true_stats, true_gradient = _run(some._replace(logits=some.logits.double()), by_reference)
+    true_stats, true_gradient = _run(some._replace(rows=some.rows.double()), truth)
     scale = true_gradient.abs().max()
     errors = []
     for way in ways:
@@ -144,10 +189,10 @@ def _errors(job: Job, ways: tuple[Way, ...]) -> list[tuple[float, float]]:
 
 
 def _seconds(job: Job, way: Way) -> float:
-    _synchronize(job.logits.device)
+    _synchronize(job.rows.device)
     start = time.perf_counter()
     _run(job, way)
-    _synchronize(job.logits.device)
+    _synchronize(job.rows.device)
     return time.perf_counter() - start
 
 
@@ -157,7 +202,7 @@ def _peak_bytes(job: Job, way: Way) -> int:
     On the CPU the profiler would miss what the operator's own threads allocate, and this process keeps freed
     memory that a run would use again unseen.
     """
-    device = job.logits.device
+    device = job.rows.device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
@@ -178,7 +223,12 @@ def _peak_bytes_in_new_process(path: Path, way: Way, n_threads: int) -> int:
 
 
 def _first_rows(job: Job, n: int) -> Job:
-    return Job(job.logits[:n], job.token_ids[:n], job.top_p, job.logp_weight[:n], job.entropy_weight[:n])
+    return job._replace(
+        rows=job.rows[:n],
+        token_ids=job.token_ids[:n],
+        logp_weight=job.logp_weight[:n],
+        entropy_weight=job.entropy_weight[:n],
+    )
 
 
 def _synchronize(device: torch.device) -> None:

@@ -66,6 +66,7 @@ class Report:
     batch_after: Batch  # the same answers under the updated weights
     logp_change: dict[str, float | None]  # nats per token over the step, by "rewarded" and "not rewarded"
     comparison: Comparison
+    comparison_linear: Comparison | None  # with --linear: linear_token_stats beside the path through logits
     seconds: dict[str, float]  # by stage
 
 

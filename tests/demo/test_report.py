@@ -51,6 +51,7 @@ def report() -> Report:
         comparison=Comparison(
             384, 49152, "float32", 5, Side(0.1, 80 * 2**20, 1e-6, 2e-7), Side(0.9, 450 * 2**20, 1e-3, 3e-5)
         ),
+        comparison_linear=None,
         seconds={"load": 12.0},
     )
 

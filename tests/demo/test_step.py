@@ -7,8 +7,8 @@ pytest.importorskip("transformers", reason="needs the demo's packages: pip insta
 import transformers
 
 import paec_kernels as pk
-from paec_kernels.demo.rollout import Rollout, answer_logits
-from paec_kernels.demo.step import score, take_step
+from paec_kernels.demo.rollout import Rollout, answer_hidden
+from paec_kernels.demo.step import Head, score, take_step
 
 PROMPT_LENGTHS, ANSWER_LENGTHS = (5, 3, 4), (2, 4, 3)
 P, T, V = max(PROMPT_LENGTHS), max(ANSWER_LENGTHS), 50
@@ -40,26 +40,28 @@ def micro_batches(answers: Rollout, sizes: tuple[int, ...]) -> list[Rollout]:
     return [answers.rows(slice(end - size, end)) for size, end in zip(sizes, ends, strict=True)]
 
 
-def test_answer_logits_do_not_depend_on_the_padding(policy, answers: Rollout) -> None:
+def test_hidden_states_do_not_depend_on_the_padding(policy, answers: Rollout) -> None:
     with torch.no_grad():
-        logits = answer_logits(policy, answers)
+        logits = policy.lm_head(answer_hidden(policy, answers))
         assert logits.shape == (3, T, V)
         for row, (prompt, length) in enumerate(zip(PROMPT_LENGTHS, ANSWER_LENGTHS, strict=True)):
             alone = policy(answers.sequences[row : row + 1, P - prompt : P + length]).logits[0]
             torch.testing.assert_close(logits[row, :length], alone[prompt - 1 : -1], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("chunk_rows", [0, 2])
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 1)])
-def test_micro_batches_take_the_step_of_the_whole_batch(policy, answers: Rollout, sizes) -> None:
+def test_micro_batches_take_the_step_of_the_whole_batch(policy, answers: Rollout, sizes, chunk_rows: int) -> None:
     advantages = torch.tensor([1.0, -0.5, -0.5])
     weights = {name: weight.clone() for name, weight in policy.state_dict().items()}
     results, updated = [], []
-    for batches in ([answers], micro_batches(answers, sizes)):
+    heads = (Head(0.7, 0.95), Head(0.7, 0.95, chunk_rows))
+    for batches, head in zip(([answers], micro_batches(answers, sizes)), heads, strict=True):
         policy.load_state_dict(weights)
         optimizer = torch.optim.SGD(policy.parameters(), lr=0.1)
         paec = pk.PAEC(pk.PAECConfig(beta=0.5))
-        scored = score(policy, paec, batches, 0.7, lambda *_: None)
-        results.append(take_step(policy, optimizer, paec, batches, advantages, scored, 0.7, lambda: None))
+        scored = score(policy, head, paec, batches, lambda *_: None)
+        results.append(take_step(policy, head, optimizer, paec, batches, advantages, scored, lambda: None))
         updated.append(torch.cat([parameter.detach().flatten() for parameter in policy.parameters()]))
         assert paec.anchor_count == 1
     assert results[0].policy_loss == pytest.approx(results[1].policy_loss, abs=1e-6)
@@ -72,18 +74,19 @@ def test_step_makes_the_rewarded_answer_likelier(policy, answers: Rollout) -> No
     optimizer = torch.optim.SGD(policy.parameters(), lr=0.1)
     paec = pk.PAEC(pk.PAECConfig(beta=0.0))
     advantages = torch.tensor([1.0, -0.5, -0.5])
-    before = score(policy, paec, [answers], 1.0, lambda *_: None)
-    take_step(policy, optimizer, paec, [answers], advantages, before, 1.0, lambda: None)
-    after = score(policy, paec, [answers], 1.0, lambda *_: None)
+    before = score(policy, Head(1.0, 0.95), paec, [answers], lambda *_: None)
+    take_step(policy, Head(1.0, 0.95), optimizer, paec, [answers], advantages, before, lambda: None)
+    after = score(policy, Head(1.0, 0.95), paec, [answers], lambda *_: None)
     change = ((after.logp - before.logp) * answers.valid).sum(1)
     assert change[0] > 0
     assert (change[1:] < change[0]).all()
 
 
-def test_score_hands_over_each_micro_batch_with_its_logits(policy, answers: Rollout) -> None:
+def test_score_hands_over_each_micro_batch_with_its_hidden_states(policy, answers: Rollout) -> None:
     seen: list[tuple[int, ...]] = []
     paec = pk.PAEC(pk.PAECConfig())
-    scored = score(policy, paec, micro_batches(answers, (2, 1)), 1.0, lambda batch, logits: seen.append(logits.shape))
-    assert seen == [(2, T, V), (1, T, V)]
+    batches = micro_batches(answers, (2, 1))
+    scored = score(policy, Head(1.0, 0.95), paec, batches, lambda _, hidden: seen.append(hidden.shape))
+    assert seen == [(2, T, 32), (1, T, 32)]
     assert scored.logp.shape == (3, T)
     assert (scored.stats.entropy[~answers.valid] == 0).all()
