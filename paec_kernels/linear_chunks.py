@@ -80,6 +80,11 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
             total[rows].addmm_(left[rows].float(), right)
 
 
+def without_padding(value: Tensor | None, vocab_size: int | None) -> Tensor | None:
+    """The first vocab_size rows; the value itself where that is all, since a slice's gradient is copied whole."""
+    return value if value is None or vocab_size in (None, len(value)) else value[:vocab_size]
+
+
 def select(value: Tensor | None, rows: Tensor | slice) -> Tensor | None:
     return None if value is None else value[rows]
 

@@ -14,7 +14,16 @@ import torch
 from torch import Tensor
 
 from paec_kernels import reference
-from paec_kernels.linear_chunks import add_product, blocks, choose_chunks, multiply, prepare, select, tiles
+from paec_kernels.linear_chunks import (
+    add_product,
+    blocks,
+    choose_chunks,
+    multiply,
+    prepare,
+    select,
+    tiles,
+    without_padding,
+)
 from paec_kernels.reference import TokenStats
 from paec_kernels.token_stats import layout, operator
 
@@ -199,8 +208,8 @@ def linear_token_stats(
     shape = hidden.shape[:-1]
     table, sizes = _LinearTokenStats.apply(
         hidden.reshape(-1, hidden.shape[-1]),
-        weight[:vocab_size],
-        None if bias is None else bias[:vocab_size],
+        without_padding(weight, vocab_size),
+        without_padding(bias, vocab_size),
         *operator.flat_rows(token_ids, valid, temperature, logits_like),
         float(top_p),
         float(softcap or 0.0),

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from paec_kernels.linear_chunks import add_product, blocks, choose_chunks, multiply, prepare, select
+from paec_kernels.linear_chunks import add_product, blocks, choose_chunks, multiply, prepare, select, without_padding
 from paec_kernels.reference import TokenStats
 from paec_kernels.token_stats import operator
 
@@ -116,8 +116,8 @@ def one_pass_loss(
     operator.check_dtype("hidden", hidden)
     return _OnePass.apply(
         hidden.reshape(-1, hidden.shape[-1]),
-        weight[:vocab_size],
-        None if bias is None else bias[:vocab_size],
+        without_padding(weight, vocab_size),
+        without_padding(bias, vocab_size),
         *operator.flat_rows(token_ids, valid, temperature, logits_like),
         (float(top_p), float(softcap or 0.0), chunk_rows or 0, backend),
         chunk_loss,
