@@ -27,18 +27,20 @@ class Chunks(NamedTuple):
     columns: int
 
 
-def choose_chunks(n_rows: int, n_cols: int, width: int, dtype: torch.dtype, chunk_rows: int) -> Chunks:
-    """As many as the budget allows; for 16-bit hidden states ``[n_rows, width]`` beside d_hidden's float32 sum.
+def choose_chunks(n_rows: int, n_cols: int, width: int, dtype: torch.dtype, dropped: bool, chunk_rows: int) -> Chunks:
+    """As many as the budget allows beside what else the backward pass holds of the size of hidden ``[n_rows, width]``.
 
-    ``chunk_rows`` other than 0 takes the budget's place.
+    That is d_hidden's float32 sum, and the valid rows' copy where some were dropped. An eighth of the budget is left
+    to the logits in any case. ``chunk_rows`` other than 0 takes the budget's place.
     """
     n_rows = max(n_rows, 1)
     if chunk_rows:
         return Chunks(min(chunk_rows, n_rows), _aligned(chunk_rows * n_cols // n_rows, n_cols))
     budget = chunk_bytes()
-    beside_sum = budget if dtype.itemsize == 4 else max(budget - 4 * n_rows * width, budget // 4)
+    beside = 4 * (dtype.itemsize < 4 or dropped) + dtype.itemsize * dropped
+    left = max(budget - n_rows * width * beside, budget // 8)
     return Chunks(
-        _aligned(budget // (n_cols * dtype.itemsize), n_rows), _aligned(beside_sum // (n_rows * dtype.itemsize), n_cols)
+        _aligned(budget // (n_cols * dtype.itemsize), n_rows), _aligned(left // (n_rows * dtype.itemsize), n_cols)
     )
 
 
@@ -72,7 +74,7 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     """total += left @ right in total's float32, a slice of rows at a time where the factors must be converted."""
     if left.dtype == total.dtype:
         total.addmm_(left, right)
-    elif total.is_cuda:
+    elif total.is_cuda and torch.version.hip is None:
         torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
     else:
         right = right.float()
@@ -93,6 +95,8 @@ def prepare(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, chunk_rows: int | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The inputs checked, gathered if sharded, and cast if autocast is on."""
+    if chunk_rows is not None and not isinstance(chunk_rows, int):
+        raise TypeError(f"chunk_rows must be an int, got {chunk_rows!r}")
     if chunk_rows is not None and chunk_rows < 1:
         raise ValueError(f"chunk_rows must be at least 1, got {chunk_rows}")
     for name, value in (("hidden", hidden), ("weight", weight), ("bias", bias)):

@@ -12,6 +12,7 @@ float32 sum kept for 16-bit weights is d_hidden's, N x D and not V x D.
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from paec_kernels import reference
 from paec_kernels.linear_chunks import (
@@ -49,7 +50,7 @@ def linear_token_stats_forward(
     sizes = torch.zeros(n_rows, dtype=torch.int32, device=hidden.device)
     kept = None if valid is None else valid.nonzero().squeeze(1)
     n_kept = n_rows if kept is None else len(kept)
-    chunks = choose_chunks(n_kept, n_cols, hidden.shape[1], hidden.dtype, chunk_rows)
+    chunks = choose_chunks(n_kept, n_cols, hidden.shape[1], hidden.dtype, kept is not None, chunk_rows)
     buffer = torch.empty(min(chunks.rows, n_kept), n_cols, dtype=hidden.dtype, device=hidden.device)
     for block in blocks(n_kept, chunks.rows):
         rows = block if kept is None else kept[block]
@@ -98,7 +99,7 @@ def linear_token_stats_backward(
         token_ids = select(token_ids, kept)
         temperature = temperature if temperature.numel() == 1 else temperature[kept]
     total = torch.zeros(hidden.shape if needs_hidden else 0, dtype=torch.float32, device=hidden.device)
-    chunks = choose_chunks(len(hidden), n_cols, hidden.shape[1], hidden.dtype, chunk_rows)
+    chunks = choose_chunks(len(hidden), n_cols, hidden.shape[1], hidden.dtype, kept is not None, chunk_rows)
     buffer = torch.empty(len(hidden) * chunks.columns, dtype=hidden.dtype, device=hidden.device)
     for columns in blocks(n_cols, chunks.columns):
         n_columns = columns.stop - columns.start
@@ -114,7 +115,9 @@ def linear_token_stats_backward(
             torch.mm(logits.T, hidden, out=d_weight[columns])
         if needs_bias:
             torch.sum(logits, 0, out=d_bias[columns])
+    del buffer, logits  # before the copies below, which are not in the budget beside them
     d_hidden = total.to(hidden.dtype)
+    del total
     if kept is not None and needs_hidden:
         d_hidden = hidden.new_zeros(n_rows, hidden.shape[1]).index_copy_(0, kept, d_hidden)
     return d_hidden, d_weight, d_bias
@@ -147,6 +150,7 @@ class _LinearTokenStats(torch.autograd.Function):
         return table, sizes
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, d_table, _):
         *inputs, table = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
@@ -167,6 +171,7 @@ def linear_token_stats(
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     vocab_size: int | None = None,
+    inplace_backward: bool = False,
     backend: str = "auto",
 ) -> TokenStats:
     """`token_stats` of ``hidden @ weight.T + bias`` without those logits: they exist a chunk at a time.
@@ -174,9 +179,10 @@ def linear_token_stats(
     Differentiable in ``hidden``, ``weight`` and ``bias``; a frozen one costs no product. Four products in all, two of
     the logits and one for each gradient, since the gradient's coefficients may depend on the whole batch.
 
-    Memory beyond the inputs and their gradients: a chunk of logits of ``PAEC_CHUNK_BYTES`` (bytes; 224 MiB unless
-    set) and, for 16-bit hidden states, the float32 sum of d_hidden inside that budget. Rows that are not valid are
-    dropped before the products; on a GPU counting them waits for the device once, and ``valid=None`` does not.
+    Memory beyond the inputs and their gradients: ``PAEC_CHUNK_BYTES`` (bytes; 224 MiB unless set) for a chunk of
+    logits and what stands beside it, the float32 sum of d_hidden for 16-bit hidden states and a copy of the valid
+    ones where some are not; at least an eighth of it is left to the logits. Rows that are not valid are dropped
+    before the products; on a GPU counting them waits for the device once, and ``valid=None`` does not.
 
     Under autocast the inputs are cast as a linear layer's. A sharded FSDP2 weight is gathered (``full_tensor()``);
     under DeepSpeed ZeRO-3 call this, and backward, inside ``deepspeed.zero.GatheredParameters([weight])``.
@@ -189,6 +195,7 @@ def linear_token_stats(
         chunk_rows: rows of logits at a time in the forward pass (as many elements in the backward pass), in place of
             the memory budget. One value gives one result, to the bit; others differ in rounding.
         vocab_size: rows of ``weight`` from here on are padding: not multiplied, gradient 0.
+        inplace_backward: as in `token_stats`, and without effect: a chunk's gradient is always written over it.
 
     Returns:
         `TokenStats`, its tensors shaped ``hidden.shape[:-1]``.
@@ -200,6 +207,8 @@ def linear_token_stats(
     logits_like = operator.check_head(hidden, weight, token_ids, valid, top_p, temperature, softcap, vocab_size)
     backend = operator.resolve_backend(backend, hidden.device)
     if backend == "reference":
+        rows = operator.flat_rows(token_ids, valid, temperature, logits_like)
+        operator.check_values(*rows, weight.shape[0] if vocab_size is None else vocab_size)
         return reference.linear_token_stats(
             hidden, weight, token_ids, bias=bias, valid=valid, top_p=top_p, temperature=temperature,
             softcap=softcap, vocab_size=vocab_size,

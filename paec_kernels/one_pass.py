@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from paec_kernels.linear_chunks import add_product, blocks, choose_chunks, multiply, prepare, select, without_padding
 from paec_kernels.reference import TokenStats
@@ -19,21 +20,21 @@ ChunkLoss = Callable[[TokenStats, Tensor], Tensor]
 
 class _OnePass(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, token_ids, valid, temperature, options, chunk_loss):
+    def forward(ctx, hidden, weight, bias, token_ids, valid, temperature, options, chunk_loss, needs):
         top_p, softcap, chunk_rows, backend = options
         n_rows, n_cols = len(hidden), len(weight)
         operator.check_values(token_ids, valid, temperature, n_cols)
         implementation = operator.implementation(backend)
-        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        needs_hidden, needs_weight, needs_bias = needs
         d_hidden = torch.zeros_like(hidden) if needs_hidden else None
         d_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
         d_bias = torch.zeros(n_cols, dtype=torch.float32, device=weight.device) if needs_bias else None
 
         device = hidden.device
         kept = torch.arange(n_rows, device=device) if valid is None else valid.nonzero().squeeze(1)
-        step = choose_chunks(len(kept), n_cols, hidden.shape[1], hidden.dtype, chunk_rows).rows
+        step = choose_chunks(len(kept), n_cols, hidden.shape[1], hidden.dtype, valid is not None, chunk_rows).rows
         buffer = torch.empty(min(step, len(kept)), n_cols, dtype=hidden.dtype, device=device)
-        loss = torch.zeros((), device=device)
+        loss = torch.zeros((), dtype=torch.float32, device=device)
         for block in blocks(len(kept), step):
             rows = kept[block]
             logits, hidden_rows, ids = buffer[: len(rows)], hidden[rows], select(token_ids, rows)
@@ -45,7 +46,7 @@ class _OnePass(torch.autograd.Function):
                 stats = operator.as_token_stats(leaf, sizes, rows.shape, token_ids is not None)
                 chunk = chunk_loss(stats, rows)
             loss += chunk.detach()
-            if not any(ctx.needs_input_grad[:3]) or not chunk.requires_grad:
+            if not any(needs) or not chunk.requires_grad:
                 continue
             (d_table,) = torch.autograd.grad(chunk, leaf)
             implementation.backward(d_table, table.detach(), logits[None], ids, None, t, softcap, n_cols, logits[None])
@@ -61,12 +62,13 @@ class _OnePass(torch.autograd.Function):
         return loss
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, d_loss):
         if ctx.gradients is None:
             raise RuntimeError("one_pass_loss keeps its gradient for one backward pass, and it has been used")
         gradients, ctx.gradients = ctx.gradients, None
         scaled = (None if gradient is None else gradient.mul_(d_loss) for gradient in gradients)
-        return *scaled, None, None, None, None, None
+        return *scaled, None, None, None, None, None, None
 
 
 def one_pass_loss(
@@ -114,6 +116,8 @@ def one_pass_loss(
     if backend == "reference":
         raise ValueError("backend must be 'auto', 'triton' or 'torch' here, got 'reference'")
     operator.check_dtype("hidden", hidden)
+    # Asked here, since autograd is off inside the Function whatever it is outside.
+    needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (hidden, weight, bias)]
     return _OnePass.apply(
         hidden.reshape(-1, hidden.shape[-1]),
         without_padding(weight, vocab_size),
@@ -121,4 +125,5 @@ def one_pass_loss(
         *operator.flat_rows(token_ids, valid, temperature, logits_like),
         (float(top_p), float(softcap or 0.0), chunk_rows or 0, backend),
         chunk_loss,
+        needs,
     )

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 STD_EPSILON = 1e-4  # TRL's; keeps a group of equal rewards at advantage 0
+MAX_LOG_RATIO = 20.0  # verl's; the exponential of more overflows, and infinity times advantage 0 is NaN
 
 
 def group_advantages(rewards: Tensor) -> Tensor:
@@ -40,8 +41,9 @@ def grpo_loss(
         L = -sum over valid tokens of [min(r A, clip(r, 1 - clip_low, 1 + clip_high) A) - kl_coef KL]
             / normalizer,  r = exp(logp - old_logp),  KL = exp(ref - logp) - (ref - logp) - 1  (k3)
 
-    Every token weighs the same, whatever the length of its answer. What stands at an invalid position,
-    NaN and infinities included, reaches neither loss nor gradient; with no valid token both are 0.
+    A log-ratio above 20 counts as 20. Every token weighs the same, whatever the length of its answer. What stands at
+    an invalid position, NaN and infinities included, reaches neither loss nor gradient; with no valid token both
+    are 0.
 
     Args:
         logp: ``[...]``, the only argument that receives a gradient.
@@ -64,14 +66,15 @@ def grpo_loss(
     old_logp = torch.where(valid, old_logp.detach(), 0.0)
     advantages = torch.where(valid, advantages.detach(), 0.0)
 
-    log_ratio = logp - old_logp
+    log_ratio = (logp - old_logp).clamp(max=MAX_LOG_RATIO)
     ratio = log_ratio.exp()
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
     objective = torch.minimum(ratio * advantages, clipped * advantages)
     metrics = _ratio_metrics(log_ratio.detach(), advantages, valid, clip_low, clip_high)
     if ref_logp is not None:
         kl = _k3(torch.where(valid, ref_logp.detach(), 0.0) - logp)
-        objective = objective - kl_coef * kl
+        if kl_coef > 0:
+            objective = objective - kl_coef * kl
         metrics["ref_kl"] = _mean(kl.detach(), valid)
 
     total = valid.sum() if normalizer is None else normalizer

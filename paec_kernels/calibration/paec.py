@@ -1,7 +1,6 @@
 """PAEC: the calibrated entropy term of one optimiser step, over all its micro-batches and ranks."""
 
 import math
-import warnings
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
@@ -57,7 +56,9 @@ class PAEC(nn.Module):
 
     Args:
         config: the method's constants.
-        process_group: the data-parallel ranks that share an optimiser step; None is this process alone.
+        process_group: the data-parallel ranks that share an optimiser step. None is all ranks, as everywhere in
+            torch.distributed, or this process alone where that is not initialised. Pass the data-parallel group
+            where ranks also split the model, and a group of one rank to calibrate it by itself.
         backend: as in ``token_stats``.
     """
 
@@ -75,19 +76,12 @@ class PAEC(nn.Module):
         super().__init__()
         if not isinstance(config, PAECConfig):
             raise TypeError(f"config must be a PAECConfig, got {config!r}")
-        distributed = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-        if distributed and process_group is None:
-            warnings.warn(
-                "PAEC without a process_group calibrates each rank by itself; pass the data-parallel group, "
-                "e.g. torch.distributed.group.WORLD, to calibrate the whole batch",
-                stacklevel=2,
-            )
         self.config = config
         self.process_group = process_group
         self.backend = backend
-        self.register_buffer("anchor_sum", torch.zeros(()))
+        self.register_buffer("anchor_sum", torch.zeros((), dtype=torch.float32))
         self.register_buffer("anchor_count", torch.zeros((), dtype=torch.int64))
-        self.register_buffer("last_mean_entropy", torch.full((), math.nan), persistent=False)
+        self.register_buffer("last_mean_entropy", torch.full((), math.nan, dtype=torch.float32), persistent=False)
         self._rho = as_fraction(config.rho)
         self._observed: list[Tensor] = []
         self._planned = False
@@ -128,6 +122,8 @@ class PAEC(nn.Module):
         One gather of the observed numbers, on which every rank then computes the same. All ranks must call
         it; a rank that observed nothing takes part with no token.
         """
+        if self._planned and not self._observed and world_size(self.process_group) == 1:
+            raise RuntimeError("plan() was already made of this step's micro-batches; observe() the next ones first")
         observed, self._observed = self._observed, []
         score, entropy = gather_columns(
             torch.cat(observed, dim=1) if observed else self.anchor_sum.new_empty(2, 0), self.process_group
@@ -202,6 +198,16 @@ class PAEC(nn.Module):
             raise ValueError(f"valid must be on the statistics' device {entropy.device}, got {valid.device}")
         return entropy
 
+    def _apply(self, fn, recurse=True):
+        """Moves with the module, but stays float32 under `.half()` and the like: the anchor is a mean of few steps."""
+        before = {name: getattr(self, name) for name in ("anchor_sum", "last_mean_entropy")}
+        super()._apply(fn, recurse)
+        for name, value in before.items():
+            moved = getattr(self, name)
+            if moved.dtype != torch.float32:
+                setattr(self, name, moved.float() if value.is_meta else value.to(moved.device))
+        return self
+
     def get_extra_state(self) -> dict[str, Any]:
         return {"config": asdict(self.config)}
 
@@ -223,16 +229,27 @@ class PAEC(nn.Module):
         if absent:
             missing_keys.extend(absent)
             return
-        saved = state_dict[prefix + "_extra_state"]["config"]
-        ours = asdict(self.config)
+        problem = self._why_not(state_dict, prefix)
+        if problem is not None:
+            error_msgs.append(problem)
+            return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+    def _why_not(self, state_dict: dict[str, Any], prefix: str) -> str | None:
+        """Why a complete state cannot be loaded, or None."""
+        for name in ("anchor_sum", "anchor_count"):
+            value = state_dict[prefix + name]
+            if not isinstance(value, Tensor) or value.dim() != 0 or not (value.isfinite() & (value >= 0)):
+                return f"{prefix}{name} must be a finite 0-d tensor >= 0, got {value!r}"
+        extra = state_dict[prefix + "_extra_state"]
+        if not isinstance(extra, dict) or not isinstance(extra.get("config"), dict):
+            return f"{prefix}_extra_state must hold the PAECConfig of the checkpoint, got {extra!r}"
+        saved, ours = extra["config"], asdict(self.config)
         differing = [
             f"{name}: checkpoint {saved.get(name, 'absent')!r}, here {ours.get(name, 'absent')!r}"
             for name in {**ours, **saved}
             if saved.get(name, "absent") != ours.get(name, "absent")
         ]
-        if differing:
-            error_msgs.append("the checkpoint is of another PAECConfig (" + "; ".join(differing) + ")")
-            return
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+        return "the checkpoint is of another PAECConfig (" + "; ".join(differing) + ")" if differing else None

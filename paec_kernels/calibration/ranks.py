@@ -8,8 +8,8 @@ from torch import Tensor
 
 
 def world_size(group: dist.ProcessGroup | None) -> int:
-    """Ranks in the group; 1 without a group."""
-    return 1 if group is None else dist.get_world_size(group)
+    """Ranks in the group, None being all ranks; 1 where torch.distributed is not initialised."""
+    return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
 
 
 def gather_columns(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:

@@ -89,8 +89,8 @@ def forward_kernel(
         tl.store(size_ptr + row, 0)
         return
     row_ptr = logits_ptr + row_offset(row, n_inner, stride_outer, stride_inner)
-    inverse_temperature = 1.0 / tl.load(temperature_ptr + row * temperature_stride)
-    scale = inverse_temperature * LOG2E
+    temperature = tl.load(temperature_ptr + row * temperature_stride)
+    scale = 1.0 / temperature * LOG2E
 
     lanes = tl.arange(0, LANES)
     head = tl.load(row_ptr + lanes.to(tl.int64) * stride_col, mask=lanes < n_cols, other=-float("inf"))
@@ -102,7 +102,7 @@ def forward_kernel(
     top_logit = tl.max(first)
     top = capped(top_logit, softcap, HAS_SOFTCAP)
     distance = tl.abs(top - reference) * scale
-    if (distance > REFERENCE_RANGE) & (distance < float("inf")):
+    if (distance > REFERENCE_RANGE) & (tl.abs(top) < float("inf")):
         reference = top
         total, weighted, first, second = read_row(
             row_ptr, stride_col, n_cols, reference, scale, softcap, HAS_SOFTCAP, LANES
@@ -113,13 +113,13 @@ def forward_kernel(
     if (z_total > 0) & (z_total < float("inf")) & (top_logit < float("inf")):
         top_distance = (top - reference) * scale
         log2_total = tl.log2(z_total) - top_distance
-        lse = top * inverse_temperature + log2_total * LN2
+        lse = top / temperature + log2_total * LN2
         entropy = tl.maximum((tl.log2(z_total) - z_weighted / z_total) * LN2, 0.0)
 
         is_top = first == top_logit
         n_top = tl.sum(is_top.to(tl.int32))
         second_best = tl.where(n_top > 1, top_logit, tl.max(tl.where(is_top, second, first)))
-        margin = (top - capped(second_best, softcap, HAS_SOFTCAP)) * inverse_temperature
+        margin = (top - capped(second_best, softcap, HAS_SOFTCAP)) / temperature
 
         threshold, tie_weight, mass, nucleus_weighted, size = find_nucleus(
             row_ptr, stride_col, n_cols, first, second, second_best, z_total * tl.exp2(-top_distance),
@@ -133,7 +133,7 @@ def forward_kernel(
         logp = 0.0
         if token >= 0:
             z = tl.load(row_ptr + token.to(tl.int64) * stride_col).to(tl.float32)
-            logp = (capped(z, softcap, HAS_SOFTCAP) - top) * inverse_temperature - log2_total * LN2
+            logp = (capped(z, softcap, HAS_SOFTCAP) - top) / temperature - log2_total * LN2
         store_stats(
             stats_ptr, n_rows, row, logp, entropy, nucleus_entropy, margin, lse,
             top, log2_total * LN2, threshold, tie_weight, (log2_mass - log2_total) * LN2,

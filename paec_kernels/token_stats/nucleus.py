@@ -308,7 +308,8 @@ def find_nucleus(
         weight = 0.0
     elif (target > 1.0) | (second_best == top_logit):
         low = lowest_key(top, (1.0 - top_p) * total / n_cols, scale, softcap, SHIFT, HAS_SOFTCAP)
-        high = key_of(top_logit, SHIFT) + 1
+        # -0.0 equals 0.0 and has the key before it.
+        high = key_of(tl.where(top_logit == 0, 0.0, top_logit), SHIFT) + 1
         candidates = tl.join(first, second)
         reached, low_found, tau, weight, mass, weighted, size = search_values(
             candidates, None, low, high, target, top, scale, softcap, SHIFT, HAS_SOFTCAP

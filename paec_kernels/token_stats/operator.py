@@ -6,10 +6,12 @@ whatever gradients arrive for logp, H and H_p before a single backward pass, and
 
 import importlib.util
 import math
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from paec_kernels import reference
 from paec_kernels.reference import IGNORE_INDEX, TokenStats
@@ -71,13 +73,19 @@ def check_arguments(
         if not isinstance(valid, Tensor) or valid.dtype != torch.bool:
             raise TypeError(f"valid must be a bool tensor, got {getattr(valid, 'dtype', valid)}")
         _check_rows("valid", valid, logits)
+    for name, number in (("top_p", top_p), ("temperature", temperature), ("softcap", softcap)):
+        optional = (name == "temperature" and isinstance(number, Tensor)) or (name == "softcap" and number is None)
+        if not optional and (isinstance(number, bool) or not isinstance(number, Real)):
+            raise TypeError(f"{name} must be a number, got {number!r}")
+    if vocab_size is not None and not isinstance(vocab_size, int):
+        raise TypeError(f"vocab_size must be an int, got {vocab_size!r}")
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p must be in (0, 1], got {top_p}")
     if isinstance(temperature, Tensor):
         if not temperature.is_floating_point():
             raise TypeError(f"temperature must be a float or a floating tensor, got {temperature.dtype}")
-        if temperature.dim() > 0:
-            _check_rows("temperature", temperature, logits)
+        rows = temperature.expand(logits.shape[:-1]) if temperature.dim() == 0 else temperature
+        _check_rows("temperature", rows, logits)
     elif not (0 < temperature < math.inf):
         raise ValueError(f"temperature must be positive and finite, got {temperature}")
     if softcap is not None and not (0 < softcap < math.inf):
@@ -129,12 +137,12 @@ def check_values(token_ids: Tensor | None, valid: Tensor | None, temperature: Te
 
 def as_rows(logits: Tensor) -> Tensor:
     """``[..., V]`` as a ``[outer, inner, V]`` view, or a copy where more than two strides would be needed."""
-    leading, strides = logits.shape[:-1], logits.stride()
+    dims = [(n, stride) for n, stride in zip(logits.shape[:-1], logits.stride()[:-1], strict=True) if n != 1]
     split = 0
-    for i in range(len(leading) - 1):
-        if strides[i] != strides[i + 1] * leading[i + 1]:
+    for i in range(len(dims) - 1):
+        if dims[i][1] != dims[i + 1][1] * dims[i + 1][0]:
             split = i + 1
-    outer, inner = math.prod(leading[:split]), math.prod(leading[split:])
+    outer, inner = math.prod(n for n, _ in dims[:split]), math.prod(n for n, _ in dims[split:])
     return logits.reshape(outer, inner, logits.shape[-1])
 
 
@@ -260,6 +268,7 @@ class _TokenStats(torch.autograd.Function):
         return table, sizes
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, d_table, _):
         logits, token_ids, valid, temperature, table = ctx.saved_tensors
         arguments = (d_table.contiguous(), table, logits, token_ids, valid, temperature, *ctx.options)
@@ -314,7 +323,7 @@ def token_stats(
     if backend == "reference":
         return _by_reference(logits, token_ids, valid, top_p, temperature, softcap, n_cols)
     check_dtype("logits", logits)
-    if inplace_backward and any(n > 1 and stride == 0 for n, stride in zip(logits.shape, logits.stride(), strict=True)):
+    if inplace_backward and any(n > 1 and s == 0 for n, s in zip(logits.shape, logits.stride(), strict=True)):
         raise ValueError("inplace_backward needs logits of their own memory, got an expanded tensor (stride 0)")
 
     table, sizes = _TokenStats.apply(

@@ -35,6 +35,12 @@ def hard_rows() -> dict[str, Tensor]:
         "maximum far behind the first block": noise.index_fill(0, torch.tensor([4500]), 60.0),
         "first block masked": torch.cat([torch.full((2100,), -INF), noise[2100:]]),
         "all but one masked": torch.full((width,), -INF).index_fill(0, torch.tensor([3000]), 2.0),
+        "masked with the lowest float": torch.cat([torch.full((2100,), torch.finfo(torch.float32).min), noise[2100:]]),
+        "one at the largest float": noise.index_fill(0, torch.tensor([4500]), 3e38),
+        "all minus zero": torch.full((width,), -0.0),
+        "zeros of both signs on top": (-noise.abs())
+        .index_fill(0, torch.arange(0, 900, 2), 0.0)
+        .index_fill(0, torch.arange(1, 901, 2), -0.0),
         "near 5,000": 5000 + noise,
         "near -5,000": -5000 + noise,
         "spread over 10,000": 3000 * noise,
@@ -73,7 +79,9 @@ def truth_of(logits: Tensor, token_ids: Tensor | None, top_p: float = 0.95, **op
     eager = reference.token_stats(logits.float(), token_ids, top_p=top_p, **options)
     wider = reference.token_stats(logits.double(), token_ids, top_p=min(1.0, top_p * (1 + 2e-6)), **options)
     narrower = reference.token_stats(logits.double(), token_ids, top_p=top_p * (1 - 2e-6), **options)
-    return Truth(exact, eager, wider.nucleus_size != narrower.nucleus_size)
+    # At top_p = 1 every finite token belongs, and nothing is left to rounding.
+    ambiguous = (wider.nucleus_size != narrower.nucleus_size) & (top_p < 1)
+    return Truth(exact, eager, ambiguous)
 
 
 def check_against(stats: TokenStats, truth: Truth) -> None:

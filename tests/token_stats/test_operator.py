@@ -57,6 +57,14 @@ BAD = {
         lambda z, y: (z, y, {"temperature": torch.ones(2)}),
     ),
     "temperature of integers": (TypeError, "temperature .*int64", lambda z, y: (z, y, {"temperature": y + 1})),
+    "top_p a string": (TypeError, "top_p must be a number, got 'x'", lambda z, y: (z, y, {"top_p": "x"})),
+    "temperature None": (TypeError, "temperature must be a number", lambda z, y: (z, y, {"temperature": None})),
+    "vocab_size a float": (TypeError, "vocab_size must be an int, got 3.5", lambda z, y: (z, y, {"vocab_size": 3.5})),
+    "temperature on another device": (
+        ValueError,
+        "temperature must be on .*meta",
+        lambda z, y: (z, y, {"temperature": torch.tensor(0.7, device="meta")}),
+    ),
     "softcap 0": (ValueError, "softcap must be positive.*got 0", lambda z, y: (z, y, {"softcap": 0.0})),
     "vocab_size too large": (
         ValueError,

@@ -55,6 +55,13 @@ def test_hard_rows_with_softcap(backend, name):
     check_against(pk.token_stats(logits, token_ids, backend=backend, **options), truth_of(logits, token_ids, **options))
 
 
+@pytest.mark.parametrize("softcap", [100.0, 1e4])
+def test_a_wide_softcap_keeps_the_digits(backend, softcap):
+    logits, token_ids = flat(2, 700), torch.tensor([1, 2])
+    stats = pk.token_stats(logits, token_ids, softcap=softcap, backend=backend)
+    check_against(stats, truth_of(logits, token_ids, softcap=softcap))
+
+
 @pytest.mark.parametrize("width", WIDTHS)
 def test_widths(backend, width):
     for dtype in DTYPES:
