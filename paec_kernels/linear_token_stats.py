@@ -12,7 +12,6 @@ float32 sum kept for 16-bit weights is d_hidden's, N x D and not V x D.
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from paec_kernels import reference
 from paec_kernels.linear_chunks import (
@@ -150,8 +149,8 @@ class _LinearTokenStats(torch.autograd.Function):
         return table, sizes
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, d_table, _):
+        operator.forbid_second_derivative("linear_token_stats")
         *inputs, table = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
         gradients = linear_token_stats_backward(d_table.contiguous(), table, *inputs, *ctx.options, *needs, ctx.backend)

@@ -214,8 +214,10 @@ def growth_in_new_process(dtype, with_valid):
 def test_peak_memory_is_a_chunk(dtype, with_valid):
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
         growth = process.submit(growth_in_new_process, dtype, with_valid).result()
+    # Three buffers of 2 MiB and about as much in temporaries; it does not grow with N.
+    backend_scratch = 14 << 20
     # A second d_weight would be 20 or 41 MB more, the whole logits 41 or 82.
-    assert growth < BUDGET + (6 << 20)
+    assert growth < BUDGET + backend_scratch
 
 
 def test_scoring_keeps_nothing(monkeypatch):

@@ -156,3 +156,14 @@ def test_group_advantages_of_bad_input():
         group_advantages(torch.zeros(3))
     with pytest.raises(TypeError, match=r"rewards must be a floating tensor, got torch\.int64"):
         group_advantages(torch.zeros(3, 2, dtype=torch.int64))
+
+
+def test_terms_of_weight_zero_are_zero_where_they_would_overflow():
+    logp = torch.tensor([100.0, -1.0], requires_grad=True)
+    old_logp, valid = torch.tensor([-200.0, -1.0]), torch.tensor([True, True])
+    loss, _ = grpo_loss(
+        logp, old_logp, torch.tensor([0.0, 1.0]), valid, ref_logp=torch.tensor([400.0, -1.0]), kl_coef=0.0
+    )
+    loss.backward()
+    assert loss.item() == pytest.approx(-0.5)
+    assert logp.grad.tolist() == pytest.approx([0.0, -0.5])

@@ -122,7 +122,7 @@ class PAEC(nn.Module):
         One gather of the observed numbers, on which every rank then computes the same. All ranks must call
         it; a rank that observed nothing takes part with no token.
         """
-        if self._planned and not self._observed and world_size(self.process_group) == 1:
+        if not self._observed and self._planned and world_size(self.process_group) == 1:
             raise RuntimeError("plan() was already made of this step's micro-batches; observe() the next ones first")
         observed, self._observed = self._observed, []
         score, entropy = gather_columns(

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from paec_kernels import reference
 from paec_kernels.reference import IGNORE_INDEX, TokenStats
@@ -255,6 +254,12 @@ def _(d_table, table, logits, token_ids, valid, temperature, softcap, vocab_size
     return None
 
 
+def forbid_second_derivative(name: str) -> None:
+    """To be called in a backward pass. Raises RuntimeError where the pass is itself to be differentiated."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(f"{name} has no second derivative: its backward pass was run with create_graph=True")
+
+
 class _TokenStats(torch.autograd.Function):
     """(logits, ...) -> (table, sizes). Only the table's first three rows carry a gradient."""
 
@@ -268,8 +273,8 @@ class _TokenStats(torch.autograd.Function):
         return table, sizes
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, d_table, _):
+        forbid_second_derivative("token_stats")
         logits, token_ids, valid, temperature, table = ctx.saved_tensors
         arguments = (d_table.contiguous(), table, logits, token_ids, valid, temperature, *ctx.options)
         if ctx.inplace_backward:

@@ -433,3 +433,39 @@ def test_the_state_follows_the_statistics():
     paec = PAEC(CONFIG, backend="torch")
     paec(TokenStats(None, x, x, x, x, x.int()), x < 0.5)
     assert paec.anchor_sum.device.type == "meta"
+
+
+@pytest.mark.parametrize("cast", [torch.nn.Module.half, torch.nn.Module.bfloat16, torch.nn.Module.double])
+def test_the_anchor_stays_float32_in_a_module_that_is_cast(cast):
+    paec = cast(torch.nn.Sequential(anchored(anchor=1 / 3)))[0]
+    assert paec.anchor_sum.dtype == paec.last_mean_entropy.dtype == torch.float32
+    assert paec.anchor_sum == torch.tensor(1 / 3 * CONFIG.anchor_steps)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("anchor_sum", torch.zeros(3, 3)),
+        ("anchor_sum", torch.tensor(math.nan)),
+        ("anchor_count", torch.tensor(-1)),
+        ("_extra_state", {}),
+        ("_extra_state", None),
+    ],
+)
+def test_a_damaged_checkpoint_is_refused_and_changes_nothing(name, value):
+    paec, state = anchored(), PAEC(CONFIG).state_dict()
+    state[name] = value
+    with pytest.raises(RuntimeError, match=f"{name} must"):
+        paec.load_state_dict(state)
+    assert paec.anchor_count == CONFIG.anchor_steps
+    assert paec.anchor_sum == torch.tensor(ANCHOR * CONFIG.anchor_steps)
+
+
+def test_a_second_plan_of_a_step_is_an_error():
+    paec, batch = PAEC(CONFIG), make_batch(2, 5, seed=0, p_valid=0.8)
+    paec.observe(batch.stats, batch.valid)
+    paec.plan()
+    with pytest.raises(RuntimeError, match=r"plan\(\) was already made"):
+        paec.plan()
+    paec.step()
+    assert paec.anchor_count == 1

@@ -188,9 +188,8 @@ def test_in_place_twice_is_an_error(backend):
 def test_a_second_derivative_is_an_error(backend, inplace):
     leaf = torch.randn(3, 60, requires_grad=True)
     entropy = pk.token_stats(leaf * 1.0, inplace_backward=inplace, backend=backend).entropy.sum()
-    (gradient,) = torch.autograd.grad(entropy, leaf, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        gradient.sum().backward()
+    with pytest.raises(RuntimeError, match="token_stats has no second derivative"):
+        torch.autograd.grad(entropy, leaf, create_graph=True)
 
 
 def test_logits_changed_before_backward_are_an_error(backend):
