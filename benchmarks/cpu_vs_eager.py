@@ -13,8 +13,6 @@ PyTorch's profiler would miss what the backend's own threads allocate.
 import argparse
 import json
 import multiprocessing
-import platform
-import resource
 import statistics
 import time
 from collections.abc import Callable
@@ -26,6 +24,8 @@ import torch
 from torch import Tensor
 
 import paec_kernels as pk
+from benchmarks.provenance import provenance
+from paec_kernels.demo import peak_memory
 
 REAL_LOGITS = Path(__file__).parents[1] / "tests" / "data" / "real_logits.pt"
 TOP_P = 0.95
@@ -163,16 +163,7 @@ def growth_of_high_water(name: str, n_rows: int, dtype: torch.dtype, n_threads: 
     torch.set_num_threads(n_threads)
     rows = real_rows(n_rows, dtype)
     run(WAYS[name], fresh(Rows(rows.logits[:2], rows.token_ids[:2], rows.weights[:, :2])))  # code and threads
-    before = high_water_bytes()
-    run(WAYS[name], rows)
-    return high_water_bytes() - before
-
-
-def high_water_bytes() -> int:
-    status = Path("/proc/self/status")
-    if status.exists():  # on Linux a child begins with its parent's ru_maxrss
-        return 1024 * next(int(line.split()[1]) for line in status.open() if line.startswith("VmHWM"))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak_memory.growth(lambda: run(WAYS[name], rows))
 
 
 def measure(rows: Rows, repeats: int) -> dict[str, dict[str, float]]:
@@ -216,9 +207,7 @@ def main() -> None:
         "dtype": arguments.dtype,
         "threads": arguments.threads,
         "repeats": arguments.repeats,
-        "torch": torch.__version__,
-        "machine": platform.machine(),
-    }
+    } | provenance()
     print(", ".join(f"{key} {value}" for key, value in setting.items()))
     print(f"{'forward and backward':20} {'ms':>8} {'ratio':>7} {'peak MB':>8} {'error':>9} {'of gradient':>12}")
     for name, figure in figures.items():

@@ -3,7 +3,7 @@
     python -m benchmarks.linear_vs_products                # 1,024 real hidden states, V = 49,152, D = 576, float32
     python -m benchmarks.linear_vs_products --chunk-mb 32 --out linear.json
 
-The head and the hidden states are SmolLM2-135M's (the demo's packages), over the text of this repository's README.
+The head and the hidden states are SmolLM2-135M's (the demo's packages), over answers that it samples itself.
 Both ways compute the statistics and the gradients of hidden states and head; they are held against float64 before
 anything is timed, and take turns in one process with the products. A ratio is the median over the turns. Peak memory
 is the rise of a new process's resident memory beyond inputs and their gradients.
@@ -13,7 +13,6 @@ import argparse
 import json
 import multiprocessing
 import os
-import platform
 import statistics
 import tempfile
 import time
@@ -27,9 +26,10 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 import paec_kernels as pk
-from paec_kernels.demo import model, peak_memory
+from benchmarks.provenance import provenance
+from paec_kernels.demo import model, peak_memory, rollout
+from paec_kernels.demo.questions import QUESTIONS, messages
 
-README = Path(__file__).parents[1] / "README.md"
 CHECKED_ROWS = 64
 
 
@@ -82,15 +82,16 @@ def four_products(case: Case) -> None:
 
 
 def real_case(n_rows: int) -> Case:
+    torch.manual_seed(0)
     policy, tokenizer = model.load(torch.device("cpu"))
-    token_ids = tokenizer(README.read_text(), return_tensors="pt").input_ids[0]
-    if len(token_ids) <= n_rows:
-        raise SystemExit(f"--rows must be below {len(token_ids)}, the tokens of the README, got {n_rows}")
+    chats = [messages(question) for question in QUESTIONS]
+    answers = rollout.sample(policy, tokenizer, chats, answers=12, max_new_tokens=48, temperature=1.0)
     with torch.no_grad():
-        hidden = policy.model(token_ids[None, :n_rows]).last_hidden_state[0]
-    generator = torch.Generator().manual_seed(0)
-    weights = torch.randn(3, n_rows, generator=generator) / n_rows
-    return Case(hidden, policy.lm_head.weight.detach(), token_ids[1 : n_rows + 1], weights)
+        hidden = rollout.answer_hidden(policy, answers)[answers.valid]
+    if len(hidden) < n_rows:
+        raise SystemExit(f"--rows must be at most {len(hidden)}, the tokens that were sampled, got {n_rows}")
+    weights = torch.randn(3, n_rows) / n_rows
+    return Case(hidden[:n_rows], policy.lm_head.weight.detach(), answers.token_ids[answers.valid][:n_rows], weights)
 
 
 def check_errors(case: Case) -> dict[str, list[float]]:
@@ -174,9 +175,7 @@ def main() -> None:
         "chunk_bytes": os.environ.get("PAEC_CHUNK_BYTES", "default"),
         "threads": arguments.threads,
         "repeats": arguments.repeats,
-        "torch": torch.__version__,
-        "machine": platform.machine(),
-    }
+    } | provenance()
     print(", ".join(f"{key} {value}" for key, value in setting.items()))
     print(
         f"{'forward and backward':20} {'ms':>8} {'x products':>10} {'peak MB':>8}  errors: statistics, d_hidden, d_weight"
