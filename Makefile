@@ -23,7 +23,7 @@ help: ## show this list
 setup: .venv/.stamp ## make .venv with the package, the demo's and the developers' tools
 
 demo: .venv/.stamp ## one GRPO + PAEC step on SmolLM2-135M: coloured answers, figures, runs/demo
-	.venv/bin/python -m paec_kernels.demo --out runs/demo
+	.venv/bin/python -m paec_kernels.demo --out runs/demo $(if $(LINEAR),--linear)
 
 test: .venv/.stamp ## all tests
 	.venv/bin/python -m pytest -n $(JOBS)

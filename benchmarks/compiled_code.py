@@ -20,6 +20,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from benchmarks.provenance import provenance
 from paec_kernels.token_stats import triton_backend
 from paec_kernels.token_stats.backward_kernel import backward_kernel
 from paec_kernels.token_stats.forward_kernel import forward_kernel
@@ -192,6 +193,7 @@ def report() -> dict[str, Any]:
         for softcap in (False, True)
     ]
     return {
+        "provenance": provenance(),
         "rows": rows,
         "main_loop": main_loop(),
         "nucleus_search": nucleus_search(),
@@ -202,7 +204,7 @@ def report() -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    result = report() if not parser.parse_args().json else print(json.dumps(report()))
+    result = report() if not parser.parse_args().json else print(json.dumps(report(), indent=1))
     if result is None:
         return
     for row in result["rows"]:
