@@ -177,9 +177,8 @@ def main() -> None:
         "repeats": arguments.repeats,
     } | provenance()
     print(", ".join(f"{key} {value}" for key, value in setting.items()))
-    print(
-        f"{'forward and backward':20} {'ms':>8} {'x products':>10} {'peak MB':>8}  errors: statistics, d_hidden, d_weight"
-    )
+    heading = f"{'forward and backward':20} {'ms':>8} {'x products':>10} {'peak MB':>8}"
+    print(heading + "  errors: statistics, d_hidden, d_weight")
     for name, figure in figures.items():
         peak = f"{figure['peak_bytes'] / 1e6:8.1f}" if "peak_bytes" in figure else " " * 8
         shown = "  ".join(f"{error:.1e}" for error in errors.get(name, []))
