@@ -258,6 +258,19 @@ def test_frozen_body_trains_the_head_alone():
     assert torch.allclose(weight.grad.double(), exact.grad, atol=1e-5)
 
 
+def test_low_rank_adapters_on_a_frozen_body():
+    case = head()
+    base, down, up = torch.randn(24, 24), torch.randn(2, 24), torch.randn(24, 2)
+    gradients = []
+    for statistics, dtype in ((pk.linear_token_stats, torch.float32), (reference.linear_token_stats, torch.float64)):
+        adapters = [t.to(dtype).requires_grad_() for t in (down, up)]
+        hidden = torch.tanh(linear(case.hidden.to(dtype), base.to(dtype) + adapters[1] @ adapters[0]))
+        statistics(hidden, case.weight.to(dtype), case.token_ids).nucleus_entropy.sum().backward()
+        gradients.append([adapter.grad.double() for adapter in adapters])
+    for got, exact in zip(*gradients, strict=True):
+        assert torch.allclose(got, exact, rtol=1e-4, atol=1e-4)
+
+
 def test_tied_embeddings():
     ids = torch.randint(0, 60, (20,))
     gradients = []
