@@ -263,7 +263,7 @@ def test_low_rank_adapters_on_a_frozen_body():
     base, down, up = torch.randn(24, 24), torch.randn(2, 24), torch.randn(24, 2)
     gradients = []
     for statistics, dtype in ((pk.linear_token_stats, torch.float32), (reference.linear_token_stats, torch.float64)):
-        adapters = [t.to(dtype).requires_grad_() for t in (down, up)]
+        adapters = [t.clone().to(dtype).requires_grad_() for t in (down, up)]
         hidden = torch.tanh(linear(case.hidden.to(dtype), base.to(dtype) + adapters[1] @ adapters[0]))
         statistics(hidden, case.weight.to(dtype), case.token_ids).nucleus_entropy.sum().backward()
         gradients.append([adapter.grad.double() for adapter in adapters])
