@@ -53,6 +53,14 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(params=["triton", "torch"])
+def backend(request: pytest.FixtureRequest) -> str:
+    """Both backends of `token_stats`; Triton's is interpreted where there is no GPU."""
+    if request.param == "triton":
+        pytest.importorskip("triton", reason="the triton package is not installed")
+    return request.param
+
+
 class RealLogits(NamedTuple):
     """Rows of SmolLM2-135M-Instruct written by `tests/data/make_real_logits.py`."""
 

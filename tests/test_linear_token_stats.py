@@ -23,13 +23,6 @@ from paec_kernels.linear_chunks import choose_chunks
 module = importlib.import_module("paec_kernels.linear_token_stats")
 
 
-@pytest.fixture(params=["triton", "torch"])
-def backend(request):
-    if request.param == "triton":
-        pytest.importorskip("triton", reason="the triton package is not installed")
-    return request.param
-
-
 def head(n=37, width=24, n_cols=530, dtype=torch.float32, bias=False):
     """Hidden states, a weight with logits of a language model's spread, ids with one ignored, and valid rows."""
     return SimpleNamespace(

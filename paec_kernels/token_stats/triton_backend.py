@@ -4,6 +4,7 @@ import torch
 import triton
 from torch import Tensor
 
+from paec_kernels.reference import IGNORE_INDEX
 from paec_kernels.token_stats import layout
 from paec_kernels.token_stats.backward_kernel import backward_kernel
 from paec_kernels.token_stats.forward_kernel import forward_kernel
@@ -48,7 +49,7 @@ def forward(
         launch(
             logits,
             *logits.stride(),
-            *_per_row(token_ids, -100, logits, torch.int64),
+            *_per_row(token_ids, IGNORE_INDEX, logits, torch.int64),
             *_per_row(valid, True, logits, torch.bool),
             *_per_row(temperature, 1, logits, torch.float32),
             stats,
@@ -102,7 +103,7 @@ def backward(
             *out.stride(),
             logits,
             *logits.stride(),
-            *_per_row(token_ids, -100, logits, torch.int64),
+            *_per_row(token_ids, IGNORE_INDEX, logits, torch.int64),
             *_per_row(valid, True, logits, torch.bool),
             *_per_row(temperature, 1, logits, torch.float32),
             stats,

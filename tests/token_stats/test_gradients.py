@@ -10,13 +10,6 @@ import paec_kernels as pk
 from paec_kernels import reference
 
 
-@pytest.fixture(params=["triton", "torch"])
-def backend(request):
-    if request.param == "triton":
-        pytest.importorskip("triton", reason="the triton package is not installed")
-    return request.param
-
-
 def check_gradient(backend, logits, token_ids, weights, inplace=False, **options):
     """Error at most that of same-dtype eager autograd, in the same logits, + 1e-5."""
     got = gradient_of(

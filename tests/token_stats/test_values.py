@@ -11,13 +11,6 @@ import paec_kernels as pk
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-@pytest.fixture(params=["triton", "torch"])
-def backend(request):
-    if request.param == "triton":
-        pytest.importorskip("triton", reason="the triton package is not installed")
-    return request.param
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_real_rows(backend, real_logits, dtype):
     logits, token_ids = real_logits.logits.to(dtype), real_logits.token_ids
