@@ -1,0 +1,53 @@
+"""What the loop asks of a language model, whatever it is built from."""
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+from torch import Tensor, nn
+
+
+class Rollout(NamedTuple):
+    """B sequences: prompts padded on the left to P tokens, then answers padded on the right to T tokens."""
+
+    sequences: Tensor  # int64 [B, P + T]
+    attention_mask: Tensor  # int64 [B, P + T]
+    prompt_length: int  # P
+    valid: Tensor  # bool [B, T]: an answer's tokens up to and with its end token
+
+    @property
+    def token_ids(self) -> Tensor:
+        """The answers' tokens, int64 [B, T]."""
+        return self.sequences[:, self.prompt_length :]
+
+    def rows(self, rows: slice) -> "Rollout":
+        """The sequences of one micro-batch."""
+        return Rollout(self.sequences[rows], self.attention_mask[rows], self.prompt_length, self.valid[rows])
+
+
+class Policy(Protocol):
+    """A model with its tokenizer. Sampling depends on its arguments and the weights alone, never on a global state."""
+
+    module: nn.Module  # all parameters; called with (sequences, attention_mask, prompt_length) it is `hidden`
+
+    def sample(
+        self, prompts: Sequence[str], answers: int, *, max_new_tokens: int, temperature: float, seeds: Sequence[int]
+    ) -> Rollout:
+        """``answers`` samples in a row for each prompt, from the whole distribution; greedy at temperature 0.
+
+        Args:
+            seeds: one for each prompt.
+        """
+        ...
+
+    def texts(self, rollout: Rollout) -> list[str]:
+        """Each answer without its end token."""
+        ...
+
+    def hidden(self, rollout: Rollout) -> Tensor:
+        """The last hidden states that each answer token is predicted from, ``[B, T, D]``."""
+        ...
+
+    @property
+    def head(self) -> Tensor:
+        """The weight ``[V, D]`` that turns hidden states into logits."""
+        ...

@@ -1,0 +1,33 @@
+"""A question with its verifier's answer, and where such questions come from."""
+
+from typing import NamedTuple, Protocol
+
+
+class Problem(NamedTuple):
+    """``prompt`` is what the model reads (plain text), ``answer`` what the verifier expects, ``task`` its family."""
+
+    task: str
+    prompt: str
+    answer: str
+
+
+class Task(Protocol):
+    """A source of problems and their verifier. Training and evaluation problems never coincide."""
+
+    name: str
+
+    def train_problem(self, index: int) -> Problem:
+        """The ``index``-th training problem; any index >= 0, always the same problem for the same index."""
+        ...
+
+    def eval_problems(self, count: int) -> list[Problem]:
+        """The first ``count`` evaluation problems, or all where there are fewer."""
+        ...
+
+    def extract(self, text: str) -> str | None:
+        """The final answer in a response, in a canonical form that majority voting may compare; None without one."""
+        ...
+
+    def reward(self, problem: Problem, text: str) -> float:
+        """1.0 where the response's final answer is right, else 0.0."""
+        ...
