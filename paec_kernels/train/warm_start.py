@@ -1,0 +1,73 @@
+"""The tiny model's supervised start, from a seed and cached on disk."""
+
+import hashlib
+import json
+import os
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from torch.nn import functional as F
+
+from paec_kernels.train.families import END, FAMILIES, Family, Habits
+from paec_kernels.train.tiny_model import PAD_ID, TinyModel, encode
+
+
+@dataclass(frozen=True)
+class WarmStart:
+    """Supervised steps on noisy worked solutions of training problems."""
+
+    habits: Habits = field(default_factory=Habits)
+    steps: int = 1500
+    habit_steps: int = 150
+    batch: int = 128
+    learning_rate: float = 2e-3
+    seed: int = 0
+
+
+def batch_loss(model: TinyModel, families: Sequence[Family], options: WarmStart, step: int) -> torch.Tensor:
+    """Mean cross-entropy (nats) of the solutions' letters in the step's batch, drawn evenly from the families."""
+    rng = random.Random(f"warm start {options.seed} {step}")
+    prompts, solutions = [], []
+    for row in range(options.batch):
+        family = families[row % len(families)]
+        problem = family.train_problem(rng.randrange(10**9))
+        prompts.append(problem.prompt)
+        habits = options.habits if step >= options.steps - options.habit_steps else Habits(0.5, options.habits.slip)
+        solutions.append(family.solution(problem, habits, rng) + END)
+    prompt_ids, prompt_mask = encode(prompts)
+    answer_ids, answer_mask = (x.flip(1) for x in encode([text[::-1] for text in solutions]))  # padded on the right
+    ids = torch.cat((prompt_ids, answer_ids), dim=1)
+    mask = torch.cat((prompt_mask, answer_mask), dim=1)
+    logits = model(ids, mask, prompt_ids.shape[1]) @ model.embedding.weight.T
+    return F.cross_entropy(logits.transpose(1, 2), answer_ids, ignore_index=PAD_ID)
+
+
+def warm_start(
+    options: WarmStart, folder: Path, on_step: Callable[[int, float], None] = lambda step, loss: None
+) -> TinyModel:
+    """The model after the steps, from ``folder`` if it was made before; ``on_step`` hears of each step and its loss."""
+    torch.manual_seed(options.seed)
+    model = TinyModel()
+    key = hashlib.sha256(json.dumps(asdict(options), sort_keys=True).encode()).hexdigest()[:16]
+    path = folder / f"tiny-{key}.pt"
+    if path.exists():
+        model.load_state_dict(torch.load(path, weights_only=True))
+        return model
+    families = list(FAMILIES.values())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=options.learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, options.learning_rate, options.steps, pct_start=0.1)
+    for step in range(options.steps):
+        loss = batch_loss(model, families, options, step)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        on_step(step, loss.item())
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save(model.state_dict(), path.with_suffix(".partial"))
+    os.replace(path.with_suffix(".partial"), path)
+    return model
