@@ -1,0 +1,147 @@
+"""Scores of sampled answers, each a value per problem; and the intervals that go with their means.
+
+``correct`` is bool ``[problems, k]``; ``answers`` is ``[problems][k]``, each a canonical string, or None for a
+response without an answer.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from scipy import stats  # type: ignore[import-untyped]
+
+Answers = Sequence[Sequence[str | None]]
+
+
+class Estimate(NamedTuple):
+    """A mean with its interval; ``low`` and ``high`` are NaN where the data cannot give one."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def mean_at_k(correct: np.ndarray) -> np.ndarray:
+    """The share of a problem's samples that are right, float64 ``[problems]``."""
+    return _checked(correct).mean(axis=1)
+
+
+def pass_at_k(correct: np.ndarray, k: int) -> np.ndarray:
+    """The chance that k of a problem's n samples, drawn without replacement, hold a right one; ``[problems]``.
+
+        1 - C(n - c, k) / C(n, k) = 1 - product over i = n - c + 1 .. n of (1 - k / i),  c of the n are right
+
+    the unbiased estimate of Chen et al. 2021 (arXiv 2107.03374, eq. 1).
+
+    Raises:
+        ValueError: k is not in 1 .. n.
+    """
+    n = _checked(correct).shape[1]
+    if not 1 <= k <= n:
+        raise ValueError(f"k must be 1 to the {n} samples of a problem, got {k!r}")
+    missed = [np.prod(1 - k / np.arange(n - c + 1, n + 1)) if n - c >= k else 0.0 for c in correct.sum(axis=1)]
+    return 1 - np.array(missed)
+
+
+def majority_vote(correct: np.ndarray, answers: Answers) -> np.ndarray:
+    """maj@k: 1 where the most frequent answer is right, ``[problems]``.
+
+    None is no vote, and without any vote a problem scores 0. Answers that tie for the most votes are drawn with
+    equal chances, and the expected value counts.
+    """
+    scores = []
+    for row, right in zip(_matched(correct, answers), correct, strict=True):
+        votes = Counter(answer for answer in row if answer is not None)
+        most = max(votes.values(), default=0)
+        # A verifier may judge two responses with the same canonical answer apart, hence the mean of the winner's.
+        winners = [
+            np.mean([r for answer, r in zip(row, right, strict=True) if answer == winner])
+            for winner, count in votes.items()
+            if count == most
+        ]
+        scores.append(float(np.mean(winners)) if winners else 0.0)
+    return np.array(scores)
+
+
+def distinct_answers(answers: Answers) -> np.ndarray:
+    """How many different answers a problem got, None not counted; float64 ``[problems]``."""
+    return np.array([float(len(set(row) - {None})) for row in answers])
+
+
+def bootstrap(
+    tasks: Sequence[np.ndarray], *, confidence: float = 0.95, resamples: int = 2000, seed: int = 0
+) -> list[Estimate]:
+    """Macro-averages over tasks with percentile intervals, problems resampled within each task.
+
+    A task weighs the same whatever the number of its problems. The interval tells what other problems of the same
+    kind would have given; training again with another seed is not in it.
+
+    Args:
+        tasks: for each, values ``[problems, M]``; problems may differ in number, M may not.
+        seed: of the resampling, which is the same for each of the M columns.
+    Returns:
+        M estimates.
+    Raises:
+        ValueError: no task, or one without problems.
+    """
+    if not tasks or any(values.ndim != 2 or not len(values) for values in tasks):
+        raise ValueError(f"tasks must be [problems, M] each, problems >= 1, got {[v.shape for v in tasks]}")
+    rng = np.random.default_rng(seed)
+    means = np.mean([values.mean(axis=0) for values in tasks], axis=0)  # [M]
+    resampled = np.mean(
+        # How often each problem is drawn, instead of which: [resamples, problems] @ [problems, M].
+        [rng.multinomial(len(v), np.full(len(v), 1 / len(v)), size=resamples) @ v / len(v) for v in tasks],
+        axis=0,
+    )  # [resamples, M]
+    low, high = np.quantile(resampled, [(1 - confidence) / 2, (1 + confidence) / 2], axis=0)
+    return [Estimate(*row) for row in np.stack([means, low, high], axis=1).tolist()]
+
+
+def t_interval(values: Sequence[float], *, confidence: float = 0.95) -> Estimate:
+    """The mean with Student's t interval: of runs with different seeds, or of their paired differences.
+
+        mean +- t(n - 1) * s / sqrt(n)
+
+    Args:
+        values: n of them; with one the interval is NaN. A NaN among them makes everything NaN.
+    Raises:
+        ValueError: no values.
+    """
+    n = len(values)
+    if n == 0:
+        raise ValueError("values must hold at least one number, got none")
+    mean = float(np.mean(values))
+    if n == 1:
+        return Estimate(mean, np.nan, np.nan)
+    half = stats.t.ppf((1 + confidence) / 2, n - 1) * np.std(values, ddof=1) / np.sqrt(n)
+    return Estimate(mean, mean - half, mean + half)
+
+
+def paired_difference(
+    values: dict[int, float], baseline: dict[int, float], *, confidence: float = 0.95
+) -> Estimate | None:
+    """values - baseline by seed, with the paired t interval; None where no seed is in both.
+
+    Runs with the same seed start from the same weights and see the same problems, so much of what a seed does
+    cancels. The interval takes the differences of the seeds as draws from one normal distribution.
+    """
+    seeds = sorted(values.keys() & baseline.keys())
+    if not seeds:
+        return None
+    return t_interval([values[seed] - baseline[seed] for seed in seeds], confidence=confidence)
+
+
+def _checked(correct: np.ndarray) -> np.ndarray:
+    if not isinstance(correct, np.ndarray) or correct.dtype != bool:
+        raise TypeError(f"correct must be a bool array, got {getattr(correct, 'dtype', type(correct).__name__)}")
+    if correct.ndim != 2 or correct.shape[1] == 0:
+        raise ValueError(f"correct must be [problems, k] with k >= 1, got shape {correct.shape}")
+    return correct
+
+
+def _matched(correct: np.ndarray, answers: Answers) -> Answers:
+    shape = _checked(correct).shape
+    if len(answers) != shape[0] or any(len(row) != shape[1] for row in answers):
+        raise ValueError(f"answers must be as many as correct's {shape}, got rows of {[len(row) for row in answers]}")
+    return answers
