@@ -1,0 +1,391 @@
+"""What `--algo` chooses: a policy loss, and the entropy term added to it; exact over an optimiser step.
+
+::
+
+    algorithm = make("paec", PAECOptions())
+    for micro_batches in optimiser_steps:
+        plan = algorithm.plan(micro_batches, seed=step)             # statistics without a gradient
+        for i, batch in enumerate(micro_batches):
+            loss, metrics = algorithm.loss(batch, plan, i)          # with a gradient
+            loss.backward()
+        optimizer.step(); algorithm.step()
+
+Each method is a frozen dataclass of its options, which knows its policy loss and its entropy term. Their defaults are
+the papers' where those give any; marks are as in ``policy_losses`` and ``entropy_losses``.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from paec_kernels.calibration import PAEC, PAECConfig
+from paec_kernels.calibration import Plan as PAECPlan
+from paec_kernels.calibration.ranks import mean_over_ranks
+from paec_kernels.entropy_losses import (
+    AER,
+    SIREN,
+    AERConfig,
+    EntropyPlan,
+    EntropyRegulariser,
+    GlobalEntropy,
+    GlobalEntropyConfig,
+    SIRENConfig,
+    refuse_other_config,
+)
+from paec_kernels.policy_losses import (
+    check_tokens,
+    cispo_loss,
+    clip_cov_loss,
+    clip_cov_selection,
+    grpo_loss,
+    kl_cov_loss,
+    kl_cov_selection,
+)
+from paec_kernels.reference import TokenStats
+
+Group = dist.ProcessGroup | None
+LossAndMetrics = tuple[Tensor, dict[str, Tensor]]
+UNIFORM_TAU_M = 1e30  # (s - q) / tau_m vanishes beside 1: every m is 1/2 to the bit, in float32 and float64
+
+
+class Batch(NamedTuple):
+    """A micro-batch of one optimiser step: B answers, padded to T tokens."""
+
+    stats: TokenStats  # [B, T], of the current weights, at the algorithm's top_p
+    old_logp: Tensor  # [B, T], of the sampling policy
+    advantages: Tensor  # [B, 1]
+    accuracy: Tensor  # [B, 1], the mean reward of the answer's group, in [0, 1]
+    valid: Tensor  # bool [B, T], True at response tokens
+
+
+class Plan(NamedTuple):
+    """What the micro-batches of an optimiser step must know of each other; no gradient."""
+
+    normalizer: Tensor  # the step's valid tokens, divided by the ranks
+    term: PAECPlan | EntropyPlan | None  # of the entropy term
+    selected: list[Tensor] | None  # bool [B, T] for each micro-batch: the tokens that Clip-Cov or KL-Cov treats
+    metrics: dict[str, Tensor]  # of the whole step, 0-d, the same on every rank
+
+
+@dataclass(frozen=True)
+class Method:
+    """What every method answers."""
+
+    @property
+    def top_p(self) -> float:
+        """The nucleus mass that ``token_stats`` must be called with."""
+        return PAECConfig().top_p
+
+    def select(self, micro_batches: Sequence[Batch], seed: int, group: Group) -> list[Tensor] | None:
+        """The tokens of the step that the policy loss treats apart."""
+        return None
+
+    def policy_loss(self, batch: Batch, normalizer: Tensor, selected: Tensor | None) -> LossAndMetrics:
+        """The loss of a micro-batch, and metrics that are means over its tokens."""
+        raise NotImplementedError
+
+    def entropy_term(self, group: Group, backend: str) -> PAEC | EntropyRegulariser | None:
+        """A fresh entropy term."""
+        return None
+
+
+@dataclass(frozen=True)
+class GRPOOptions(Method):
+    """GRPO, token-level with clip-higher (DAPO, arXiv 2503.14476)."""
+
+    clip_low: float = 0.2
+    """Ratios below 1 - clip_low are clipped; DAPO's value."""
+    clip_high: float = 0.28
+    """Ratios above 1 + clip_high are clipped; DAPO's value."""
+
+    def policy_loss(self, batch: Batch, normalizer: Tensor, selected: Tensor | None) -> LossAndMetrics:
+        return grpo_loss(*_tokens(batch), clip_low=self.clip_low, clip_high=self.clip_high, normalizer=normalizer)
+
+
+@dataclass(frozen=True)
+class GlobalOptions(GRPOOptions):
+    """GRPO with the same entropy bonus at every token."""
+
+    bonus: GlobalEntropyConfig = field(default_factory=GlobalEntropyConfig)
+    """The bonus."""
+
+    def entropy_term(self, group: Group, backend: str) -> GlobalEntropy:
+        return GlobalEntropy(self.bonus, group)
+
+
+@dataclass(frozen=True)
+class PAECOptions(GRPOOptions):
+    """GRPO with PAEC (arXiv 2606.08543)."""
+
+    paec: PAECConfig = field(default_factory=PAECConfig)
+    """PAEC's constants."""
+
+    @property
+    def top_p(self) -> float:
+        return self.paec.top_p
+
+    def entropy_term(self, group: Group, backend: str) -> PAEC:
+        return PAEC(self.paec, group, backend=backend)
+
+
+@dataclass(frozen=True)
+class PAECNoMaskOptions(PAECOptions):
+    """PAEC's bonus and floor on the plain mean entropy of all tokens: the mask is uniform, paec.tau_m unused."""
+
+    def entropy_term(self, group: Group, backend: str) -> PAEC:
+        return PAEC(replace(self.paec, tau_m=UNIFORM_TAU_M), group, backend=backend)
+
+
+@dataclass(frozen=True)
+class PAECNoPenaltyOptions(PAECOptions):
+    """PAEC's bonus at the selected positions without the floor: paec.lam is unused, 0."""
+
+    def entropy_term(self, group: Group, backend: str) -> PAEC:
+        return PAEC(replace(self.paec, lam=0.0), group, backend=backend)
+
+
+@dataclass(frozen=True)
+class CISPOOptions(Method):
+    """CISPO (MiniMax-M1, arXiv 2506.13585)."""
+
+    clip_low: float = 1.0
+    """Importance weights below 1 - clip_low are raised to it; 1, no lower bound, is the paper's."""
+    clip_high: float = 0.28
+    """Importance weights above 1 + clip_high are lowered to it; DAPO's value, the paper gives none."""
+
+    def policy_loss(self, batch: Batch, normalizer: Tensor, selected: Tensor | None) -> LossAndMetrics:
+        return cispo_loss(*_tokens(batch), clip_low=self.clip_low, clip_high=self.clip_high, normalizer=normalizer)
+
+
+@dataclass(frozen=True)
+class ClipCovOptions(GRPOOptions):
+    """GRPO without the gradient of a few tokens of high covariance (Clip-Cov, arXiv 2505.22617)."""
+
+    fraction: float = 2e-4
+    """Share of the step's tokens that get no gradient, one token at least; the paper's value."""
+    cov_low: float = 1.0
+    """Only tokens of a covariance above this; the paper's value."""
+    cov_high: float = 5.0
+    """Only tokens of a covariance below this; the paper's value."""
+
+    def select(self, micro_batches: Sequence[Batch], seed: int, group: Group) -> list[Tensor]:
+        columns = map(list, zip(*map(_tokens, micro_batches), strict=True))
+        return clip_cov_selection(*columns, seed=seed, process_group=group, **asdict(self))
+
+    def policy_loss(self, batch: Batch, normalizer: Tensor, selected: Tensor | None) -> LossAndMetrics:
+        assert selected is not None
+        return clip_cov_loss(
+            *_tokens(batch), selected, clip_low=self.clip_low, clip_high=self.clip_high, normalizer=normalizer
+        )
+
+
+@dataclass(frozen=True)
+class KLCovOptions(Method):
+    """A KL penalty on the tokens of the highest covariance (KL-Cov, arXiv 2505.22617); nothing is clipped."""
+
+    fraction: float = 2e-3
+    """Share of the step's tokens that are penalised, one token at least; the paper's value for 7B models."""
+    kl_coef: float = 1.0
+    """Weight of the penalty; the paper's value."""
+
+    def select(self, micro_batches: Sequence[Batch], seed: int, group: Group) -> list[Tensor]:
+        logp, _, advantages, valid = map(list, zip(*map(_tokens, micro_batches), strict=True))
+        return kl_cov_selection(logp, advantages, valid, fraction=self.fraction, process_group=group)
+
+    def policy_loss(self, batch: Batch, normalizer: Tensor, selected: Tensor | None) -> LossAndMetrics:
+        assert selected is not None
+        return kl_cov_loss(*_tokens(batch), selected, kl_coef=self.kl_coef, normalizer=normalizer)
+
+
+@dataclass(frozen=True)
+class AEROptions(GRPOOptions):
+    """GRPO with adaptive entropy regularisation (AER, arXiv 2510.10959)."""
+
+    aer: AERConfig = field(default_factory=AERConfig)
+    """AER's constants."""
+
+    def entropy_term(self, group: Group, backend: str) -> AER:
+        return AER(self.aer, group)
+
+
+@dataclass(frozen=True)
+class SIRENOptions(GRPOOptions):
+    """GRPO with selective entropy regularisation (SIREN, arXiv 2509.25133)."""
+
+    siren: SIRENConfig = field(default_factory=SIRENConfig)
+    """SIREN's constants."""
+
+    @property
+    def top_p(self) -> float:
+        return self.siren.top_p
+
+    def entropy_term(self, group: Group, backend: str) -> SIREN:
+        return SIREN(self.siren, group)
+
+
+ALGORITHMS: dict[str, type[Method]] = {
+    "grpo": GRPOOptions,
+    "global": GlobalOptions,
+    "paec": PAECOptions,
+    "paec-no-mask": PAECNoMaskOptions,
+    "paec-no-penalty": PAECNoPenaltyOptions,
+    "cispo": CISPOOptions,
+    "clip-cov": ClipCovOptions,
+    "kl-cov": KLCovOptions,
+    "aer": AEROptions,
+    "siren": SIRENOptions,
+}
+
+
+class Algorithm(nn.Module):
+    """A method with its state, over an optimiser step.
+
+    Losses summed over micro-batches and averaged over ranks, as DistributedDataParallel averages gradients, equal that
+    of the whole step in one batch, in value and gradient. Micro-batches may differ in B and T; every rank has at least
+    one, if without a valid token.
+
+    Every algorithm is measured by the same PAEC, whose anchor and floor are part of no other method's loss. A method
+    that selects as PAEC does is measured by its own. With SIREN, the positions are chosen by a nucleus of its top_p.
+
+    The state is in ``state_dict`` together with the method's name and options; a checkpoint of others is refused and
+    changes nothing.
+
+    Args:
+        options: of one of ``ALGORITHMS``.
+        process_group: the data-parallel ranks that share an optimiser step, as in ``PAEC``.
+        backend: of PAEC's vector operations, as in ``PAEC``.
+    """
+
+    def __init__(self, options: Method, process_group: Group = None, *, backend: str = "auto") -> None:
+        super().__init__()
+        names = [name for name, kind in ALGORITHMS.items() if kind is type(options)]
+        if not names:
+            raise TypeError(f"options must be of a type in ALGORITHMS, got {options!r}")
+        self.name = names[0]
+        self.options = options
+        self.process_group = process_group
+        self.term: Any = options.entropy_term(process_group, backend)
+        measures_itself = isinstance(self.term, PAEC) and not isinstance(options, PAECNoMaskOptions)
+        self.monitor = None if measures_itself else PAEC(PAECConfig(), process_group, backend=backend)
+
+    @property
+    def top_p(self) -> float:
+        """The nucleus mass that ``token_stats`` must be called with."""
+        return self.options.top_p
+
+    @torch.no_grad()
+    def plan(self, micro_batches: Sequence[Batch], *, seed: int) -> Plan:
+        """What the step's losses need to know of all its tokens. All ranks must call it.
+
+        Args:
+            micro_batches: those of this rank, by the weights that ``loss`` will see; no gradient is kept.
+            seed: of random picks; the same on every rank, another one for each step.
+        Returns:
+            Plan. Its metrics: ``entropy`` (nats) and ``nucleus_size`` (tokens), means over the step's valid tokens;
+            ``selected_entropy`` (PAEC's masked mean), ``floor`` (0 until it is set) and ``anchor`` (NaN until then),
+            in nats; and what the entropy term plans, as ``term/...``.
+        Raises:
+            TypeError, ValueError: a micro-batch of wrong types, shapes or devices, or none at all.
+        """
+        if not micro_batches:
+            raise ValueError("micro_batches must hold at least one micro-batch on each rank, got none")
+        for batch in micro_batches:
+            _check_batch(batch)
+        for batch in micro_batches:
+            for module in self._entropy_modules():
+                module.observe(batch.stats, batch.valid)
+        term = None if self.term is None else self.term.plan()
+        monitored = term if self.monitor is None else self.monitor.plan()
+        assert isinstance(monitored, PAECPlan)
+
+        valid = [batch.valid for batch in micro_batches]
+        normalizer = mean_over_ranks(torch.stack([v.sum() for v in valid]).sum(), self.process_group)
+
+        def step_mean(values: list[Tensor]) -> Tensor:
+            total = torch.stack([torch.where(v, x, 0.0).sum() for x, v in zip(values, valid, strict=True)]).sum()
+            return mean_over_ranks(total, self.process_group) / (normalizer + (normalizer == 0))
+
+        metrics = {
+            "entropy": step_mean([batch.stats.entropy for batch in micro_batches]),
+            "selected_entropy": monitored.mean_entropy,
+            "floor": monitored.floor,
+            "anchor": monitored.anchor,
+            "nucleus_size": step_mean([batch.stats.nucleus_size.to(batch.old_logp.dtype) for batch in micro_batches]),
+        }
+        if term is not None:
+            metrics |= {f"term/{name}": value for name, value in term._asdict().items()}
+        return Plan(normalizer, term, self.options.select(micro_batches, seed, self.process_group), metrics)
+
+    def loss(self, batch: Batch, plan: Plan, index: int) -> LossAndMetrics:
+        """A micro-batch's share of the step's loss.
+
+        Args:
+            batch: as in ``plan``, now with the gradient of ``stats``.
+            plan: of this optimiser step.
+            index: the micro-batch's place among those that ``plan`` was called with.
+        Returns:
+            the loss, 0-d, and metrics, 0-d without gradient. Both are shares: summed over micro-batches and averaged
+            over ranks they are the step's. ``policy_loss``, ``entropy_loss`` (the term's, 0 without one), and the
+            policy loss' own metrics.
+        """
+        selected = None if plan.selected is None else plan.selected[index]
+        loss, metrics = self.options.policy_loss(batch, plan.normalizer, selected)
+        share = batch.valid.sum() / (plan.normalizer + (plan.normalizer == 0))
+        metrics = {name: share * mean for name, mean in metrics.items() if name != "ratio_max"}
+        metrics |= {"policy_loss": loss.detach(), "entropy_loss": torch.zeros_like(loss)}
+        if self.term is not None:
+            by_difficulty = {"accuracy": batch.accuracy} if isinstance(self.term, AER) else {}
+            term = self.term.term(batch.stats, batch.valid, plan.term, **by_difficulty)
+            metrics["entropy_loss"] = term.detach()
+            loss = loss + term
+        return loss, metrics
+
+    def step(self) -> None:
+        """Commit this optimiser step to anchors and coefficients, once for each and after it."""
+        for module in self._entropy_modules():
+            module.step()
+
+    def _entropy_modules(self) -> list[Any]:
+        return [module for module in (self.monitor, self.term) if module is not None]
+
+    def get_extra_state(self) -> dict[str, Any]:
+        return {"algo": self.name, **asdict(self.options)}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Raises before the parts are loaded, so that a checkpoint of other options changes nothing."""
+        if not isinstance(state, dict):
+            raise RuntimeError(f"the state of an Algorithm must be a dict of its options, got {state!r}")
+        refuse_other_config(state, self.get_extra_state(), "algorithm")
+
+
+def make(name: str, options: Method | None = None, process_group: Group = None, *, backend: str = "auto") -> Algorithm:
+    """The algorithm of that name, one of ``ALGORITHMS``; with the options of its type, or their defaults.
+
+    Raises:
+        ValueError: another name.
+        TypeError: options of another method.
+    """
+    if name not in ALGORITHMS:
+        raise ValueError(f"name must be one of {', '.join(ALGORITHMS)}, got {name!r}")
+    options = ALGORITHMS[name]() if options is None else options
+    if type(options) is not ALGORITHMS[name]:
+        raise TypeError(f"options of {name!r} must be {ALGORITHMS[name].__name__}, got {options!r}")
+    return Algorithm(options, process_group, backend=backend)
+
+
+def _tokens(batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    assert batch.stats.logp is not None  # checked by plan()
+    return batch.stats.logp, batch.old_logp, batch.advantages, batch.valid
+
+
+def _check_batch(batch: Batch) -> None:
+    if not isinstance(batch, Batch) or not isinstance(batch.stats, TokenStats):
+        raise TypeError(f"micro_batches must be Batches of TokenStats, got {batch!r}")
+    logp, old_logp, advantages, valid = _tokens(batch)
+    check_tokens(logp=logp, old_logp=old_logp, advantages=advantages, accuracy=batch.accuracy, valid=valid)
+    if bool(((batch.accuracy < 0) | (batch.accuracy > 1)).any()):
+        raise ValueError(f"accuracy must be in [0, 1], got {batch.accuracy.tolist()}")

@@ -1,0 +1,107 @@
+"""An optimiser step of random answers, whole and in ragged micro-batches, for the tests of algorithms."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from paec_kernels import reference
+from paec_kernels.calibration import PAEC, PAECConfig
+from paec_kernels.entropy_losses import AER, SIREN, AERConfig, GlobalEntropyConfig, SIRENConfig
+from paec_kernels.train.algorithms import (
+    AEROptions,
+    Algorithm,
+    Batch,
+    CISPOOptions,
+    ClipCovOptions,
+    GlobalOptions,
+    GRPOOptions,
+    KLCovOptions,
+    Method,
+    PAECNoMaskOptions,
+    PAECNoPenaltyOptions,
+    PAECOptions,
+    SIRENOptions,
+)
+
+VOCAB = 30
+LENGTHS = [17, 4, 9, 0, 20, 11, 1, 6]  # of the answers; one is empty
+PIECES = [(0, 3), (3, 4), (4, 6), (6, 8)]  # the micro-batches, each as wide as its longest answer; one has no token
+# Every part of every loss is active: large weights, and selections of several tokens.
+OPTIONS: list[Method] = [
+    GRPOOptions(),
+    GlobalOptions(bonus=GlobalEntropyConfig(coef=0.3)),
+    PAECOptions(paec=PAECConfig(beta=0.03, lam=0.7)),
+    PAECNoMaskOptions(paec=PAECConfig(beta=0.03, lam=0.7)),
+    PAECNoPenaltyOptions(paec=PAECConfig(beta=0.3)),
+    CISPOOptions(clip_low=0.2),
+    ClipCovOptions(fraction=0.1, cov_low=0.1),
+    KLCovOptions(fraction=0.1),
+    AEROptions(aer=AERConfig(initial_coef=0.3)),
+    SIRENOptions(siren=SIRENConfig(coef=0.5)),
+]
+
+
+class Answers(NamedTuple):
+    """A batch before its statistics."""
+
+    logits: Tensor  # float64 [B, T, VOCAB], requires grad
+    token_ids: Tensor  # [B, T]
+    old_logp: Tensor  # [B, T]
+    advantages: Tensor  # [B, 1]
+    accuracy: Tensor  # [B, 1]
+    valid: Tensor  # [B, T]
+
+    def batch(self, top_p: float) -> Batch:
+        stats = reference.token_stats(self.logits, self.token_ids, valid=self.valid, top_p=top_p)
+        return Batch(stats, self.old_logp, self.advantages, self.accuracy, self.valid)
+
+    def piece(self, first: int, last: int) -> "Answers":
+        """Answers first to last, cut after the longest; a leaf of its own."""
+        longest = max(LENGTHS[first:last])
+        cut = [x[first:last, :longest] if x.shape[1] > 1 else x[first:last] for x in self]
+        cut[0] = cut[0].detach().clone().requires_grad_()
+        return Answers(*cut)
+
+
+def make_answers() -> Answers:
+    """Positions from nearly certain to flat, ratios inside and outside the clipping range."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (len(LENGTHS), max(LENGTHS))
+    width = 0.1 + 6 * torch.rand(*shape, 1, dtype=torch.float64, generator=generator)
+    logits = width * torch.randn(*shape, VOCAB, dtype=torch.float64, generator=generator)
+    token_ids = torch.randint(VOCAB, shape, generator=generator)
+    logp = logits.log_softmax(-1).gather(-1, token_ids[..., None])[..., 0]
+    old_logp = logp + 0.3 * torch.randn(shape, dtype=torch.float64, generator=generator)
+    advantages = torch.randn(shape[0], 1, dtype=torch.float64, generator=generator)
+    accuracy = torch.rand(shape[0], 1, dtype=torch.float64, generator=generator)
+    valid = torch.arange(shape[1]) < torch.tensor(LENGTHS)[:, None]
+    return Answers(logits.requires_grad_(), token_ids, old_logp, advantages, accuracy, valid)
+
+
+def started(options: Method, process_group=None) -> Algorithm:
+    """An algorithm whose anchors are set, far from the entropy of these answers."""
+    algorithm = Algorithm(options, process_group, backend="reference")
+    for module in algorithm.children():
+        if isinstance(module, PAEC):
+            module.anchor_count.fill_(module.config.anchor_steps)
+            module.anchor_sum.fill_(4.0 * module.config.anchor_steps)
+        elif isinstance(module, AER | SIREN):
+            module.anchor = 4.0
+    return algorithm
+
+
+class Outcome(NamedTuple):
+    loss: Tensor
+    grads: list[Tensor]  # of the logits of each micro-batch
+    metrics: dict[str, Tensor]  # summed over micro-batches
+    plan_metrics: dict[str, Tensor]
+
+
+def run_step(algorithm: Algorithm, pieces: list[Answers]) -> Outcome:
+    batches = [piece.batch(algorithm.top_p) for piece in pieces]
+    plan = algorithm.plan(batches, seed=3)
+    losses, metrics = zip(*(algorithm.loss(batch, plan, i) for i, batch in enumerate(batches)), strict=True)
+    grads = [torch.autograd.grad(loss, piece.logits)[0] for loss, piece in zip(losses, pieces, strict=True)]
+    total = {name: torch.stack([m[name] for m in metrics]).sum() for name in metrics[0]}
+    return Outcome(torch.stack(losses).sum().detach(), grads, total, plan.metrics)
