@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from paec_kernels.calibration.quantile import as_fraction, quantile
-from paec_kernels.calibration.ranks import mean_over_ranks, world_size
+from paec_kernels.calibration.ranks import mean_over_ranks
 from paec_kernels.policy_losses import check_tokens
 from paec_kernels.reference import TokenStats
 
@@ -34,7 +34,7 @@ class EntropyPlan(NamedTuple):
     mean_entropy: Tensor
     """The mean that the method is about, in nats; 0 without any token."""
     items: Tensor
-    """How many tokens (SIREN: answers) it is the mean of."""
+    """How many tokens (SIREN: answers) it is the mean of, divided by the ranks."""
     coefficient: Tensor
     """What the method's bonus or penalty is multiplied by."""
     target: Tensor
@@ -92,12 +92,10 @@ class EntropyRegulariser(nn.Module):
         if not self._observed:
             raise RuntimeError("plan() is of observed micro-batches: observe() them first")
         observed, self._observed = self._observed, []
-        total, count = mean_over_ranks(torch.stack(observed).sum(0), self.process_group).unbind()
-        count = count * world_size(self.process_group)
-        total = total * world_size(self.process_group)
-        mean = torch.where(count == 0, 0.0, total / count.clamp(min=1))
+        total, items = mean_over_ranks(torch.stack(observed).sum(0), self.process_group).unbind()
+        mean = total / (items + (items == 0))
         coefficient, target = self._coefficient_and_target(mean)
-        self._plan = EntropyPlan(mean, count, mean.new_tensor(coefficient), mean.new_tensor(target))
+        self._plan = EntropyPlan(mean, items, mean.new_tensor(coefficient), torch.as_tensor(target).to(mean))
         return self._plan
 
     def step(self) -> None:
@@ -125,8 +123,8 @@ class EntropyRegulariser(nn.Module):
         """Take the step's mean into the state."""
 
     def _share(self, x: Tensor, plan: EntropyPlan) -> Tensor:
-        """x / items, times the ranks that gradients will be averaged over; 0 for x = 0 of an empty step."""
-        return world_size(self.process_group) * x / plan.items.clamp(min=1)
+        """x divided by the step's items for each rank, as ranks will be averaged; 0 in an empty step."""
+        return x / (plan.items + (plan.items == 0))
 
     def get_extra_state(self) -> dict[str, Any]:
         return {"config": asdict(self.config), **{name: getattr(self, name) for name in self.STATE}}
@@ -281,9 +279,9 @@ class SIREN(EntropyRegulariser):
         """
         # L is not a sum over answers, but its tangent at the plan's H_bar is, and equals it there:
         #   L = c d^2 = c d (2 H_bar - (H_bar + H_0)),  dL/dH_bar = 2 c d,  d = H_bar - H_0
-        total, count = self._sum_and_count(stats, valid)
+        total, items = self._sum_and_count(stats, valid)
         distance = _checked(plan).mean_entropy - plan.target
-        tangent = 2 * total - count * (plan.mean_entropy + plan.target)
+        tangent = 2 * total - items * (plan.mean_entropy + plan.target)
         return self._share(plan.coefficient * distance * tangent, plan)
 
     def _sum_and_count(self, stats: TokenStats, valid: Tensor) -> tuple[Tensor, Tensor]:

@@ -362,17 +362,17 @@ def _mean(x: Tensor, valid: Tensor) -> Tensor:
 
 
 def check_tokens(**named: Tensor | None) -> None:
-    """The tensors of a batch of tokens must fit together; None stands for an optional one that is absent.
+    """The tensors of a batch of tokens must fit together.
 
     The first is floating, ``[...]``, and gives device and shape. ``advantages`` and ``accuracy`` may have dimensions
-    of size 1; ``valid``, ``removed`` and ``penalised`` are bool, all others floating.
+    of size 1; ``valid``, ``removed`` and ``penalised`` are bool, all others floating; ``ref_logp`` may be None.
 
     Raises:
         TypeError, ValueError: the argument that does not fit is named, with its value and what was expected.
     """
     first_name, first = next(iter(named.items()))
     for name, value in named.items():
-        if value is None and name == "ref_logp":
+        if name == "ref_logp" and value is None:
             continue
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} must be a tensor, got {value!r}")

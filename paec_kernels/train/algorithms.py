@@ -378,14 +378,14 @@ def make(name: str, options: Method | None = None, process_group: Group = None, 
 
 
 def _tokens(batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    assert batch.stats.logp is not None  # checked by plan()
+    assert batch.stats.logp is not None  # plan() has checked it
     return batch.stats.logp, batch.old_logp, batch.advantages, batch.valid
 
 
 def _check_batch(batch: Batch) -> None:
     if not isinstance(batch, Batch) or not isinstance(batch.stats, TokenStats):
         raise TypeError(f"micro_batches must be Batches of TokenStats, got {batch!r}")
-    logp, old_logp, advantages, valid = _tokens(batch)
-    check_tokens(logp=logp, old_logp=old_logp, advantages=advantages, accuracy=batch.accuracy, valid=valid)
-    if bool(((batch.accuracy < 0) | (batch.accuracy > 1)).any()):
-        raise ValueError(f"accuracy must be in [0, 1], got {batch.accuracy.tolist()}")
+    stats, old_logp, advantages, accuracy, valid = batch
+    check_tokens(logp=stats.logp, old_logp=old_logp, advantages=advantages, accuracy=accuracy, valid=valid)
+    if not bool(((accuracy >= 0) & (accuracy <= 1)).all()):
+        raise ValueError(f"accuracy must be in [0, 1], got {accuracy.tolist()}")

@@ -1,27 +1,55 @@
 """Every algorithm of `--algo`: exact over micro-batches and ranks, its metrics, its state, and bad input."""
 
 import dataclasses
+import io
+import math
 
 import pytest
 import torch
-from train.steps import OPTIONS, PIECES, Outcome, make_answers, run_step, started
+from train.algorithm_rank_worker import run
+from train.steps import LENGTHS, OPTIONS, PIECES, Outcome, make_answers, run_step, started
 
-from paec_kernels.train.algorithms import ALGORITHMS
+from paec_kernels import reference
+from paec_kernels.calibration import PAECConfig
+from paec_kernels.entropy_losses import AERConfig
+from paec_kernels.policy_losses import grpo_loss
+from paec_kernels.train.algorithms import (
+    ALGORITHMS,
+    AEROptions,
+    Algorithm,
+    GRPOOptions,
+    PAECNoMaskOptions,
+    PAECNoPenaltyOptions,
+    PAECOptions,
+    make,
+)
 
 each_algorithm = pytest.mark.parametrize("options", OPTIONS, ids=ALGORITHMS)
+PAEC_OPTIONS = PAECOptions(paec=PAECConfig(beta=0.03, lam=0.7))
+
+
+def test_the_options_here_are_of_every_algorithm():
+    assert [type(options) for options in OPTIONS] == list(ALGORITHMS.values())
+
+
+# Exactness
 
 
 def assert_same(outcome: Outcome, whole: Outcome) -> None:
-    """Loss, metrics and gradients of micro-batches against those of the whole step."""
+    """Loss, metrics and gradients of all micro-batches against those of the whole step."""
     torch.testing.assert_close(outcome.loss, whole.loss, rtol=1e-10, atol=1e-12)
     for name, expected in whole.metrics.items():
         torch.testing.assert_close(outcome.metrics[name], expected, rtol=1e-6, atol=1e-9)  # counts are float32
-    for name, expected in whole.plan_metrics.items():
-        torch.testing.assert_close(outcome.plan_metrics[name], expected, rtol=1e-10, atol=1e-12, equal_nan=True)
     for (first, last), grad in zip(PIECES, outcome.grads, strict=True):
         expected = whole.grads[0][first:last]
         torch.testing.assert_close(grad, expected[:, : grad.shape[1]], rtol=1e-10, atol=1e-12)
         assert (expected[:, grad.shape[1] :] == 0).all()
+
+
+def assert_same_plan(metrics: dict[str, torch.Tensor], whole: dict[str, torch.Tensor]) -> None:
+    for name, expected in whole.items():
+        if name != "term/items":  # divided by the ranks
+            torch.testing.assert_close(metrics[name], expected, rtol=1e-10, atol=1e-12, equal_nan=True)
 
 
 @each_algorithm
@@ -29,10 +57,245 @@ def test_micro_batches_add_up_to_the_whole_step(options):
     answers = make_answers()
     whole = run_step(started(options), [answers])
     assert whole.loss != 0
-    assert_same(run_step(started(options), [answers.piece(*piece) for piece in PIECES]), whole)
+    assert whole.grads[0][answers.valid].abs().amax(-1).count_nonzero() > 40
+    outcome = run_step(started(options), [answers.piece(*piece) for piece in PIECES])
+    assert_same(outcome, whole)
+    assert_same_plan(outcome.plan_metrics, whole.plan_metrics)
 
 
-def test_the_options_above_are_of_every_algorithm():
-    assert [type(options) for options in OPTIONS] == list(ALGORITHMS.values())
+@pytest.mark.parametrize("name", ["paec", "paec-no-mask", "paec-no-penalty", "clip-cov", "kl-cov", "siren"])
+def test_that_check_rejects_a_plan_per_micro_batch(name):
+    answers = make_answers()
+    options = dict(zip(ALGORITHMS, OPTIONS, strict=True))[name]
+    (true_grad,) = run_step(started(options), [answers]).grads
+    grad = torch.zeros_like(true_grad)
+    for first, last in PIECES:
+        piece = answers.piece(first, last)
+        (alone,) = run_step(started(options), [piece]).grads
+        grad[first:last, : alone.shape[1]] = piece.valid.sum() / answers.valid.sum() * alone
+    assert (grad - true_grad).norm() > 0.02 * true_grad.norm()
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory) -> list[list[Outcome]]:
+    """What each of two processes made of its micro-batches, for every algorithm."""
+    folder = tmp_path_factory.mktemp("ranks")
+    torch.multiprocessing.spawn(run, (2, str(folder)), nprocs=2)
+    outcomes = [torch.load(folder / str(rank), weights_only=True) for rank in range(2)]
+    return [[Outcome(*outcome) for outcome in of_rank] for of_rank in outcomes]
+
+
+@each_algorithm
+def test_ranks_average_to_the_whole_step(ranks, options):
+    first, second = (of_rank[OPTIONS.index(options)] for of_rank in ranks)
+    averaged = Outcome(
+        (first.loss + second.loss) / 2,
+        [grad / 2 for grad in first.grads + second.grads],
+        {name: (value + second.metrics[name]) / 2 for name, value in first.metrics.items()},
+        first.plan_metrics,
+    )
+    whole = run_step(started(options), [make_answers()])
+    assert_same(averaged, whole)
+    assert_same_plan(first.plan_metrics, whole.plan_metrics)
+    assert {k: float(v) for k, v in first.plan_metrics.items()} == pytest.approx(
+        {k: float(v) for k, v in second.plan_metrics.items()}, rel=0, abs=0, nan_ok=True
+    )
+
+
+# What each algorithm is
+
+
+@each_algorithm
+def test_the_policy_loss_is_grpo_or_its_rival(options):
+    answers = make_answers()
+    outcome = run_step(started(options), [answers])
+    stats = answers.batch(0.95).stats
+    grpo, _ = grpo_loss(stats.logp, answers.old_logp, answers.advantages, answers.valid)
+    is_grpo = outcome.metrics["policy_loss"] == pytest.approx(float(grpo.detach()), rel=1e-12)
+    assert is_grpo == (type(options).policy_loss is GRPOOptions.policy_loss)
+    assert outcome.loss == pytest.approx(
+        float(outcome.metrics["policy_loss"] + outcome.metrics["entropy_loss"]), rel=1e-12
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "config"),
+    [
+        (PAEC_OPTIONS, PAEC_OPTIONS.paec),
+        (PAECNoPenaltyOptions(paec=PAEC_OPTIONS.paec), dataclasses.replace(PAEC_OPTIONS.paec, lam=0.0)),
+    ],
+)
+def test_paec_and_no_penalty(options, config):
+    answers = make_answers()
+    expected, _, metrics = reference.paec_loss(answers.batch(0.95).stats, answers.valid, config, anchor=4.0)
+    outcome = run_step(started(options), [answers])
+    torch.testing.assert_close(outcome.metrics["entropy_loss"], expected.detach(), rtol=1e-12, atol=0)
+    torch.testing.assert_close(outcome.plan_metrics["selected_entropy"], metrics["mean_entropy"], rtol=1e-12, atol=0)
+
+
+def test_no_mask_is_about_the_plain_mean():
+    # L = -beta H + lam max(0, 0.8 * 4 - H)^2, H the mean entropy of all tokens.
+    answers = make_answers()
+    entropy = answers.batch(0.95).stats.entropy[answers.valid].mean()
+    expected = -0.03 * entropy + 0.7 * (3.2 - entropy) ** 2
+    outcome = run_step(started(PAECNoMaskOptions(paec=PAEC_OPTIONS.paec)), [answers])
+    torch.testing.assert_close(outcome.metrics["entropy_loss"], expected.detach(), rtol=1e-14, atol=0)
+    torch.testing.assert_close(outcome.plan_metrics["term/mean_entropy"], entropy.detach(), rtol=1e-14, atol=0)
+    assert outcome.plan_metrics["selected_entropy"] > 1.2 * entropy
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("backend", ["torch", "auto"])
+def test_the_mask_of_no_mask_is_uniform_to_the_bit(dtype, backend):
+    answers = make_answers()
+    stats = answers.batch(0.95).stats
+    stats = type(stats)(*(x.detach().to(dtype) if x.is_floating_point() else x for x in stats))
+    algorithm = Algorithm(PAECNoMaskOptions(), backend=backend)
+    mask = algorithm.term(stats, answers.valid).mask
+    assert (mask == torch.where(answers.valid, 0.5, 0.0)).all()
+
+
+# Monitoring
+
+
+@each_algorithm
+def test_every_algorithm_is_measured_alike(options):
+    answers = make_answers()
+    algorithm = started(options)
+    with torch.no_grad():
+        stats = answers.batch(algorithm.top_p).stats
+    config = dataclasses.replace(PAECConfig(), top_p=algorithm.top_p)
+    _, _, selected = reference.paec_loss(stats, answers.valid, config)
+    metrics = run_step(algorithm, [answers]).plan_metrics
+    expected = {
+        "entropy": stats.entropy[answers.valid].mean(),
+        "nucleus_size": stats.nucleus_size[answers.valid].double().mean(),
+        "selected_entropy": selected["mean_entropy"],
+        "floor": 0.8 * 4.0,
+        "anchor": 4.0,
+    }
+    assert {name: float(metrics[name]) for name in expected} == pytest.approx(
+        {name: float(value) for name, value in expected.items()}, rel=1e-6
+    )
+    assert not any(value.requires_grad for value in metrics.values())
+
+
+@each_algorithm
+def test_the_monitor_is_no_part_of_the_loss(options):
+    answers = make_answers()
+    low, high = started(options), started(options)
+    if high.monitor is None:
+        assert type(options) in (PAECOptions, PAECNoPenaltyOptions)
+        return
+    high.monitor.anchor_sum.fill_(100.0)
+    outcomes = [run_step(algorithm, [answers]) for algorithm in (low, high)]
+    assert outcomes[0].plan_metrics["floor"] < outcomes[1].plan_metrics["floor"]
+    assert torch.equal(outcomes[0].grads[0], outcomes[1].grads[0])
+
+
+@each_algorithm
+def test_anchors_are_set_by_steps(options):
+    algorithm = Algorithm(options, backend="reference")
+    answers = make_answers()
+    for _ in range(4):
+        outcome = run_step(algorithm, [answers])
+        assert outcome.plan_metrics["anchor"].isnan()
+        algorithm.step()
+    outcome = run_step(algorithm, [answers])
+    torch.testing.assert_close(
+        outcome.plan_metrics["anchor"], outcome.plan_metrics["selected_entropy"], rtol=1e-6, atol=0
+    )
+
+
+@each_algorithm
+def test_no_valid_token_at_all(options):
+    answers = make_answers()
+    answers = answers._replace(valid=torch.zeros_like(answers.valid))
+    algorithm = started(options)
+    outcome = run_step(algorithm, [answers, answers])
+    assert outcome.loss == 0
+    assert all((grad == 0).all() for grad in outcome.grads)
+    assert outcome.plan_metrics["entropy"] == outcome.plan_metrics["nucleus_size"] == 0
+    algorithm.step()
+
+
+# State
+
+
+def test_a_resumed_algorithm_goes_on_to_the_bit():
+    answers = make_answers()
     for options in OPTIONS:
-        assert dataclasses.is_dataclass(options)
+        algorithm = Algorithm(options, backend="reference")
+        for _ in range(3):
+            run_step(algorithm, [answers])
+            algorithm.step()
+        file = io.BytesIO()
+        torch.save(algorithm.state_dict(), file)
+        file.seek(0)
+        resumed = Algorithm(options, backend="reference")
+        resumed.load_state_dict(torch.load(file, weights_only=True))
+        for _ in range(3):
+            outcomes = [run_step(a, [answers]) for a in (algorithm, resumed)]
+            for a in (algorithm, resumed):
+                a.step()
+        assert torch.equal(outcomes[0].grads[0], outcomes[1].grads[0])
+        assert outcomes[0].plan_metrics["anchor"] == outcomes[1].plan_metrics["anchor"]
+
+
+def test_a_checkpoint_of_other_options_is_refused_and_changes_nothing():
+    state = started(AEROptions()).state_dict()
+    algorithm = Algorithm(AEROptions(clip_low=0.1, aer=AERConfig(target_ratio=0.5)))
+    with pytest.raises(RuntimeError) as error:
+        algorithm.load_state_dict(state)
+    assert "clip_low: checkpoint 0.2, here 0.1" in str(error.value)
+    assert "'target_ratio': 0.4" in str(error.value)
+    assert "clip_high" not in str(error.value)
+    assert math.isnan(algorithm.term.anchor)
+    assert algorithm.monitor.anchor_count == 0
+
+
+def test_a_checkpoint_of_another_algorithm_is_refused():
+    with pytest.raises(RuntimeError, match="algo: checkpoint 'grpo', here 'aer'"):
+        make("aer").load_state_dict(make("grpo").state_dict())
+
+
+# Bad input
+
+
+def test_make():
+    for name, kind in ALGORITHMS.items():
+        assert make(name).name == name
+        assert make(name).options == kind()
+    with pytest.raises(ValueError, match=r"name must be one of grpo, global, .* got 'ppo'"):
+        make("ppo")
+    with pytest.raises(TypeError, match="options of 'aer' must be AEROptions, got GRPOOptions"):
+        make("aer", GRPOOptions())
+    with pytest.raises(TypeError, match="options must be of a type in ALGORITHMS, got None"):
+        Algorithm(None)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda b: tuple(b), TypeError, "micro_batches must be Batches of TokenStats"),
+        (lambda b: b._replace(stats=b.stats._replace(logp=None)), TypeError, "logp must be a tensor, got None"),
+        (lambda b: b._replace(old_logp=b.old_logp[:, 1:]), ValueError, r"old_logp must have logp's shape \(8, 20\)"),
+        (lambda b: b._replace(advantages=b.advantages[:, 0]), ValueError, r"advantages must .* got \(8,\)"),
+        (lambda b: b._replace(accuracy=b.accuracy[:4]), ValueError, r"accuracy must .* got \(4, 1\)"),
+        (lambda b: b._replace(accuracy=b.accuracy + 1), ValueError, r"accuracy must be in \[0, 1\], got \[\[1\."),
+        (lambda b: b._replace(accuracy=b.accuracy * math.nan), ValueError, r"accuracy must be in \[0, 1\]"),
+        (lambda b: b._replace(valid=b.valid.int()), TypeError, "valid must be a bool tensor, got torch.int32"),
+    ],
+)
+@each_algorithm
+def test_bad_batches_are_named_before_anything_is_observed(options, change, error, message):
+    batch = make_answers().batch(0.95)
+    algorithm = started(options)
+    with pytest.raises(error, match=message):
+        algorithm.plan([batch, change(batch)], seed=0)
+    assert algorithm.plan([batch], seed=0).normalizer == sum(LENGTHS)
+
+
+def test_a_plan_needs_micro_batches():
+    with pytest.raises(ValueError, match="at least one micro-batch"):
+        make("grpo").plan([], seed=0)
