@@ -1,0 +1,252 @@
+"""Greedy and sampled answers of a policy to evaluation problems, kept raw, and the scores that they give."""
+
+import json
+import os
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from paec_kernels.train import metrics
+from paec_kernels.train.metrics import Estimate
+from paec_kernels.train.policy import Policy
+from paec_kernels.train.problem import Problem, Task
+
+Summary = dict[str, Estimate]  # by metric; see `summarise`
+
+
+@dataclass(frozen=True)
+class ProblemResult:
+    """A problem's responses: their canonical final answers (None without one), verdicts, and lengths in tokens."""
+
+    prompt: str
+    answer: str  # what the verifier expects
+    greedy_answer: str | None
+    greedy_correct: bool
+    greedy_length: int
+    answers: list[str | None]  # of the k samples, as the next two
+    correct: list[bool]
+    lengths: list[int]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What an evaluation was asked for; two are comparable where these agree."""
+
+    problems: int  # of each task, at most
+    samples: int
+    max_new_tokens: int
+    temperature: float
+    seed: int
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    settings: Settings
+    tasks: dict[str, list[ProblemResult]]
+
+    def save(self, path: Path) -> None:
+        """JSON with the summary beside the raw results; whole or not at all."""
+        document = asdict(self) | {"summary": summarise(self)}
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
+        os.replace(partial, path)
+
+    @classmethod
+    def load(cls, path: Path) -> "Evaluation":
+        """What `save` wrote; the summary is computed anew when asked for.
+
+        Raises:
+            ValueError: the file holds something else.
+        """
+        try:
+            document = json.loads(path.read_text())
+            tasks = {name: [ProblemResult(**row) for row in rows] for name, rows in document["tasks"].items()}
+            return cls(Settings(**document["settings"]), tasks)
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"path must be a file that Evaluation.save wrote, got {path}: {error}") from error
+
+
+@torch.no_grad()
+def evaluate(
+    policy: Policy,
+    tasks: Sequence[Task],
+    *,
+    problems: int,
+    samples: int,
+    max_new_tokens: int,
+    temperature: float,
+    seed: int,
+    batch_size: int = 256,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Evaluation:
+    """One greedy and ``samples`` sampled responses to each evaluation problem.
+
+    Each problem is sampled with a seed of its own, made from ``seed``, its task's name and its place, so that a
+    problem's answers do not depend on which other tasks or problems are evaluated.
+
+    Args:
+        problems: of each task; all where it has fewer.
+        batch_size: responses sampled at once; at least a problem's ``samples`` are.
+        on_progress: called with the responses done and their total.
+    Raises:
+        ValueError: a number below 1, a temperature that is not positive, no task, or one name twice.
+    """
+    settings = Settings(problems, samples, max_new_tokens, temperature, seed)
+    _check(settings, tasks, batch_size)
+    asked = {task.name: task.eval_problems(problems) for task in tasks}
+    done, total = 0, (1 + samples) * sum(map(len, asked.values()))
+    results: dict[str, list[ProblemResult]] = {task.name: [] for task in tasks}
+    for task in tasks:
+        seeded = [(problem, _problem_seed(seed, task.name, i)) for i, problem in enumerate(asked[task.name])]
+        for chunk in _chunks(seeded, max(1, batch_size // samples)):
+            greedy = _respond(policy, chunk, 1, max_new_tokens, 0.0)
+            sampled = _respond(policy, chunk, samples, max_new_tokens, temperature)
+            for (problem, _), (greedy_texts, greedy_lengths), (texts, lengths) in zip(
+                chunk, greedy, sampled, strict=True
+            ):
+                judged = {text: _judge(task, problem, text) for text in {*greedy_texts, *texts}}
+                answers, correct = zip(*(judged[text] for text in texts), strict=True)
+                results[task.name].append(
+                    ProblemResult(
+                        problem.prompt,
+                        problem.answer,
+                        *judged[greedy_texts[0]],
+                        greedy_lengths[0],
+                        list(answers),
+                        list(correct),
+                        lengths,
+                    )
+                )
+            done += (1 + samples) * len(chunk)
+            on_progress(done, total)
+    return Evaluation(settings, results)
+
+
+def summarise(evaluation: Evaluation, *, confidence: float = 0.95) -> dict[str, Summary]:
+    """Each task's means over its problems, and under "macro" the means over the tasks, with bootstrap intervals.
+
+    The metrics: "greedy", "mean@k", "maj@k", "pass@1" to "pass@k" in powers of two (k samples each), "distinct"
+    (answers of a problem's samples) and "length" (tokens of a sampled response).
+    """
+    names = metric_names(evaluation.settings.samples)
+    values = {task: _values(results) for task, results in evaluation.tasks.items()}
+    summary = {
+        task: dict(zip(names, metrics.bootstrap([rows], confidence=confidence), strict=True))
+        for task, rows in values.items()
+    }
+    macro = metrics.bootstrap(list(values.values()), confidence=confidence)
+    return summary | {"macro": dict(zip(names, macro, strict=True))}
+
+
+def metric_names(samples: int) -> list[str]:
+    """The metrics of an evaluation with so many samples of a problem, in the order of its tables."""
+    passes = [f"pass@{k}" for k in pass_ks(samples)]
+    return ["greedy", f"mean@{samples}", f"maj@{samples}", *passes, "distinct", "length"]
+
+
+def pass_ks(samples: int) -> list[int]:
+    """1, 2, 4 ... and the number of samples itself."""
+    return sorted({2**i for i in range(samples.bit_length())} | {samples})
+
+
+def format_number(metric: str, value: float) -> str:
+    """A score in per cent, "distinct" and "length" as they are; a dash for NaN."""
+    if np.isnan(value):
+        return "-"
+    if metric == "length":
+        return f"{value:.0f}"
+    return f"{value:.2f}" if metric == "distinct" else f"{100 * value:.1f}"
+
+
+def format_table(evaluation: Evaluation) -> Table:
+    """Tasks by metrics with 95 % intervals below the means, the macro-average last."""
+    samples = evaluation.settings.samples
+    shown = list(
+        dict.fromkeys(["greedy", f"mean@{samples}", f"maj@{samples}", f"pass@{samples}", "distinct", "length"])
+    )
+    table = Table(
+        title=f"{samples} samples a problem at temperature {evaluation.settings.temperature:g}; "
+        "scores in per cent, 95 % intervals over problems",
+        title_justify="left",
+        box=SIMPLE_HEAD,
+    )
+    table.add_column("task")
+    table.add_column("problems", justify="right")
+    for metric in shown:
+        table.add_column(metric, justify="right", no_wrap=True)
+    for task, summary in summarise(evaluation).items():
+        is_macro = task == "macro"
+        cells = [
+            f"{format_number(metric, e.mean)}\n[dim]{format_number(metric, e.low)} - {format_number(metric, e.high)}[/]"
+            for metric, e in ((metric, summary[metric]) for metric in shown)
+        ]
+        count = sum(map(len, evaluation.tasks.values())) if is_macro else len(evaluation.tasks[task])
+        if is_macro:
+            table.add_section()
+        table.add_row("macro-average" if is_macro else task, f"{count}", *cells, style="bold" if is_macro else None)
+    return table
+
+
+def _values(results: Sequence[ProblemResult]) -> np.ndarray:
+    """[problems, metrics], the columns of `metric_names`."""
+    correct = np.array([result.correct for result in results])
+    answers = [result.answers for result in results]
+    columns = [
+        np.array([float(result.greedy_correct) for result in results]),
+        metrics.mean_at_k(correct),
+        metrics.majority_vote(correct, answers),
+        *(metrics.pass_at_k(correct, k) for k in pass_ks(correct.shape[1])),
+        metrics.distinct_answers(answers),
+        np.array([np.mean(result.lengths) for result in results]),
+    ]
+    return np.stack(columns, axis=1)
+
+
+def _respond(
+    policy: Policy, chunk: Sequence[tuple[Problem, int]], answers: int, max_new_tokens: int, temperature: float
+) -> Iterator[tuple[list[str], list[int]]]:
+    """For each problem its responses, and their lengths in tokens."""
+    rollout = policy.sample(
+        [problem.prompt for problem, _ in chunk],
+        answers,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seeds=[seed for _, seed in chunk],
+    )
+    texts, lengths = policy.texts(rollout), rollout.valid.sum(dim=1).tolist()
+    for start in range(0, len(texts), answers):
+        yield texts[start : start + answers], lengths[start : start + answers]
+
+
+def _judge(task: Task, problem: Problem, text: str) -> tuple[str | None, bool]:
+    return task.extract(text), task.reward(problem, text) == 1.0
+
+
+def _problem_seed(seed: int, task: str, index: int) -> int:
+    # Unlike hash(), the same in every process; the mixing keeps the seeds of neighbours apart.
+    return int(np.random.SeedSequence([seed, zlib.crc32(task.encode()), index]).generate_state(1)[0])
+
+
+def _chunks(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
+
+
+def _check(settings: Settings, tasks: Sequence[Task], batch_size: int) -> None:
+    for name, number in (*asdict(settings).items(), ("batch_size", batch_size)):
+        if name == "temperature" and not number > 0:
+            raise ValueError(f"temperature must be > 0, got {number!r}; the greedy responses come by themselves")
+        if name == "seed" and number < 0:
+            raise ValueError(f"seed must be >= 0, got {number!r}")
+        if name not in ("temperature", "seed") and number < 1:
+            raise ValueError(f"{name} must be at least 1, got {number!r}")
+    names = [task.name for task in tasks]
+    if not names or len(set(names)) < len(names) or "macro" in names:
+        raise ValueError(f"tasks must be at least one, with names that differ and are not 'macro', got {names}")
