@@ -19,15 +19,23 @@ class Rollout(NamedTuple):
         """The answers' tokens, int64 [B, T]."""
         return self.sequences[:, self.prompt_length :]
 
-    def rows(self, rows: slice) -> "Rollout":
-        """The sequences of one micro-batch."""
-        return Rollout(self.sequences[rows], self.attention_mask[rows], self.prompt_length, self.valid[rows])
+    def rows(self, rows: slice | Tensor) -> "Rollout":
+        """The sequences of one micro-batch, no longer than its longest answer."""
+        valid = self.valid[rows]
+        length = max(1, int(valid.sum(1).max()))
+        end = self.prompt_length + length
+        return Rollout(
+            self.sequences[rows, :end], self.attention_mask[rows, :end], self.prompt_length, valid[:, :length]
+        )
 
 
 class Policy(Protocol):
     """A model with its tokenizer. Sampling depends on its arguments and the weights alone, never on a global state."""
 
-    module: nn.Module  # all parameters; called with (sequences, attention_mask, prompt_length) it is `hidden`
+    @property
+    def module(self) -> nn.Module:
+        """All parameters. Called with a rollout's (sequences, attention_mask, prompt_length) it gives ``hidden``."""
+        ...
 
     def sample(
         self, prompts: Sequence[str], answers: int, *, max_new_tokens: int, temperature: float, seeds: Sequence[int]

@@ -14,7 +14,8 @@ class Problem(NamedTuple):
 class Task(Protocol):
     """A source of problems and their verifier. Training and evaluation problems never coincide."""
 
-    name: str
+    @property
+    def name(self) -> str: ...
 
     def train_problem(self, index: int) -> Problem:
         """The ``index``-th training problem; any index >= 0, always the same problem for the same index."""

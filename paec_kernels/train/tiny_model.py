@@ -38,7 +38,8 @@ class Block(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
         self.norm_mlp = nn.LayerNorm(width)
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        self.up = nn.Linear(width, 4 * width)
+        self.down = nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor, mask: Tensor, cache: Cache | None, layer: int) -> Tensor:
         q, k, v = self.qkv(self.norm_attention(x)).unflatten(-1, (3, self.n_heads, -1)).permute(2, 0, 3, 1, 4)
@@ -46,7 +47,7 @@ class Block(nn.Module):
             k, v = cache.extend(layer, k, v)
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # [B, heads, T, head size]
         x = x + self.out(attended.transpose(1, 2).flatten(2))
-        return x + self.mlp(self.norm_mlp(x))
+        return x + self.down(F.gelu(self.up(self.norm_mlp(x))))
 
 
 class TinyModel(nn.Module):
@@ -56,14 +57,15 @@ class TinyModel(nn.Module):
         super().__init__()
         self.embedding = nn.Embedding(len(LETTERS), width)
         self.position = nn.Embedding(MAX_POSITIONS, width)
-        self.blocks = nn.ModuleList(Block(width, n_heads) for _ in range(n_layers))
+        blocks = [Block(width, n_heads) for _ in range(n_layers)]
+        self.blocks = nn.ModuleList(blocks)
         self.norm = nn.LayerNorm(width)
         for parameter in self.parameters():
             if parameter.dim() == 2:
                 nn.init.normal_(parameter, std=0.02)
-        for block in self.blocks:  # GPT-2's scaling of what enters the residual stream
-            for layer in (block.out, block.mlp[2]):
-                nn.init.normal_(layer.weight, std=0.02 / (2 * n_layers) ** 0.5)
+        for block in blocks:  # GPT-2's scaling of what enters the residual stream
+            nn.init.normal_(block.out.weight, std=0.02 / (2 * n_layers) ** 0.5)
+            nn.init.normal_(block.down.weight, std=0.02 / (2 * n_layers) ** 0.5)
 
     def states(self, token_ids: Tensor, attention_mask: Tensor, cache: Cache | None = None) -> Tensor:
         """Hidden states [B, T, D] of the last T tokens; attention_mask [B, past + T] covers the cached ones too."""
@@ -85,15 +87,19 @@ class TinyModel(nn.Module):
 class TinyPolicy:
     """``Policy`` on a TinyModel; one letter a token."""
 
-    def __init__(self, module: TinyModel) -> None:
-        self.module = module
+    def __init__(self, model: TinyModel) -> None:
+        self.model = model
+
+    @property
+    def module(self) -> TinyModel:
+        return self.model
 
     @property
     def head(self) -> Tensor:
-        return self.module.embedding.weight
+        return self.model.embedding.weight
 
     def hidden(self, rollout: Rollout) -> Tensor:
-        return self.module(rollout.sequences, rollout.attention_mask, rollout.prompt_length)
+        return self.model(rollout.sequences, rollout.attention_mask, rollout.prompt_length)
 
     def texts(self, rollout: Rollout) -> list[str]:
         return [
@@ -116,13 +122,13 @@ class TinyPolicy:
         ).flatten(0, 1)
         uniform = uniform.to(device)
 
-        cache = Cache(len(self.module.blocks))
+        cache = Cache(len(self.model.blocks))
         new_ids, mask = prompt_ids, prompt_mask
         tokens: list[Tensor] = []
         alive = torch.ones(len(prompt_ids), dtype=torch.bool, device=device)
         valid: list[Tensor] = []
         for place in range(max_new_tokens):
-            logits = self.module.states(new_ids, mask, cache)[:, -1] @ self.head.T
+            logits = self.model.states(new_ids, mask, cache)[:, -1] @ self.head.T
             next_ids = _pick(logits, temperature, uniform[:, place])
             next_ids = torch.where(alive, next_ids, PAD_ID)
             tokens.append(next_ids)

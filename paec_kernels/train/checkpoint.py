@@ -1,0 +1,48 @@
+"""Checkpoints that are either whole or absent, and belong to one configuration."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+class OtherConfigError(ValueError):
+    """The checkpoint was made with another configuration."""
+
+
+def save(state: dict[str, Any], path: Path) -> None:
+    """Replace ``path`` in one step: whoever is killed meanwhile leaves the old file."""
+    partial = path.with_name(path.name + ".partial")
+    with open(partial, "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def load(path: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """The state saved at ``path``, on the CPU.
+
+    Raises:
+        OtherConfigError: its ``config`` differs from ``config``; the message names each field and both values.
+    """
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    if differing := differences(state["config"], config):
+        raise OtherConfigError(
+            f"{path} was made with another configuration: {'; '.join(differing)}. "
+            "Use those values again, or another --out."
+        )
+    return state
+
+
+def differences(saved: dict[str, Any], current: dict[str, Any], prefix: str = "") -> list[str]:
+    """Each field that differs, with both values; nested fields by their dotted names."""
+    found = []
+    for name in sorted(saved.keys() | current.keys()):
+        old, new = (config.get(name, "absent") for config in (saved, current))
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += differences(old, new, f"{prefix}{name}.")
+        elif old != new:
+            found.append(f"{prefix}{name} was {old!r}, is {new!r}")
+    return found

@@ -1,0 +1,115 @@
+"""The options of a training run."""
+
+import hashlib
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from paec_kernels.train.algorithms import ALGORITHMS, Method
+from paec_kernels.train.families import FAMILIES
+from paec_kernels.train.warm_start import WarmStart
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """The evaluation of a policy."""
+
+    problems: int = 64
+    """Problems of each task."""
+    samples: int = 16
+    """Answers sampled for each, besides the greedy one."""
+    seed: int = 0
+    """Of the sampling."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Train a language model by reinforcement learning with verifiable rewards."""
+
+    out: Path = Path("runs/train")
+    """Folder for config.json, log.jsonl, eval.json, checkpoint.pt and TensorBoard's events. A run that it holds goes on
+    where it was."""
+    model: str = "tiny"
+    """tiny, smollm2, or a Hugging Face id or folder."""
+    tasks: tuple[str, ...] = tuple(FAMILIES)
+    """Families of the tiny model, gym:NAME for a reasoning-gym dataset, or JSONL files; they take turns."""
+    eval_tasks: tuple[str, ...] = ()
+    """Tasks of the evaluation; by default those of the training, on problems it never sees."""
+    algo: Literal[
+        "grpo", "global", "paec", "paec-no-mask", "paec-no-penalty", "cispo", "clip-cov", "kl-cov", "aer", "siren"
+    ] = "paec"
+    """The policy loss and its entropy term; `paec train --algo NAME --help` lists the options of each."""
+    method: Method = field(default_factory=ALGORITHMS["paec"])
+    seed: int = 0
+    """Of the order of problems and of the sampling."""
+    steps: int = 200
+    """Batches of rollouts."""
+    prompts: int = 16
+    """Prompts in a batch, over all processes."""
+    answers: int = 16
+    """Answers sampled for each prompt: a group."""
+    updates: int = 1
+    """Optimiser steps for each batch, each on its own part of the prompts."""
+    micro_batch: int = 64
+    """Answers in a forward and backward pass; gradients are accumulated over as many as an optimiser step needs."""
+    max_new_tokens: int = 32
+    """Where an answer is cut off."""
+    temperature: float = 1.0
+    """Of the sampling and of all statistics."""
+    learning_rate: float = 3e-4
+    """Of AdamW, constant."""
+    weight_decay: float = 0.0
+    """Of AdamW."""
+    max_grad_norm: float = 1.0
+    """Gradients are clipped to this norm."""
+    operator: Literal["logits", "linear"] = "logits"
+    """Statistics from logits, or from hidden states with logits that exist a chunk at a time."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the forward pass, by autocast; weights stay float32. auto: bfloat16 on a GPU that has it, else float32."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: a GPU where there is one."""
+    checkpoint_every: int = 25
+    """Batches between checkpoints."""
+    evaluate: EvalConfig = field(default_factory=EvalConfig)
+    warm_start: WarmStart = field(default_factory=WarmStart)
+    cache: Path = Path.home() / ".cache" / "paec_kernels"
+    """Where the tiny model's start is kept."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "prompts", "answers", "updates", "micro_batch", "max_new_tokens", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("temperature", "learning_rate", "max_grad_norm"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be > 0, got {getattr(self, name)}")
+        if not self.weight_decay >= 0:
+            raise ValueError(f"weight_decay must be >= 0, got {self.weight_decay}")
+        if self.prompts % self.updates:
+            raise ValueError(f"prompts must be a multiple of updates = {self.updates}, got {self.prompts}")
+        if type(self.method) is not ALGORITHMS[self.algo]:
+            raise TypeError(f"method must be {ALGORITHMS[self.algo].__name__} for {self.algo!r}, got {self.method!r}")
+        if not self.tasks:
+            raise ValueError("tasks must name at least one, got none")
+
+    def identity(self) -> dict[str, Any]:
+        """What two runs must share to be the same run: all but where it is written, how long, and how it is judged."""
+        elsewhere = ("out", "steps", "checkpoint_every", "evaluate", "eval_tasks", "cache")
+        return {name: value for name, value in plain(self).items() if name not in elsewhere}
+
+
+def plain(config: Any) -> dict[str, Any]:
+    """A dataclass as JSON's types."""
+
+    def simple(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: simple(item) for name, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [simple(item) for item in value]
+        return str(value) if isinstance(value, Path) else value
+
+    return simple(asdict(config))
+
+
+def seed_of(*parts: int | str) -> int:
+    """A seed for torch from any names and numbers, the same on every machine."""
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=7).digest())

@@ -1,0 +1,292 @@
+"""RLVR from rollouts to optimiser steps, top to bottom. Read `train` first.
+
+Each step samples a group of answers to each prompt, rewards them with the task's verifier, normalises rewards within
+the group, and takes one or more optimiser steps on the tokens. An optimiser step looks at all its tokens first and
+then trains on them micro-batch by micro-batch, so that thresholds and means are those of the whole step.
+
+What is simple here, and is not in a production trainer: sampling and training take turns on the same weights in the
+same process; there is no reference model and no KL penalty; no curriculum, no dynamic sampling, no value model; the
+learning rate is constant; data-parallel ranks hold whole models. For more, use TRL or verl.
+
+Whatever is random depends on the seed, the step and the prompt's place alone, so a checkpoint needs no generator's
+state: parameters, optimiser, anchor and step are all there is to a run.
+"""
+
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import paec_kernels as pk
+from paec_kernels.calibration.ranks import mean_over_ranks
+from paec_kernels.train import algorithms, checkpoint
+from paec_kernels.train.config import TrainConfig, plain, seed_of
+from paec_kernels.train.models import load_policy, pick_device
+from paec_kernels.train.operator_clock import OperatorClock
+from paec_kernels.train.policy import Policy, Rollout
+from paec_kernels.train.problem import Problem, Task
+from paec_kernels.train.run_log import RunLog
+from paec_kernels.train.tasks import load_tasks
+
+Row = dict[str, float]
+PROBLEMS_OF_A_SEED = 10**9
+
+
+class Interrupted(Exception):
+    """SIGINT came; the checkpoint holds every step that was done."""
+
+
+class MicroBatch(NamedTuple):
+    """Answers of whole or partial groups, B in all."""
+
+    rollout: Rollout
+    advantages: Tensor  # [B, 1]
+    accuracy: Tensor  # [B, 1], mean reward of the answer's group
+
+
+@dataclass
+class Run:
+    """All that training changes, and how the model is called."""
+
+    config: TrainConfig
+    policy: Policy
+    model: nn.Module  # policy.module, wrapped where there is more than one process
+    optimizer: torch.optim.Optimizer
+    algorithm: algorithms.Algorithm
+    clock: OperatorClock
+    steps_done: int = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "config": self.config.identity(),
+            "steps_done": self.steps_done,
+            "model": self.policy.module.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "algorithm": self.algorithm.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.policy.module.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.algorithm.load_state_dict(state["algorithm"])
+        self.steps_done = state["steps_done"]
+
+    def statistics(self, model: nn.Module, rollout: Rollout) -> pk.TokenStats:
+        """Of the answers' tokens [B, T] under the current weights."""
+        with self._autocast():
+            hidden = model(rollout.sequences, rollout.attention_mask, rollout.prompt_length)
+            source = hidden if self.config.operator == "linear" else hidden @ self.policy.head.T
+        options: dict[str, Any] = {
+            "token_ids": rollout.token_ids,
+            "valid": rollout.valid,
+            "top_p": self.algorithm.top_p,
+            "temperature": self.config.temperature,
+        }
+        with self.clock.forward():
+            if self.config.operator == "linear":
+                stats = pk.linear_token_stats(source, self.policy.head, **options)
+            else:
+                stats = pk.token_stats(source, inplace_backward=True, **options)
+        if source.requires_grad:
+            self.clock.watch_backward(source, stats)
+        return stats
+
+    @torch.no_grad()
+    def look(self, micro_batches: Sequence[MicroBatch]) -> list[pk.TokenStats]:
+        """The statistics of each, without gradient."""
+        return [self.statistics(self.policy.module, batch.rollout) for batch in micro_batches]
+
+    def _autocast(self) -> AbstractContextManager:
+        device = self.policy.head.device
+        wanted = self.config.precision == "bfloat16" or (
+            self.config.precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported()
+        )
+        return torch.autocast(device.type, torch.bfloat16) if wanted else nullcontext()
+
+
+def train(config: TrainConfig, on_step: Callable[[Row], None] = lambda row: None) -> Run:
+    """Train to ``config.steps``, from the checkpoint in ``config.out`` if there is one.
+
+    Args:
+        on_step: called with each step's row of log.jsonl, on rank 0.
+    Raises:
+        checkpoint.OtherConfigError: the checkpoint belongs to another configuration; nothing is overwritten.
+        FloatingPointError: a gradient is not finite; the last checkpoint stands.
+        Interrupted: on SIGINT, after the step under way is done and saved.
+    """
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    if config.prompts % (config.updates * world):
+        raise ValueError(
+            f"prompts must be a multiple of updates * processes = {config.updates * world}, got {config.prompts}"
+        )
+    device = pick_device(config.device)
+    tasks = load_tasks(config.tasks)
+    policy = load_policy(config, device)
+    model = DistributedDataParallel(policy.module) if world > 1 else policy.module
+    optimizer = torch.optim.AdamW(policy.module.parameters(), config.learning_rate, weight_decay=config.weight_decay)
+    algorithm = algorithms.make(config.algo, config.method).to(device)
+    run = Run(config, policy, model, optimizer, algorithm, OperatorClock(device))
+    path = config.out / "checkpoint.pt"
+    if path.exists():
+        run.load_state_dict(checkpoint.load(path, config.identity()))
+    log = RunLog(config.out, plain(config), run.steps_done) if rank == 0 else None
+
+    with _sigint_after_step() as interrupted:
+        while run.steps_done < config.steps:
+            row = train_step(run, tasks, rank, world)
+            if log:
+                log.write(row)
+                on_step(row)
+            stop = _on_any_rank(interrupted(), device)
+            if rank == 0 and (stop or run.steps_done % config.checkpoint_every == 0 or run.steps_done == config.steps):
+                checkpoint.save(run.state_dict(), path)
+            if stop and run.steps_done < config.steps:
+                raise Interrupted(f"stopped after step {run.steps_done} of {config.steps}")
+    return run
+
+
+def train_step(run: Run, tasks: Sequence[Task], rank: int, world: int) -> Row:
+    """One batch of rollouts and its optimiser steps; its row of the log."""
+    config, start = run.config, time.perf_counter()
+    rollout, rewards = sample(config, run.policy, tasks, run.steps_done, rank, world)
+    sample_seconds = time.perf_counter() - start
+
+    updates = split(config, rollout, rewards, world)
+    seen = [run.look(micro_batches) for micro_batches in updates]  # by the weights that sampled the answers
+    old_logps = [[_logp(stats) for stats in of_update] for of_update in seen]
+    metrics: list[Row] = []
+    for number, micro_batches in enumerate(updates):
+        if number > 0:  # the weights have changed since
+            seen[number] = run.look(micro_batches)
+        seed = seed_of(config.seed, "update", run.steps_done, number)
+        metrics.append(optimiser_step(run, micro_batches, seen[number], old_logps[number], seed))
+
+    run.steps_done += 1
+    lengths = rollout.valid.sum(1).float()
+    sampled = {
+        "reward": rewards.mean(),
+        "mixed_groups": (rewards.std(1) > 0).float().mean(),  # the share of prompts with an advantage
+        "response_length": lengths.mean(),
+        "truncated": (lengths == config.max_new_tokens).float().mean(),
+    }
+    return {
+        "step": run.steps_done,
+        **{name: mean_over_ranks(value, None).item() for name, value in sampled.items()},
+        **{name: sum(row[name] for row in metrics) / len(metrics) for name in metrics[0]},
+        "seconds": time.perf_counter() - start,
+        "sample_seconds": sample_seconds,
+        "operator_seconds": run.clock.seconds(),
+    }
+
+
+def sample(
+    config: TrainConfig, policy: Policy, tasks: Sequence[Task], step: int, rank: int, world: int
+) -> tuple[Rollout, Tensor]:
+    """A group of answers to every ``world``-th prompt of the step, and their rewards [prompts, answers]."""
+    places = range(rank, config.prompts, world)
+    asked = [problem_at(tasks, config.seed, step * config.prompts + place) for place in places]
+    rollout = policy.sample(
+        [problem.prompt for _, problem in asked],
+        config.answers,
+        max_new_tokens=config.max_new_tokens,
+        temperature=config.temperature,
+        seeds=[seed_of(config.seed, "sample", step, place) for place in places],
+    )
+    texts = iter(policy.texts(rollout))
+    rewards = [[task.reward(problem, next(texts)) for _ in range(config.answers)] for task, problem in asked]
+    return rollout, torch.tensor(rewards, device=rollout.sequences.device)
+
+
+def problem_at(tasks: Sequence[Task], seed: int, index: int) -> tuple[Task, Problem]:
+    """The tasks take turns; each seed has problems of its own."""
+    turn, which = divmod(index, len(tasks))
+    return tasks[which], tasks[which].train_problem(seed * PROBLEMS_OF_A_SEED + turn)
+
+
+def split(config: TrainConfig, rollout: Rollout, rewards: Tensor, world: int) -> list[list[MicroBatch]]:
+    """The micro-batches of each optimiser step. As ranks take every ``world``-th prompt, a step has the same prompts
+    however many ranks there are."""
+    advantages = pk.group_advantages(rewards).flatten()[:, None]
+    accuracy = rewards.mean(1).repeat_interleave(config.answers)[:, None]
+    per_update = len(advantages) // config.updates
+    updates = []
+    for first in range(0, len(advantages), per_update):
+        by_length = first + rollout.valid[first : first + per_update].sum(1).argsort(stable=True)  # little padding
+        parts = by_length.split(config.micro_batch)
+        updates.append([MicroBatch(rollout.rows(rows), advantages[rows], accuracy[rows]) for rows in parts])
+    return updates
+
+
+def optimiser_step(
+    run: Run, micro_batches: list[MicroBatch], seen: list[pk.TokenStats], old_logps: list[Tensor], seed: int
+) -> Row:
+    """Plan over all tokens, then train on them; metrics of the step over all ranks.
+
+    Args:
+        seen: of each micro-batch, without gradient, by the current weights.
+        old_logps: of each micro-batch, by the weights that sampled it.
+        seed: the same on every rank.
+    """
+    batches = [
+        algorithms.Batch(stats, old_logp, batch.advantages, batch.accuracy, batch.rollout.valid)
+        for stats, old_logp, batch in zip(seen, old_logps, micro_batches, strict=True)
+    ]
+    plan = run.algorithm.plan(batches, seed=seed)
+    shares: list[dict[str, Tensor]] = []
+    for number, batch in enumerate(batches):
+        with _gradients_stay_local(run.model, number + 1 < len(batches)):
+            stats = run.statistics(run.model, micro_batches[number].rollout)
+            loss, metrics = run.algorithm.loss(batch._replace(stats=stats), plan, number)
+            loss.backward()
+        shares.append(metrics)
+    gradient_norm = nn.utils.clip_grad_norm_(run.policy.module.parameters(), run.config.max_grad_norm)
+    if not gradient_norm.isfinite():
+        raise FloatingPointError(f"the gradient's norm is {gradient_norm.item()} in step {run.steps_done + 1}")
+    run.optimizer.step()
+    run.optimizer.zero_grad()
+    run.algorithm.step()
+    metrics = {name: mean_over_ranks(torch.stack([each[name] for each in shares]).sum(), None) for name in shares[0]}
+    metrics |= plan.metrics | {"gradient_norm": gradient_norm}
+    return {name: value.item() for name, value in metrics.items()}
+
+
+def _logp(stats: pk.TokenStats) -> Tensor:
+    assert stats.logp is not None  # token ids are always given
+    return stats.logp
+
+
+def _gradients_stay_local(model: nn.Module, local: bool) -> AbstractContextManager:
+    """Ranks average their gradients in the last micro-batch's backward only."""
+    return model.no_sync() if local and isinstance(model, DistributedDataParallel) else nullcontext()
+
+
+def _on_any_rank(flag: bool, device: torch.device) -> bool:
+    if not dist.is_initialized():
+        return flag
+    count = torch.tensor(int(flag), device=device)
+    dist.all_reduce(count)
+    return bool(count)
+
+
+@contextmanager
+def _sigint_after_step() -> Iterator[Callable[[], bool]]:
+    """The first SIGINT is only noted; a second one ends the process as ever."""
+    came = False
+
+    def note(signum: int, frame: object) -> None:
+        nonlocal came
+        came = True
+        signal.signal(signal.SIGINT, before)
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield lambda: came
+    finally:
+        signal.signal(signal.SIGINT, before)
