@@ -1,0 +1,1 @@
+"""PAEC in other people's trainers, one module for each."""

@@ -1,0 +1,313 @@
+"""PAEC in TRL's GRPOTrainer (trl 1.16): another trainer class and another config class, nothing else to change.
+
+TRL scores tokens in a forward of its own that ends in a kernel: hidden states and head in, log-probabilities and
+entropies out. Here `linear_token_stats` stands where that kernel stood. It gives the nucleus statistics by the same
+call, and everything around it (vision inputs, MoE's auxiliary loss, soft-caps, adapters, sharded heads) stays TRL's.
+"""
+
+import functools
+import inspect
+import os
+import types
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from trl import GRPOConfig, GRPOTrainer
+from trl.models.utils import disable_gradient_checkpointing
+from trl.trainer.utils import maybe_gather_lm_head_ctx
+
+from paec_kernels.calibration import PAEC, PAECConfig
+from paec_kernels.calibration.paec import Plan
+from paec_kernels.linear_token_stats import linear_token_stats
+from paec_kernels.reference import TokenStats
+
+STATE_NAME = "paec.pt"
+KERNEL_NAMES = ("_ChunkedLogProbFunction", "_use_triton")  # globals that TRL's forward reads
+SCORING_INPUTS = inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies).parameters.keys()
+
+
+def _option(name: str, text: str) -> Any:
+    return field(default=getattr(PAECConfig, name), metadata={"help": f"PAEC: {text}"})
+
+
+@dataclass
+class PAECGRPOConfig(GRPOConfig):
+    """TRL's GRPOConfig with the fields of ``PAECConfig``, each under the prefix ``paec_``.
+
+    ``beta``, ``top_p`` and ``temperature`` remain TRL's: weight of the KL term, sampling, and the temperature at
+    which PAEC's statistics are taken, too.
+
+    Raises:
+        TypeError, ValueError: as ``PAECConfig``.
+    """
+
+    paec_top_p: float = _option("top_p", "probability mass of the nucleus, in (0, 1].")
+    paec_nucleus_norm: str = _option(
+        "nucleus_norm", "what divides the nucleus entropy: 'log_size', 'log_vocab' or 'none'."
+    )
+    paec_alpha: float = _option("alpha", "weight of the nucleus entropy in the score, in [0, 1].")
+    paec_tau_c: float = _option("tau_c", "scale of the top-two competition, in nats, > 0.")
+    paec_rho: float = _option("rho", "quantile of the scores at which the soft mask is 1/2, in [0, 1].")
+    paec_tau_m: float = _option("tau_m", "width of the soft mask, in units of the score, > 0.")
+    paec_beta: float = _option("beta", "weight of the masked mean entropy, a bonus, >= 0.")
+    paec_lam: float = _option("lam", "weight of the penalty below the floor, >= 0.")
+    paec_rho_min: float = _option("rho_min", "entropy floor as a fraction of the anchor, >= 0.")
+    paec_anchor_steps: int = _option("anchor_steps", "optimiser steps averaged into the anchor, >= 1.")
+    paec_entropy_support: str = _option("entropy_support", "whose entropy is kept up: 'full' or 'nucleus'.")
+    paec_vocab_size: int | None = _option("vocab_size", "vocabulary size, for nucleus_norm 'log_vocab'.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.paec_config()
+
+    def paec_config(self) -> PAECConfig:
+        return PAECConfig(**{option.name: getattr(self, f"paec_{option.name}") for option in fields(PAECConfig)})
+
+
+class PAECGRPOTrainer(GRPOTrainer):
+    """TRL's GRPOTrainer with PAEC's term in the loss, exact over all micro-batches and ranks of an optimiser step.
+
+    With one micro-batch a step, PAEC's threshold and mean come from the training forward itself. With several they
+    come from a forward pass without gradients over all of them first, except in the step after generation where TRL
+    has just computed the old log-probabilities: that pass has seen the same tokens with the same weights.
+
+    ``paec`` is the ``PAEC`` module. Its metrics are in the trainer's log as ``paec/...``, once for each optimiser
+    step; entropies in nats. Its anchor is in each checkpoint, in the file ``paec.pt``. Evaluation is TRL's, without
+    the term.
+
+    Args:
+        args: a ``PAECGRPOConfig``; this and everything else as in GRPOTrainer.
+    Raises:
+        TypeError: ``args`` is not a ``PAECGRPOConfig``.
+        ValueError: several micro-batches a step with dropout or other noise on, since two passes would then see
+            different scores; with ``steps_per_generation`` not a multiple of ``gradient_accumulation_steps``, since
+            later micro-batches would not be generated yet; or a model whose forward is not TRL's.
+    """
+
+    def __init__(self, model: Any, reward_funcs: Any = None, args: Any = None, *others: Any, **options: Any) -> None:
+        if not isinstance(args, PAECGRPOConfig):
+            raise TypeError(f"args must be a PAECGRPOConfig, got {type(args).__name__}")
+        if args.steps_per_generation % args.gradient_accumulation_steps != 0:
+            raise ValueError(
+                f"steps_per_generation must be a multiple of gradient_accumulation_steps, so that all tokens of an "
+                f"optimiser step exist when it starts, got {args.steps_per_generation} and "
+                f"{args.gradient_accumulation_steps}"
+            )
+        super().__init__(model, reward_funcs, args, *others, **options)
+        if args.gradient_accumulation_steps > 1:
+            _refuse_noise(self.model, args)
+        self.paec = PAEC(args.paec_config())
+        self._plan: Plan | None = None  # of the optimiser step under way
+        self._scored: list[tuple[Tensor, TokenStats]] = []  # log-probs and statistics of the policy's last passes
+        self._head = _Head(args.paec_top_p)
+        causal_lm = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        causal_lm.forward = _with_head(causal_lm.forward, self._head)
+
+    def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *others, **options):
+        result = super()._get_per_token_logps_and_entropies(
+            model, input_ids, attention_mask, logits_to_keep, *others, **options
+        )
+        if model is not self.ref_model:
+            scored = attention_mask[:, -logits_to_keep:].bool()
+            self._scored.append((result[0], self._head.take(scored)))
+        return result
+
+    def _generate_and_score_completions(self, inputs):
+        output = super()._generate_and_score_completions(inputs)
+        old_logps = output.get("old_per_token_logps")
+        for logps, stats in self._scored:
+            if logps is old_logps:  # and not the reference pass through the same model without its adapter
+                output |= {f"paec_{name}": value for name, value in stats._asdict().items()}
+        self._scored.clear()
+        return output
+
+    def _prepare_inputs(self, generation_batch):
+        inputs = super()._prepare_inputs(generation_batch)
+        # Here and not in the loss: under its autocast, a pass without gradients leaves weights without gradients in
+        # the cache for the pass with them.
+        if self.model.training and self._plan is None and self.current_gradient_accumulation_steps > 1:
+            generated: Any = self._buffered_inputs
+            for k in range(self.current_gradient_accumulation_steps):
+                batch = generated[(self._step + k) % self.args.steps_per_generation]
+                self.paec.observe(self._stats_of(batch), _valid(batch))
+            self._plan = self._new_plan()
+        return inputs
+
+    def _compute_loss(self, model, inputs):
+        loss = super()._compute_loss(model, inputs)
+        _, stats = self._scored.pop()
+        if not self.model.training:
+            return loss
+        valid = _valid(inputs)
+        if self._plan is None:  # one micro-batch is the whole step
+            self.paec.observe(stats, valid)
+            self._plan = self._new_plan()
+        return loss + self.paec.term(stats, valid, self._plan)
+
+    def training_step(self, *args, **options):
+        loss = super().training_step(*args, **options)
+        if self.accelerator.sync_gradients:
+            self.paec.step()
+            self._plan = None
+        return loss
+
+    def _save_optimizer_and_scheduler(self, output_dir):
+        # Among the files that come before trainer_state.json, without which a checkpoint is not resumed from.
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.args.should_save:
+            path = Path(output_dir) / STATE_NAME
+            torch.save(self.paec.state_dict(), path.with_suffix(".tmp"))
+            os.replace(path.with_suffix(".tmp"), path)
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        path = Path(checkpoint) / STATE_NAME
+        if not path.exists():
+            raise ValueError(
+                f"resume_from_checkpoint must be a checkpoint of PAECGRPOTrainer, but {path} is missing; to start PAEC "
+                "from other weights, pass them as the model"
+            )
+        self.paec.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+
+    def _stats_of(self, batch: dict[str, Any]) -> TokenStats:
+        """Statistics ``[B, T]`` of a micro-batch's completions by the present weights, without a graph."""
+        just_generated = self._step % (self.args.steps_per_generation * self.num_iterations) == 0
+        if just_generated and "paec_entropy" in batch:
+            return TokenStats(*(batch[f"paec_{name}"] for name in TokenStats._fields))
+        with torch.no_grad(), disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
+            self._get_per_token_logps_and_entropies(
+                self.model,
+                torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1),
+                torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1),
+                batch["completion_ids"].shape[1],
+                **{name: batch[name] for name in SCORING_INPUTS if name in batch},
+            )
+        return self._scored.pop()[1]
+
+    def _new_plan(self) -> Plan:
+        """The plan of what was observed, its numbers and the loss that they make in the trainer's log."""
+        plan = self.paec.plan()
+        loss = self.paec.config.lam * plan.penalty - self.paec.config.beta * plan.mean_entropy
+        metrics = plan._asdict() | {"loss": loss}
+        for name, value in zip(metrics, torch.stack(list(metrics.values())).tolist(), strict=True):
+            if value == value:  # the anchor is NaN until it is set; TRL's log knows only numbers
+                self._metrics["train"][f"paec/{name}"].append(value)
+        return plan
+
+
+class _Head:
+    """Takes the place of TRL's kernel, and keeps everything that `linear_token_stats` returns."""
+
+    def __init__(self, top_p: float) -> None:
+        self.top_p = top_p
+        self.pieces: list[TokenStats] = []
+
+    def apply(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        token_ids: Tensor,
+        temperature: float,
+        chunk_size: int,
+        softcap: float | None,
+        logit_scale: float,
+        outputs: tuple[str, ...],
+    ) -> tuple[Tensor | None, Tensor, None, None, None]:
+        """Arguments and result of TRL's kernel: ``hidden [N, D]`` of the tokens to be scored, ``[N]`` each."""
+        stats = linear_token_stats(
+            hidden,
+            weight.to(hidden.dtype),
+            token_ids,
+            bias=None if bias is None else bias.to(hidden.dtype),
+            top_p=self.top_p,
+            # TRL's x = softcap * tanh(scale * z / softcap) / temperature, the scale folded into the other two
+            temperature=temperature / logit_scale,
+            softcap=None if softcap is None else softcap / logit_scale,
+        )
+        _gather_in_backward(stats.entropy, weight, bias)
+        self.pieces.append(stats)
+        return stats.logp, stats.entropy, None, None, None
+
+    def take(self, scored: Tensor) -> TokenStats:
+        """The statistics kept since the last call, laid out where ``scored [B, T]`` is True; 0 elsewhere."""
+        if not self.pieces:
+            raise RuntimeError("no statistics: model.forward was replaced after PAECGRPOTrainer was constructed")
+        pieces, self.pieces = self.pieces, []
+        flat = (torch.cat(values) for values in zip(*pieces, strict=True))
+        return TokenStats(*(values.new_zeros(scored.shape).masked_scatter(scored, values) for values in flat))
+
+
+def _with_head(forward: Callable, head: _Head) -> types.MethodType:
+    """TRL's scoring forward with its kernel replaced by ``head``: the same code, with other globals.
+
+    The second global makes it hand over only the tokens to be scored, as TRL does on a GPU.
+    """
+    function = getattr(forward, "__func__", None)
+    names = function.__code__.co_names if isinstance(function, types.FunctionType) else ()
+    if function is None or not set(KERNEL_NAMES) <= set(names):
+        raise ValueError(
+            "model.forward must be the scoring forward of trl 1.16, which PAEC's statistics come from, got "
+            f"{forward!r}: another trl version, or a fused loss that replaces the forward"
+        )
+    replaced = dict(zip(KERNEL_NAMES, (head, lambda device: True), strict=True))
+    copy = types.FunctionType(
+        function.__code__,
+        function.__globals__ | replaced,
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return types.MethodType(functools.update_wrapper(copy, function), forward.__self__)  # type: ignore[attr-defined]
+
+
+def _gather_in_backward(value: Tensor, *parameters: Any) -> None:
+    """DeepSpeed ZeRO-3 has split the head again when backward recomputes its logits: gather it around that node.
+
+    Does nothing without ZeRO-3, where TRL's context does nothing.
+    """
+    node = value.grad_fn
+    while node is not None and node.name() != "_LinearTokenStatsBackward":
+        node = node.next_functions[0][0]
+    if node is None:
+        return
+    contexts = []
+
+    def gather(gradients):
+        contexts.append(maybe_gather_lm_head_ctx(*parameters))
+        contexts[-1].__enter__()
+
+    def release(inputs, outputs):
+        contexts.pop().__exit__(None, None, None)
+
+    node.register_prehook(gather)
+    node.register_hook(release)
+
+
+def _valid(batch: dict[str, Any]) -> Tensor:
+    """bool ``[B, T]``, True where TRL's loss counts a token."""
+    mask = batch["completion_mask"]
+    return (mask * batch["tool_mask"] if "tool_mask" in batch else mask).bool()
+
+
+def _refuse_noise(model: nn.Module, args: PAECGRPOConfig) -> None:
+    noise = [] if args.neftune_noise_alpha is None else [f"neftune_noise_alpha={args.neftune_noise_alpha}"]
+    for path, module in model.named_modules():
+        for name, value in vars(module).items():
+            is_noise = any(word in name for word in ("dropout", "layerdrop", "jitter"))
+            is_noise |= name == "p" and isinstance(module, nn.modules.dropout._DropoutNd)
+            if is_noise and isinstance(value, float) and value > 0:
+                noise.append(f"{path}.{name}={value}")
+    if noise:
+        raise ValueError(
+            "the model must be without noise where gradient_accumulation_steps > 1, since PAEC's threshold then comes "
+            f"from a pass of its own; set disable_dropout=True, or these to 0: {', '.join(noise[:4])}"
+            + (f" and {len(noise) - 4} more" if len(noise) > 4 else "")
+        )
