@@ -64,7 +64,7 @@ class EntropyRegulariser(nn.Module):
         super().__init__()
         config = self.Config() if config is None else config
         if not isinstance(config, self.Config):
-            raise TypeError(f"config must be a {self.Config.__name__}, got {config!r}")
+            raise TypeError(f"config must be of type {self.Config.__name__}, got {config!r}")
         self.config = config
         self.process_group = process_group
         self._observed: list[Tensor] = []
@@ -122,10 +122,6 @@ class EntropyRegulariser(nn.Module):
     def _commit(self, mean: float) -> None:
         """Take the step's mean into the state."""
 
-    def _share(self, x: Tensor, plan: EntropyPlan) -> Tensor:
-        """x divided by the step's items for each rank, as ranks will be averaged; 0 in an empty step."""
-        return x / (plan.items + (plan.items == 0))
-
     def get_extra_state(self) -> dict[str, Any]:
         return {"config": asdict(self.config), **{name: getattr(self, name) for name in self.STATE}}
 
@@ -168,8 +164,9 @@ class GlobalEntropy(EntropyRegulariser):
             stats, valid: as observed, by the same weights.
             plan: what ``plan`` returned for this optimiser step.
         """
+        _check_plan(plan)
         total, _ = self._sum_and_count(stats, valid)
-        return self._share(-plan.coefficient * total, _checked(plan))
+        return _share(-plan.coefficient * total, plan)
 
     def _coefficient_and_target(self, mean: Tensor) -> tuple[float, float]:
         return self.config.coef, math.nan
@@ -218,10 +215,11 @@ class AER(EntropyRegulariser):
             plan: what ``plan`` returned for this optimiser step.
             accuracy: floating ``[B, 1]``, the share of right answers in the group of each answer, in [0, 1].
         """
+        _check_plan(plan)
         entropy = _entropy(stats, valid)
         check_tokens(entropy=entropy, accuracy=accuracy)
         total = torch.where(valid, (1 - accuracy.detach()) * entropy, 0.0).sum()
-        return self._share(-plan.coefficient * total, _checked(plan))
+        return _share(-plan.coefficient * total, plan)
 
     def _coefficient_and_target(self, mean: Tensor) -> tuple[float, float]:
         return self.coef, self.config.target_ratio * self.anchor
@@ -277,12 +275,13 @@ class SIREN(EntropyRegulariser):
             stats, valid: as observed, by the same weights.
             plan: what ``plan`` returned for this optimiser step.
         """
+        _check_plan(plan)
         # L is not a sum over answers, but its tangent at the plan's H_bar is, and equals it there:
         #   L = c d^2 = c d (2 H_bar - (H_bar + H_0)),  dL/dH_bar = 2 c d,  d = H_bar - H_0
         total, items = self._sum_and_count(stats, valid)
-        distance = _checked(plan).mean_entropy - plan.target
+        distance = plan.mean_entropy - plan.target
         tangent = 2 * total - items * (plan.mean_entropy + plan.target)
-        return self._share(plan.coefficient * distance * tangent, plan)
+        return _share(plan.coefficient * distance * tangent, plan)
 
     def _sum_and_count(self, stats: TokenStats, valid: Tensor) -> tuple[Tensor, Tensor]:
         nucleus_entropy = _entropy(stats, valid, "nucleus_entropy")
@@ -337,10 +336,14 @@ def _entropy(stats: TokenStats, valid: Tensor, field: str = "entropy") -> Tensor
     return entropy
 
 
-def _checked(plan: EntropyPlan) -> EntropyPlan:
+def _check_plan(plan: EntropyPlan) -> None:
     if not isinstance(plan, EntropyPlan):
         raise TypeError(f"plan must be the EntropyPlan that plan() returned for this step, got {plan!r}")
-    return plan
+
+
+def _share(x: Tensor, plan: EntropyPlan) -> Tensor:
+    """x over the step's items for each rank, as ranks are averaged; 0 in an empty step."""
+    return x / (plan.items + (plan.items == 0))
 
 
 def _check(config: Any, **bounds: tuple[float, float]) -> None:

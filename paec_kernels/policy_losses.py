@@ -228,7 +228,7 @@ def clip_cov_selection(
     Raises:
         TypeError, ValueError: a wrong type, shape, device or range.
     """
-    _check_fraction(fraction)
+    _check_selection(fraction, logp=logp, old_logp=old_logp, advantages=advantages, valid=valid)
     _check_numbers(clip_low, clip_high)
     if not cov_low <= cov_high:
         raise ValueError(f"cov_low must be <= cov_high = {cov_high!r}, got {cov_low!r}")
@@ -239,8 +239,8 @@ def clip_cov_selection(
         silenced.append(_silenced(log_ratio.exp(), a, clip_low, clip_high).any(0))
     step = _StepTokens(logp, advantages, valid, silenced, process_group=process_group)
     candidates = (step.valid & (step.extra == 0) & (step.cov > cov_low) & (step.cov < cov_high)).nonzero()[:, 0]
-    generator = torch.Generator().manual_seed(seed)
-    shuffled = torch.randperm(len(candidates), generator=generator).to(candidates.device)
+    generator = torch.Generator("cpu").manual_seed(seed)  # on the CPU: the same pick on every device
+    shuffled = torch.randperm(len(candidates), generator=generator, device="cpu").to(candidates.device)
     return step.masks(candidates[shuffled[: step.at_least_one(fraction)]])
 
 
@@ -267,7 +267,7 @@ def kl_cov_selection(
     Raises:
         TypeError, ValueError: a wrong type, shape, device or range.
     """
-    _check_fraction(fraction)
+    _check_selection(fraction, logp=logp, advantages=advantages, valid=valid)
     for log_p, a, v in zip(logp, advantages, valid, strict=True):
         check_tokens(logp=log_p, advantages=a, valid=v)
     step = _StepTokens(logp, advantages, valid, process_group=process_group)
@@ -287,8 +287,6 @@ class _StepTokens:
         *,
         process_group: dist.ProcessGroup | None,
     ) -> None:
-        if not valid:
-            raise ValueError("a step must have at least one micro-batch on each rank, got none")
         self._shapes = [v.shape for v in valid]
         self._group = process_group
         columns = []
@@ -415,6 +413,9 @@ def _check_numbers(
         raise ValueError(f"normalizer must be >= 0, got {normalizer!r}")
 
 
-def _check_fraction(fraction: float) -> None:
+def _check_selection(fraction: float, **named: Sequence[Tensor]) -> None:
     if not 0 <= fraction <= 1:
         raise ValueError(f"fraction must be in [0, 1], got {fraction!r}")
+    counts = {name: len(tensors) for name, tensors in named.items()}
+    if len(set(counts.values())) > 1 or not counts["valid"]:
+        raise ValueError(f"{', '.join(counts)} must have one tensor for each micro-batch, at least one, got {counts}")

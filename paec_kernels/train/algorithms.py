@@ -353,7 +353,10 @@ class Algorithm(nn.Module):
         return [module for module in (self.monitor, self.term) if module is not None]
 
     def get_extra_state(self) -> dict[str, Any]:
-        return {"algo": self.name, **asdict(self.options)}
+        state = {"algo": self.name}
+        for name, value in asdict(self.options).items():
+            state |= {f"{name}.{part}": x for part, x in value.items()} if isinstance(value, dict) else {name: value}
+        return state
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Raises before the parts are loaded, so that a checkpoint of other options changes nothing."""

@@ -248,8 +248,9 @@ def test_a_checkpoint_of_other_options_is_refused_and_changes_nothing():
     with pytest.raises(RuntimeError) as error:
         algorithm.load_state_dict(state)
     assert "clip_low: checkpoint 0.2, here 0.1" in str(error.value)
-    assert "'target_ratio': 0.4" in str(error.value)
+    assert "aer.target_ratio: checkpoint 0.4, here 0.5" in str(error.value)
     assert "clip_high" not in str(error.value)
+    assert "coef_step" not in str(error.value)
     assert math.isnan(algorithm.term.anchor)
     assert algorithm.monitor.anchor_count == 0
 
