@@ -1,6 +1,7 @@
 """Policy-gradient losses on token log-probabilities.
 
-Marks: [paper] the method's paper says so, [code] its official implementation does so, [ours] this package's choice.
+Marks: [paper] the method's paper says so, [code] the implementation or recipe that its authors gave to verl does so,
+[reported] others say so of the paper, [ours] this package's choice.
 """
 
 import math
@@ -104,8 +105,8 @@ def cispo_loss(
 
     Args:
         logp, old_logp, advantages, valid, normalizer: as in ``grpo_loss``.
-        clip_low: 1, no lower bound [paper].
-        clip_high: tuned there, its value not given [paper]; 0.28 is DAPO's [ours].
+        clip_low: 1, no lower bound [reported].
+        clip_high: the paper tunes it [reported]; 0.28 is DAPO's [ours].
     Returns:
         loss, 0-d, and ``grpo_loss``'s metrics, in which clipping means a bounded weight, whatever the sign of A.
     Raises:
@@ -129,8 +130,8 @@ def clip_cov_loss(
     valid: Tensor,
     removed: Tensor,
     *,
-    clip_low: float = 0.2,
-    clip_high: float = 0.28,
+    clip_low: float = 1.0,
+    clip_high: float = 1.0,
     normalizer: float | Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Clip-Cov (The Entropy Mechanism of RL, arXiv 2505.22617): a few tokens of high covariance get no gradient.
@@ -138,10 +139,11 @@ def clip_cov_loss(
         L = -sum over valid tokens that are not removed of min(r A, clip(r, 1 - clip_low, 1 + clip_high) A)
             / normalizer
 
-    Removed tokens still count in the normalizer [code], and PPO's clipping stays on [code].
+    Removed tokens still count in the normalizer [code].
 
     Args:
-        logp, old_logp, advantages, valid, clip_low, clip_high, normalizer: as in ``grpo_loss``.
+        logp, old_logp, advantages, valid, normalizer: as in ``grpo_loss``.
+        clip_low, clip_high: as in ``grpo_loss``, but 1: this method hardly needs them [code].
         removed: bool ``[...]``, this micro-batch's part of ``clip_cov_selection``.
     Returns:
         loss, 0-d, and ``grpo_loss``'s metrics with ``selected_fraction``, the removed ones among the valid tokens.
@@ -173,12 +175,12 @@ def kl_cov_loss(
 
     The penalty stands for the KL divergence from the sampling policy; that it is the absolute log-ratio is [code].
     It has no gradient at a ratio of 1, so it acts from the second update of a rollout batch on. There is no
-    clipping [paper].
+    clipping [code].
 
     Args:
         logp, old_logp, advantages, valid, normalizer: as in ``grpo_loss``.
         penalised: bool ``[...]``, this micro-batch's part of ``kl_cov_selection``.
-        kl_coef: >= 0; 1 [paper].
+        kl_coef: >= 0; 1 [code].
     Returns:
         loss, 0-d, and metrics, 0-d: ``approx_kl``, ``ratio_mean`` and ``ratio_max`` as in ``grpo_loss``, and
         ``selected_fraction``, the penalised ones among the valid tokens.
@@ -206,8 +208,8 @@ def clip_cov_selection(
     fraction: float = 2e-4,
     cov_low: float = 1.0,
     cov_high: float = 5.0,
-    clip_low: float = 0.2,
-    clip_high: float = 0.28,
+    clip_low: float = 1.0,
+    clip_high: float = 1.0,
     process_group: dist.ProcessGroup | None = None,
 ) -> list[Tensor]:
     """Which tokens of an optimiser step Clip-Cov removes (arXiv 2505.22617, section 4).
@@ -221,7 +223,7 @@ def clip_cov_selection(
     Args:
         logp, old_logp, advantages, valid: as in ``clip_cov_loss``, one tensor for each micro-batch of this rank.
         seed: of the random pick, the same on every rank.
-        fraction, cov_low, cov_high: 2e-4, 1 and 5 [paper].
+        fraction, cov_low, cov_high: 2e-4, 1 and 5 [code].
         process_group: the data-parallel ranks, as in ``PAEC``; all must call.
     Returns:
         one bool mask ``[...]`` for each micro-batch; False everywhere with no candidate.
@@ -260,7 +262,7 @@ def kl_cov_selection(
 
     Args:
         logp, advantages, valid: as in ``kl_cov_loss``, one tensor for each micro-batch of this rank.
-        fraction: 2e-3, for a 7B model; 2e-4 for 32B [paper].
+        fraction: 2e-3, for a 7B model; 2e-4 for 32B [code].
         process_group: the data-parallel ranks, as in ``PAEC``; all must call.
     Returns:
         one bool mask ``[...]`` for each micro-batch.

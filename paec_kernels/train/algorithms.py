@@ -10,8 +10,8 @@
             loss.backward()
         optimizer.step(); algorithm.step()
 
-Each method is a frozen dataclass of its options, which knows its policy loss and its entropy term. Their defaults are
-the papers' where those give any; marks are as in ``policy_losses`` and ``entropy_losses``.
+Each method is a frozen dataclass of its options, which knows its policy loss and its entropy term. Marks of their
+defaults are as in ``policy_losses`` and ``entropy_losses``.
 """
 
 from collections.abc import Sequence
@@ -153,24 +153,28 @@ class CISPOOptions(Method):
     """CISPO (MiniMax-M1, arXiv 2506.13585)."""
 
     clip_low: float = 1.0
-    """Importance weights below 1 - clip_low are raised to it; 1, no lower bound, is the paper's."""
+    """Importance weights below 1 - clip_low are raised to it; 1 is no lower bound [reported]."""
     clip_high: float = 0.28
-    """Importance weights above 1 + clip_high are lowered to it; DAPO's value, the paper gives none."""
+    """Importance weights above 1 + clip_high are lowered to it; DAPO's value [ours]."""
 
     def policy_loss(self, batch: Batch, normalizer: Tensor, selected: Tensor | None) -> LossAndMetrics:
         return cispo_loss(*_tokens(batch), clip_low=self.clip_low, clip_high=self.clip_high, normalizer=normalizer)
 
 
 @dataclass(frozen=True)
-class ClipCovOptions(GRPOOptions):
-    """GRPO without the gradient of a few tokens of high covariance (Clip-Cov, arXiv 2505.22617)."""
+class ClipCovOptions(Method):
+    """No gradient from a few tokens of high covariance (Clip-Cov, arXiv 2505.22617), in place of tight clipping."""
 
+    clip_low: float = 1.0
+    """Ratios below 1 - clip_low are clipped; 1 is no lower bound [code]."""
+    clip_high: float = 1.0
+    """Ratios above 1 + clip_high are clipped [code]."""
     fraction: float = 2e-4
-    """Share of the step's tokens that get no gradient, one token at least; the paper's value."""
+    """Share of the step's tokens that get no gradient, one token at least [code]."""
     cov_low: float = 1.0
-    """Only tokens of a covariance above this; the paper's value."""
+    """Only tokens of a covariance above this [code]."""
     cov_high: float = 5.0
-    """Only tokens of a covariance below this; the paper's value."""
+    """Only tokens of a covariance below this [code]."""
 
     def select(self, micro_batches: Sequence[Batch], seed: int, group: Group) -> list[Tensor]:
         columns = map(list, zip(*map(_tokens, micro_batches), strict=True))
@@ -188,9 +192,9 @@ class KLCovOptions(Method):
     """A KL penalty on the tokens of the highest covariance (KL-Cov, arXiv 2505.22617); nothing is clipped."""
 
     fraction: float = 2e-3
-    """Share of the step's tokens that are penalised, one token at least; the paper's value for 7B models."""
+    """Share of the step's tokens that are penalised, one token at least; 2e-3 for 7B models, 2e-4 for 32B [code]."""
     kl_coef: float = 1.0
-    """Weight of the penalty; the paper's value."""
+    """Weight of the penalty [code]."""
 
     def select(self, micro_batches: Sequence[Batch], seed: int, group: Group) -> list[Tensor]:
         logp, _, advantages, valid = map(list, zip(*map(_tokens, micro_batches), strict=True))

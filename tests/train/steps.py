@@ -35,7 +35,7 @@ OPTIONS: list[Method] = [
     PAECNoMaskOptions(paec=PAECConfig(beta=0.03, lam=0.7)),
     PAECNoPenaltyOptions(paec=PAECConfig(beta=0.3)),
     CISPOOptions(clip_low=0.2),
-    ClipCovOptions(fraction=0.1, cov_low=0.1),
+    ClipCovOptions(clip_low=0.2, clip_high=0.28, fraction=0.1, cov_low=0.1),
     KLCovOptions(fraction=0.1),
     AEROptions(aer=AERConfig(initial_coef=0.3)),
     SIRENOptions(siren=SIRENConfig(coef=0.5)),
