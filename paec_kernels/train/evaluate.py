@@ -2,7 +2,6 @@
 
 import json
 import os
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from paec_kernels.train import metrics
+from paec_kernels.train.config import seed_of
 from paec_kernels.train.metrics import Estimate
 from paec_kernels.train.policy import Policy
 from paec_kernels.train.problem import Problem, Task
@@ -104,7 +104,7 @@ def evaluate(
     done, total = 0, (1 + samples) * sum(map(len, asked.values()))
     results: dict[str, list[ProblemResult]] = {task.name: [] for task in tasks}
     for task in tasks:
-        seeded = [(problem, _problem_seed(seed, task.name, i)) for i, problem in enumerate(asked[task.name])]
+        seeded = [(problem, seed_of(seed, "evaluate", task.name, i)) for i, problem in enumerate(asked[task.name])]
         for chunk in _chunks(seeded, max(1, batch_size // samples)):
             greedy = _respond(policy, chunk, 1, max_new_tokens, 0.0)
             sampled = _respond(policy, chunk, samples, max_new_tokens, temperature)
@@ -177,14 +177,13 @@ def format_table(evaluation: Evaluation) -> Table:
         title_justify="left",
         box=SIMPLE_HEAD,
     )
-    table.add_column("task")
-    table.add_column("problems", justify="right")
-    for metric in shown:
-        table.add_column(metric, justify="right", no_wrap=True)
+    table.add_column("task", no_wrap=True)
+    for name in ("problems", *shown):
+        table.add_column(name, justify="right")
     for task, summary in summarise(evaluation).items():
         is_macro = task == "macro"
         cells = [
-            f"{format_number(metric, e.mean)}\n[dim]{format_number(metric, e.low)} - {format_number(metric, e.high)}[/]"
+            f"{format_number(metric, e.mean)}\n[dim]{format_number(metric, e.low)}-{format_number(metric, e.high)}[/]"
             for metric, e in ((metric, summary[metric]) for metric in shown)
         ]
         count = sum(map(len, evaluation.tasks.values())) if is_macro else len(evaluation.tasks[task])
@@ -227,11 +226,6 @@ def _respond(
 
 def _judge(task: Task, problem: Problem, text: str) -> tuple[str | None, bool]:
     return task.extract(text), task.reward(problem, text) == 1.0
-
-
-def _problem_seed(seed: int, task: str, index: int) -> int:
-    # Unlike hash(), the same in every process; the mixing keeps the seeds of neighbours apart.
-    return int(np.random.SeedSequence([seed, zlib.crc32(task.encode()), index]).generate_state(1)[0])
 
 
 def _chunks(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:

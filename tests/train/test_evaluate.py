@@ -141,7 +141,9 @@ def test_what_is_saved_comes_back(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["eval.json"]
 
 
-@pytest.mark.parametrize("content", ["{", "{}", "[]", '{"settings": {}, "tasks": {"a": [{"prompt": "1"}]}}'])
+@pytest.mark.parametrize(
+    "content", ["{", "{}", "[]", '{"settings": {}, "tasks": []}', '{"settings": {}, "tasks": {"a": [{"prompt": "1"}]}}']
+)
 def test_another_file_is_refused(tmp_path: Path, content: str) -> None:
     path = tmp_path / "eval.json"
     path.write_text(content)

@@ -1,0 +1,93 @@
+"""A finished run's folder, read back: ``config.json``, ``log.jsonl`` with an object a step, ``eval.json``."""
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from paec_kernels.train.evaluate import Evaluation
+from paec_kernels.train.run_log import read_rows
+
+LOGGED = "step reward entropy seconds operator_seconds".split()
+SOMETIMES_LOGGED = "selected_entropy floor".split()  # some algorithms select no positions or have no floor
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run."""
+
+    folder: Path
+    arm: str
+    seed: int
+    config: dict[str, Any]
+    log: dict[str, np.ndarray]  # of LOGGED and SOMETIMES_LOGGED, float64 [steps]; NaN where a step has no value
+    evaluation: Evaluation
+
+
+def find_runs(folders: Iterable[Path]) -> list[Path]:
+    """Each folder that is a run, and all runs anywhere below those that are not, in order of their names.
+
+    Raises:
+        ValueError: a folder holds none.
+    """
+    found: dict[Path, None] = {}
+    for folder in folders:
+        runs = sorted(path.parent for path in folder.rglob("eval.json")) if folder.is_dir() else []
+        if not runs:
+            raise ValueError(f"folders must hold finished runs (with eval.json), got {folder}")
+        found |= dict.fromkeys(runs)
+    return list(found)
+
+
+def read_run(folder: Path, *, arm_fields: Sequence[str] = ("algo",)) -> Run:
+    """Read a run's folder.
+
+    Args:
+        arm_fields: fields of the config that name the arm, dots for nested ones: ``("algo", "paec.lam")`` gives the
+            arms ``paec, paec.lam=0.3`` and so on.
+    Raises:
+        ValueError: a file or a field is missing or malformed; the message names it.
+    """
+    config = _json(folder / "config.json")
+    values = [_field(config, name, folder / "config.json") for name in ("seed", *arm_fields)]
+    seed, first, *others = values
+    arm = ", ".join([str(first), *(f"{name}={v}" for name, v in zip(arm_fields[1:], others, strict=True))])
+    eval_path = folder / "eval.json"
+    if not eval_path.is_file():
+        raise ValueError(f"a run to compare must have been evaluated: there is no {eval_path}")
+    return Run(folder, arm, seed, config, _log(folder), Evaluation.load(eval_path))
+
+
+def _field(config: dict[str, Any], name: str, path: Path) -> Any:
+    value: Any = config
+    for part in name.split("."):
+        if not isinstance(value, dict) or part not in value:
+            raise ValueError(f"{path} must hold the field {name!r}, got {', '.join(config) or 'no fields'}")
+        value = value[part]
+    return value
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(f"{path} must be a JSON object: {error}") from error
+
+
+def _log(folder: Path) -> dict[str, np.ndarray]:
+    path = folder / "log.jsonl"
+    try:
+        rows = read_rows(folder)
+    except ValueError as error:
+        raise ValueError(f"{path} must hold a JSON object a line: {error}") from error
+    if not rows:
+        raise ValueError(f"{path} must hold at least one step, got none")
+    for number, row in enumerate(rows, start=1):
+        missing = [name for name in LOGGED if name not in row]
+        if missing:
+            raise ValueError(f"{path}, line {number}: a step must have {', '.join(LOGGED)}; {missing[0]} is missing")
+    columns = {name: [row.get(name) for row in rows] for name in (*LOGGED, *SOMETIMES_LOGGED)}
+    return {name: np.array(values, dtype=float) for name, values in columns.items()}  # None becomes NaN
