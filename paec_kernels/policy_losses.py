@@ -143,7 +143,7 @@ def clip_cov_loss(
 
     Args:
         logp, old_logp, advantages, valid, normalizer: as in ``grpo_loss``.
-        clip_low, clip_high: as in ``grpo_loss``, but 1: this method hardly needs them [code].
+        clip_low, clip_high: as in ``grpo_loss``; both 1 in its recipes, so that little is clipped [code].
         removed: bool ``[...]``, this micro-batch's part of ``clip_cov_selection``.
     Returns:
         loss, 0-d, and ``grpo_loss``'s metrics with ``selected_fraction``, the removed ones among the valid tokens.
