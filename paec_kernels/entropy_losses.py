@@ -194,9 +194,9 @@ class AER(EntropyRegulariser):
         H* = tau H_0                             H_0: mean entropy of the first optimiser step
         alpha <- max(0, alpha + eta (H* - H))    after each step; H: its mean entropy
 
-    That the coefficient depends on difficulty, that the target is anchored at the initial policy's entropy and below it,
-    and that a global coefficient is adjusted to hold it is [paper]. Difficulty as the group's accuracy, the linear weight
-    1 - g and the integral controller are [ours]: the text that we have does not give them.
+    That the coefficient depends on difficulty, that the target is anchored at the initial policy's entropy and below
+    it, and that a global coefficient is adjusted to hold it is [paper]. Difficulty as the group's accuracy, the linear
+    weight 1 - g and the integral controller are [ours]: the text that we have does not give them.
     """
 
     Config = AERConfig
