@@ -8,7 +8,7 @@ teach: to slip less, and to take the rare route where it is needed.
     family   prompt     quick    careful                what is quick             what is careful
     add      a47+38:    q=75.    c7+8=15;4+3+1=8=85.    digits without carry      digit by digit, with carry
     sub      s52-38:    q=26.    c12-8=4;4-3=1=14.      the digits' distances     digit by digit, with borrow
-    parity   p01101001: q=1.     c01001110=0.           parity of the first half  running parity
+    parity   p0110100:  q=0.     c00111000110101=1.     parity of three bits      bit by bit, the parity so far
     sort     o3142:     q=1324.  c1324;1234=1234.       one pass of bubble sort   pass after pass
     count    nabcaab:   q=1.     c111233=3.             a's of the first half     running count of a's
 """
@@ -62,8 +62,9 @@ def sub(prompt: str) -> Work:
 
 def parity(prompt: str) -> Work:
     bits = prompt[1:-1]
-    running = "".join(str(bits[: i + 1].count("1") % 2) for i in range(len(bits)))
-    return Work(running[len(bits) // 2 - 1], [running], running[-1])
+    running = [str(bits[: i + 1].count("1") % 2) for i in range(len(bits))]
+    steps = "".join(bit + so_far for bit, so_far in zip(bits, running, strict=True))
+    return Work(running[len(bits) // 2 - 1], [steps], running[-1])
 
 
 def sort(prompt: str) -> Work:
@@ -99,7 +100,7 @@ def _draw_sub(rng: random.Random) -> str:
 
 
 def _draw_parity(rng: random.Random) -> str:
-    return "p" + "".join(rng.choices("01", k=8)) + ":"
+    return "p" + "".join(rng.choices("01", k=7)) + ":"
 
 
 def _draw_sort(rng: random.Random) -> str:

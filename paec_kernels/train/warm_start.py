@@ -2,10 +2,11 @@
 
 import hashlib
 import json
+import math
 import os
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -17,25 +18,28 @@ from paec_kernels.train.tiny_model import PAD_ID, TinyModel, encode
 
 @dataclass(frozen=True)
 class WarmStart:
-    """Supervised steps on noisy worked solutions of training problems."""
+    """Supervised steps on noisy worked solutions of training problems: first both routes, then the habit."""
 
     habits: Habits = field(default_factory=Habits)
-    steps: int = 1500
-    habit_steps: int = 150
+    skill_steps: int = 1000
+    """Steps in which half of the solutions take the careful route, so that it is learned at all."""
+    habit_steps: int = 200
+    """Steps after them, with the habits' share."""
     batch: int = 128
     learning_rate: float = 2e-3
+    """Of AdamW; falls to a tenth by cosine over the skill steps and stays there."""
     seed: int = 0
 
 
 def batch_loss(model: TinyModel, families: Sequence[Family], options: WarmStart, step: int) -> torch.Tensor:
     """Mean cross-entropy (nats) of the solutions' letters in the step's batch, drawn evenly from the families."""
+    habits = options.habits if step >= options.skill_steps else replace(options.habits, careful=0.5)
     rng = random.Random(f"warm start {options.seed} {step}")
     prompts, solutions = [], []
     for row in range(options.batch):
         family = families[row % len(families)]
         problem = family.train_problem(rng.randrange(10**9))
         prompts.append(problem.prompt)
-        habits = options.habits if step >= options.steps - options.habit_steps else Habits(0.5, options.habits.slip)
         solutions.append(family.solution(problem, habits, rng) + END)
     prompt_ids, prompt_mask = encode(prompts)
     answer_ids, answer_mask = (x.flip(1) for x in encode([text[::-1] for text in solutions]))  # padded on the right
@@ -58,14 +62,14 @@ def warm_start(
         return model
     families = list(FAMILIES.values())
     optimizer = torch.optim.AdamW(model.parameters(), lr=options.learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, options.learning_rate, options.steps, pct_start=0.1)
-    for step in range(options.steps):
+    for step in range(options.skill_steps + options.habit_steps):
+        cooled = (1 + math.cos(math.pi * min(1, step / options.skill_steps))) / 2
+        optimizer.param_groups[0]["lr"] = options.learning_rate * min(1, (step + 1) / 100) * (0.1 + 0.9 * cooled)
         loss = batch_loss(model, families, options, step)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        schedule.step()
         on_step(step, loss.item())
     folder.mkdir(parents=True, exist_ok=True)
     torch.save(model.state_dict(), path.with_suffix(".partial"))
