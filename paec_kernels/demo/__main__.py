@@ -106,7 +106,7 @@ def run(options: Options, console: Console) -> report.Report:
             device=device,
         )
         advantages = pk.group_advantages(rewards)
-        micro_batches = [answers.rows(slice(start, start + options.answers)) for start in per_question]
+        micro_batches = [rollout.part(answers, slice(start, start + options.answers)) for start in per_question]
 
         kept: list[Tensor] = []
         with stage("score", len(micro_batches)) as bar:

@@ -7,7 +7,7 @@ pytest.importorskip("transformers", reason="needs the demo's packages: pip insta
 import transformers
 
 import paec_kernels as pk
-from paec_kernels.demo.rollout import Rollout, answer_hidden
+from paec_kernels.demo.rollout import Rollout, answer_hidden, part
 from paec_kernels.demo.step import Head, score, take_step
 
 PROMPT_LENGTHS, ANSWER_LENGTHS = (5, 3, 4), (2, 4, 3)
@@ -37,7 +37,7 @@ def answers() -> Rollout:
 
 def micro_batches(answers: Rollout, sizes: tuple[int, ...]) -> list[Rollout]:
     ends = torch.tensor(sizes).cumsum(0).tolist()
-    return [answers.rows(slice(end - size, end)) for size, end in zip(sizes, ends, strict=True)]
+    return [part(answers, slice(end - size, end)) for size, end in zip(sizes, ends, strict=True)]
 
 
 def test_hidden_states_do_not_depend_on_the_padding(policy, answers: Rollout) -> None:
