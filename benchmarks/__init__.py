@@ -1,1 +1,11 @@
-"""Measurements of the kernels and the torch path: speed and memory beside eager PyTorch, and the compiled code."""
+"""Measurements: ``python -m benchmarks.sweep`` for all of them, ``pytest benchmarks`` for the cases of pytest-benchmark.
+
+logits, workload, smollm2   what is measured on
+implementations, rivals     what is measured: this package, and what a user would pick instead
+floors                      what cannot be beaten, in the same turns
+check, harness              right first, then time and memory
+rows, provenance            one row a measurement
+sweep, optimiser_step       which measurements
+page, plots                 bench_results/README.md and its pictures, from the rows alone
+compiled_code               registers and instructions, with no GPU
+"""

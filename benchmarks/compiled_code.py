@@ -204,8 +204,14 @@ def report() -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    result = report() if not parser.parse_args().json else print(json.dumps(report(), indent=1))
-    if result is None:
+    parser.add_argument("--out", type=Path, help="also write the JSON here")
+    arguments = parser.parse_args()
+    result = report()
+    text = json.dumps(result, indent=1)
+    if arguments.out is not None:
+        arguments.out.write_text(text + "\n")
+    if arguments.json:
+        print(text)
         return
     for row in result["rows"]:
         print(*(f"{name}={value}" for name, value in row.items()))

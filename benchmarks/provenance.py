@@ -1,26 +1,47 @@
 """Where and when a row was measured."""
 
 import datetime
+import functools
 import platform
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import torch
+
 
 def provenance() -> dict[str, str]:
-    """Date (UTC), commit with ``-dirty`` where files differ from it, versions and machine."""
-    described = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=10"],
-        cwd=Path(__file__).parent, capture_output=True, text=True,
-    )  # fmt: skip
+    """Date (UTC), commit with ``-dirty`` where files of the package or the benchmarks differ from it, and versions."""
     return {
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "commit": described.stdout.strip() or "not in a git checkout",
+        "commit": _commit(),
         "python": platform.python_version(),
         "torch": _version("torch"),
         "triton": _version("triton"),
         "machine": f"{platform.system()} {platform.machine()}, {_processor()}",
     }
+
+
+def device_name(device: str) -> str:
+    """The GPU's name, or the processor's with the number of threads that PyTorch uses."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    return f"{_processor()}, {torch.get_num_threads()} threads"
+
+
+@functools.cache
+def _commit() -> str:
+    root = Path(__file__).parents[1]
+    measured = ["paec_kernels", "benchmarks", "tests/data"]  # rows themselves change while they are written
+
+    def git(*arguments: str) -> str:
+        found = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True)
+        return found.stdout.strip()
+
+    commit = git("rev-parse", "--short=10", "HEAD")
+    if not commit:
+        return "not in a git checkout"
+    return commit + ("-dirty" if git("status", "--porcelain", "--untracked-files=no", "--", *measured) else "")
 
 
 def _version(package: str) -> str:
@@ -30,6 +51,7 @@ def _version(package: str) -> str:
         return "not installed"
 
 
+@functools.cache
 def _processor() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []

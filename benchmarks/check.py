@@ -1,0 +1,162 @@
+"""Outputs and gradients held against the float64 definition. What fails here is never timed."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import paec_kernels as pk
+from benchmarks.implementations import Implementation, Outputs
+from benchmarks.workload import TOP_P, Case, Inputs, only, policy_loss, take
+
+# An exact implementation errs by no more than the definition in float32 does, times SLACK, + 1e-5 (nats, or of the
+# largest gradient). Others may err by what rounding to the logits' dtype explains.
+SLACK, EXTRA = 1.2, 1e-5
+VALUE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.15, torch.float16: 0.02}
+GRADIENT_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.03, torch.float16: 0.01}
+# Rounding may move the tokens at a nucleus' edge across it: by a few tokens, and for an exact implementation in few
+# rows. Those rows' other results are not compared.
+SIZE_TOLERANCE, OTHER_SIZES = 0.02, 1 / 16
+
+
+class WrongResult(Exception):
+    """An implementation that does not compute what it says."""
+
+
+@dataclass(frozen=True)
+class Errors:
+    values: float
+    gradient: float
+
+
+class Truth:
+    """Float64 outputs of the checked rows, and gradients of weighted sums of them.
+
+    Of the linear form the logits are those of a product in the inputs' own dtype, and only what follows is float64.
+    """
+
+    def __init__(self, inputs: Inputs, rows: Tensor, dtype: torch.dtype = torch.float64) -> None:
+        self.rows = rows
+        self.some = take(only(inputs, rows), rows)
+        with torch.no_grad():
+            logits = self.some.rows if inputs.head is None else self.some.rows @ inputs.head.T
+        self._leaf = logits.to(dtype).requires_grad_()
+        stats = pk.reference.token_stats(self._leaf, self.some.token_ids, top_p=TOP_P)
+        loss = policy_loss(stats.logp, self.some.old_logp.to(dtype))
+        self.outputs: Outputs = stats._asdict() | {"policy_loss": loss, "mean_policy_loss": loss.mean()}
+        with torch.no_grad():
+            weights, _ = pk.reference.nucleus_weights(self._leaf, self._leaf.softmax(-1), TOP_P)
+        self.tied = (weights > 0) & (weights < 1)  # a sort gives these tokens another gradient, in its own order
+
+    def gradients(self, names: tuple[str, ...]) -> tuple[Tensor, ...]:
+        """Of the rows ``[n, V]`` or ``[n, D]``, and of the head where there is one, in the leaf's dtype."""
+        loss = weighted_sum({name: self.outputs[name] for name in names}, self.some.weights)
+        (d_logits,) = torch.autograd.grad(loss, self._leaf, retain_graph=True)
+        if self.some.head is None:
+            return (d_logits,)
+        return d_logits @ self.some.head.to(d_logits.dtype), d_logits.T @ self.some.rows.to(d_logits.dtype)
+
+
+def weighted_sum(outputs: Outputs, weights: dict[str, Tensor]) -> Tensor:
+    """What is differentiated. An output that is itself a mean has weight 1; one for fewer rows than N takes theirs."""
+    return sum(
+        output if output.dim() == 0 else (weights[name][: len(output)] * output).sum()
+        for name, output in outputs.items()
+    )
+
+
+def leaves(inputs: Inputs) -> Inputs:
+    head = None if inputs.head is None else inputs.head.detach().requires_grad_()
+    return inputs._replace(rows=inputs.rows.detach().requires_grad_(), head=head)
+
+
+def check(implementation: Implementation, case: Case, inputs: Inputs, found: Outputs, truth: Truth) -> Errors:
+    """Holds a run on `only(inputs, truth.rows)` against the truth of those rows.
+
+    Args:
+        inputs: the run's leaves, with their gradients.
+        found: what it returned.
+    Raises:
+        WrongResult: with what is wrong.
+    """
+    definition = Truth(inputs, truth.rows, torch.float32)
+    for name in implementation.computes:
+        if name not in found:
+            raise WrongResult(f"returns no {name}")
+    # Where the logits are a 16-bit product, another order of summation rounds some of them otherwise.
+    strict = implementation.exact and not (case.d and case.dtype.itemsize < 4)
+    same = _same_sizes(found, truth, strict, implementation.keeps)
+
+    values = 0.0
+    for name, output in found.items():
+        if name == "nucleus_size":
+            continue
+        picked, kept = (output, ...) if output.dim() == 0 else (output[truth.rows], same)
+        error = _largest(picked, truth.outputs[name], kept)
+        allowed = VALUE_TOLERANCE[case.dtype]
+        if strict:
+            allowed = SLACK * _largest(definition.outputs[name], truth.outputs[name], kept) + EXTRA
+        if not error <= allowed:
+            raise WrongResult(f"{name} is off by {error:.1e}, allowed {allowed:.1e}")
+        values = max(values, error)
+
+    gradient = 0.0
+    if implementation.gradients:
+        gradient = _gradient_error(implementation, case, inputs, truth, definition if strict else None, same)
+    return Errors(values, gradient)
+
+
+def _same_sizes(found: Outputs, truth: Truth, strict: bool, most: int | None) -> Tensor:
+    """The rows, bool ``[n]``, whose nucleus has the true size. An implementation may keep ``most`` tokens alone."""
+    if "nucleus_size" not in found:
+        return torch.ones(len(truth.rows), dtype=torch.bool, device=truth.rows.device)
+    true = truth.outputs["nucleus_size"].long()
+    difference = (found["nucleus_size"][truth.rows].long() - true).abs()
+    cut = torch.zeros_like(difference, dtype=torch.bool) if most is None else true > most
+    if bool(cut.all()):
+        raise WrongResult(f"every nucleus that was checked is larger than the {most} tokens it keeps")
+    far = (difference > (SIZE_TOLERANCE * true).clamp(min=1)) & ~cut
+    if bool(far.any()):
+        raise WrongResult(f"another nucleus size in {int(far.sum())} of {len(far)} rows, by more than rounding")
+    if strict and (difference > 0).float().mean().item() > OTHER_SIZES:
+        raise WrongResult(f"another nucleus size in {int((difference > 0).sum())} of {len(far)} rows")
+    return difference == 0
+
+
+def _gradient_error(
+    implementation: Implementation, case: Case, inputs: Inputs, truth: Truth, definition: Truth | None, same: Tensor
+) -> float:
+    """Relative to the largest entry; no gradient may reach another row than those that carry weight."""
+    grad = inputs.rows.grad
+    if grad is None:
+        raise WrongResult("gives no gradient")
+    largest = torch.linalg.vector_norm(grad, ord=torch.inf, dim=1)
+    largest[truth.rows] = 0
+    if not bool((largest == 0).all()):
+        raise WrongResult("gives a gradient to rows without weight")
+
+    true = truth.gradients(implementation.gradients)
+    ours = (grad[truth.rows], *(() if inputs.head is None else (inputs.head.grad,)))
+    eager = None if definition is None else definition.gradients(implementation.gradients)
+    worst = 0.0
+    for i, (found, expected) in enumerate(zip(ours, true, strict=True)):
+        kept = same if i == 0 else ...  # the head's gradient is a sum over rows
+        if inputs.head is None and not implementation.exact:
+            expected = expected.masked_fill(truth.tied, 0)
+            found = found.masked_fill(truth.tied, 0)
+        scale = expected.abs().max().clamp(min=1e-30)
+        error = _largest(found / scale, expected / scale, kept)
+        allowed = GRADIENT_TOLERANCE[case.dtype]
+        if eager is not None:
+            rounded = eager[i].to(found.dtype)
+            allowed = SLACK * _largest(rounded / scale, expected / scale, kept) + EXTRA
+        if not error <= allowed:
+            raise WrongResult(f"its gradient is off by {error:.1e} of the largest entry, allowed {allowed:.1e}")
+        worst = max(worst, error)
+    return worst
+
+
+def _largest(found: Tensor, expected: Tensor, kept) -> float:
+    """Largest difference where kept; infinite where a result is not finite."""
+    difference = (found.double() - expected.double()).abs()[kept]
+    return torch.nan_to_num(difference, nan=torch.inf).max().item() if difference.numel() else 0.0

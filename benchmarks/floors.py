@@ -1,0 +1,68 @@
+"""What no implementation can beat, measured in the same turns: moving the logits, or the four bare products.
+
+On logits      forward reads them once; backward reads them once and writes their gradient once, as a copy does.
+Linear form    logits = H W^T forward; again backward, then d_H = G W and d_W = G^T H: 2 N V D operations each.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from benchmarks.workload import Case, Inputs
+
+# An exponential, a multiply-add for its argument, two sums and a product, three for the two largest: an element's
+# least in the forward pass; four for dz = a (onehot - p) + b p (log p + H) beside the exponential in the backward pass.
+FORWARD_OPERATIONS, BACKWARD_OPERATIONS = 9, 7
+
+
+@dataclass(frozen=True)
+class Floor:
+    """The two passes, of the inputs and a spare tensor shaped like the rows."""
+
+    name: str
+    forward: Callable[[Inputs, Tensor], object]
+    backward: Callable[[Inputs, Tensor], object]
+
+
+def read(inputs: Inputs, spare: Tensor) -> Tensor:
+    rows = inputs.rows
+    even = rows.numel() * rows.dtype.itemsize % 4 == 0
+    # 16-bit values in pairs: the sum means nothing, and no time goes into converting them.
+    return rows.view(-1).view(torch.float32).sum() if even else rows.sum()
+
+
+def copy(inputs: Inputs, spare: Tensor) -> Tensor:
+    return spare.copy_(inputs.rows)
+
+
+def first_product(inputs: Inputs, spare: Tensor) -> Tensor:
+    return inputs.rows @ inputs.head.T
+
+
+def three_products(inputs: Inputs, spare: Tensor) -> Tensor:
+    logits = inputs.rows @ inputs.head.T
+    torch.mm(logits, inputs.head, out=spare)
+    return torch.mm(logits.T, inputs.rows)
+
+
+ON_LOGITS = Floor("read, copy", read, copy)
+LINEAR = Floor("four products", first_product, three_products)
+
+
+def floor_of(case: Case) -> Floor:
+    return LINEAR if case.d else ON_LOGITS
+
+
+def bytes_moved(case: Case, passes: str) -> int | None:
+    """By the operation's own count: one read forward, one read and one write backward. None for the linear form."""
+    times = {"forward": 1, "backward": 2, "both": 3}[passes]
+    return None if case.d else times * case.bytes
+
+
+def operations(case: Case, passes: str) -> int:
+    if case.d:
+        return {"forward": 1, "backward": 3, "both": 4}[passes] * 2 * case.n * case.v * case.d
+    forward, backward = FORWARD_OPERATIONS, BACKWARD_OPERATIONS
+    return {"forward": forward, "backward": backward, "both": forward + backward}[passes] * case.n * case.v

@@ -1,0 +1,313 @@
+"""Checks, then times in turns, then memory: the rows of one case.
+
+Every turn runs the floor and each implementation once, so that whatever else the machine does slows all alike;
+ratios are taken within a turn. Before each run the caches are overwritten. What was not right is never timed.
+"""
+
+import multiprocessing
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from benchmarks.check import Errors, Truth, WrongResult, check, leaves, weighted_sum
+from benchmarks.floors import Floor, bytes_moved, floor_of, operations
+from benchmarks.implementations import Implementation, Outputs, all_implementations
+from benchmarks.provenance import device_name, provenance
+from benchmarks.rows import PASSES, Row, percentile
+from benchmarks.workload import Case, Inputs, build, checked_rows, only, take
+from paec_kernels.demo import peak_memory
+
+FLUSH_BYTES = {"cpu": 64 << 20, "cuda": 256 << 20}  # beyond the last cache of either
+MIN_TURNS, MAX_TURNS = 3, 40
+
+
+class Seconds(NamedTuple):
+    forward: float
+    both: float
+
+    def of(self, passes: str) -> float:
+        return {"forward": self.forward, "backward": self.both - self.forward, "both": self.both}[passes]
+
+
+@dataclass
+class Contender:
+    """An implementation that passed its check, and what was measured of it."""
+
+    implementation: Implementation
+    function: Callable[[Inputs], Outputs]
+    errors: Errors
+    seconds: list[Seconds] = field(default_factory=list)
+    peak_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class Run:
+    """What all rows of a sweep share."""
+
+    section: str
+    command: str
+    with_memory: bool
+    seconds: float  # that the turns of one case may take
+
+    def row(self, case: Case, implementation: str, source: str, passes: str, **found: Any) -> Row:
+        empty = dict.fromkeys(
+            "p20 p50 p80 bytes bandwidth operations share anchor relative peak_bytes value_error gradient_error "
+            "nucleus".split()
+        )
+        origin = provenance()
+        return Row(
+            **{
+                "section": self.section, "implementation": implementation, "source": source, "passes": passes,
+                "n": case.n, "v": case.v, "d": case.d, "dtype": str(case.dtype).removeprefix("torch."),
+                "logits": case.kind, "status": "ok", "reason": "", "turns": 0,
+                "device": device_name(case.device), "command": self.command,
+                "commit": origin.pop("commit"), "date": origin.pop("date"), "versions": origin,
+            } | empty | found
+        )  # fmt: skip
+
+
+def rows_of_case(
+    run: Run, case: Case, names: list[str], on_step: Callable[[str], None] = lambda _: None
+) -> Iterator[Row]:
+    """All rows of one case: of the floor, of each implementation that is right, and of those that have no number.
+
+    Args:
+        names: implementations in the order of their turns; the first that is right is the anchor of the ratios.
+        on_step: is told what is being done.
+    """
+    inputs = build(case)
+    truth = Truth(inputs, checked_rows(case.n, case.device))
+    sizes = truth.outputs["nucleus_size"].double()
+    nucleus = (int(sizes.median()), int(sizes.max()))
+    spare = torch.empty_like(inputs.rows)
+    contenders: list[Contender] = []
+    for name in names:
+        implementation = all_implementations()[name]
+        on_step(f"check {name}")
+        admitted = admit(implementation, case, inputs, spare, truth)
+        if isinstance(admitted, Contender):
+            contenders.append(admitted)
+            continue
+        status, reason = admitted
+        for passes in PASSES:
+            yield run.row(case, name, implementation.source, passes, status=status, reason=reason, nucleus=nucleus)
+
+    floor = floor_of(case)
+    floor_seconds = take_turns(run, case, inputs, spare, floor, contenders, on_step)
+    if run.with_memory and case.device == "cpu":
+        on_step("memory, in a new process")
+        peaks = peak_bytes([c.implementation.name for c in contenders], case, inputs)
+        for contender in contenders:
+            contender.peak_bytes = peaks[contender.implementation.name]
+    yield from _floor_rows(run, case, floor, floor_seconds)
+    for contender in contenders:
+        yield from _rows_of(run, case, contender, floor_seconds, contenders[0], nucleus)
+
+
+def admit(
+    implementation: Implementation, case: Case, inputs: Inputs, spare: Tensor, truth: Truth
+) -> Contender | tuple[str, str]:
+    """The implementation ready to be timed, or a row's status and reason."""
+    reason = implementation.missing(case)
+    if reason is not None:
+        status, _, text = reason.partition(": ")
+        return status, text
+    try:
+        function = implementation.prepare()
+        tried = leaves(fresh(implementation, only(inputs, truth.rows), spare))
+        found = function(tried)
+        if implementation.gradients:
+            weighted_sum({name: found[name] for name in implementation.gradients}, tried.weights).backward()
+        with torch.no_grad():
+            found = {name: value.detach() for name, value in found.items()}
+        return Contender(implementation, function, check(implementation, case, tried, found, truth))
+    except WrongResult as wrong:
+        return "wrong", str(wrong)
+    except Exception as error:  # whatever a rival raises, the others are still measured
+        return "failed", f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+
+
+def fresh(implementation: Implementation, inputs: Inputs, spare: Tensor) -> Inputs:
+    """The inputs, in the spare tensor where the implementation writes over them."""
+    return inputs._replace(rows=spare.copy_(inputs.rows)) if implementation.overwrites else inputs
+
+
+def take_turns(
+    run: Run,
+    case: Case,
+    inputs: Inputs,
+    spare: Tensor,
+    floor: Floor,
+    contenders: list[Contender],
+    on_step: Callable[[str], None],
+) -> list[Seconds]:
+    """Fills the contenders' seconds, and returns the floor's, turn by turn."""
+    flush = torch.empty(FLUSH_BYTES[case.device], dtype=torch.int8, device=case.device)
+    floor_seconds: list[Seconds] = []
+    end = time.perf_counter() + run.seconds
+    turn = 0
+    while turn <= MIN_TURNS or (turn <= MAX_TURNS and time.perf_counter() < end):
+        on_step(f"turn {turn}")
+        flush.zero_()
+        of_floor = clock(case.device, lambda: floor.forward(inputs, spare), lambda _: floor.backward(inputs, spare))
+        if turn > 0:  # the first turn warms up
+            floor_seconds.append(of_floor)
+        for contender in contenders:
+            ready = fresh(contender.implementation, inputs, spare)
+            flush.zero_()
+            if case.device == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+                before = torch.cuda.memory_allocated()
+            seconds = run_once(contender, case.device, ready)
+            if turn > 0:
+                contender.seconds.append(seconds)
+                if case.device == "cuda":
+                    held = torch.cuda.max_memory_allocated() - before
+                    contender.peak_bytes = held - _gradients_not_counted(case, inputs)
+        turn += 1
+    return floor_seconds
+
+
+def run_once(contender: Contender, device: str, inputs: Inputs) -> Seconds:
+    inputs = leaves(inputs)
+    names = contender.implementation.gradients
+
+    def backward(found: Outputs) -> None:
+        if names:
+            weighted_sum({name: found[name] for name in names}, inputs.weights).backward()
+
+    return clock(device, lambda: contender.function(inputs), backward)
+
+
+def clock(device: str, forward: Callable[[], Any], backward: Callable[[Any], object]) -> Seconds:
+    """Seconds of the two in a row: the GPU's own by events, the wall's on a CPU."""
+    if device == "cuda":
+        start, middle, end = (torch.cuda.Event(enable_timing=True) for _ in range(3))
+        start.record()
+        found = forward()
+        middle.record()
+        backward(found)
+        end.record()
+        end.synchronize()
+        return Seconds(start.elapsed_time(middle) / 1e3, start.elapsed_time(end) / 1e3)
+    began = time.perf_counter()
+    found = forward()
+    halfway = time.perf_counter()
+    backward(found)
+    return Seconds(halfway - began, time.perf_counter() - began)
+
+
+def peak_bytes(names: list[str], case: Case, inputs: Inputs) -> dict[str, int]:
+    """On a CPU: how far a run raises the resident memory of a new process beyond its inputs (see `peak_memory`).
+
+    PyTorch's profiler would miss what the backend's own threads allocate, and this process keeps freed memory. The
+    new one gives every larger buffer back as soon as it is freed, so that no run finds memory of the one before.
+    """
+    with tempfile.TemporaryDirectory() as folder, _environment(MALLOC_MMAP_THRESHOLD_="65536"):
+        path = Path(folder) / "inputs.pt"
+        torch.save(tuple(inputs), path)
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+            growth = process.submit(_growth_in_new_process, path, names, torch.get_num_threads()).result()
+    return {name: found - _gradients_not_counted(case, inputs) for name, found in growth.items()}
+
+
+def _growth_in_new_process(path: Path, names: list[str], n_threads: int) -> dict[str, int]:
+    torch.set_num_threads(n_threads)
+    inputs = Inputs(*torch.load(path, weights_only=True))
+    growth = {}
+    for name in names:
+        implementation = all_implementations()[name]
+        contender = Contender(implementation, implementation.prepare(), Errors(0.0, 0.0))
+        # Loads code and starts threads; what is compiled for one shape must see that shape.
+        warm_up = inputs if implementation.compiled else take(inputs, torch.arange(2))
+        run_once(contender, "cpu", warm_up._replace(rows=warm_up.rows.clone()))
+        ready = fresh(implementation, inputs, torch.empty_like(inputs.rows)) if implementation.overwrites else inputs
+        growth[name] = peak_memory.growth(lambda c=contender, i=ready: run_once(c, "cpu", i))
+        del ready
+    return growth
+
+
+@contextmanager
+def _environment(**variables: str) -> Iterator[None]:
+    """Of processes started meanwhile."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _gradients_not_counted(case: Case, inputs: Inputs) -> int:
+    """Of the linear form the gradients, which any form holds. Those of logits are memory that a way may save."""
+    return inputs.rows.nbytes + inputs.head.nbytes if case.d and inputs.head is not None else 0
+
+
+def _timed(case: Case, passes: str, seconds: list[Seconds]) -> dict[str, Any]:
+    own = [s.of(passes) for s in seconds]
+    moved = bytes_moved(case, passes)
+    p50 = percentile(own, 50)
+    return {
+        "p20": percentile(own, 20),
+        "p50": p50,
+        "p80": percentile(own, 80),
+        "turns": len(own),
+        "bytes": moved,
+        "bandwidth": None if moved is None else moved / p50,
+        "operations": operations(case, passes),
+    }
+
+
+def median_ratio(above: list[Seconds], below: list[Seconds], passes: str) -> float:
+    """Taken within each turn."""
+    return percentile([a.of(passes) / b.of(passes) for a, b in zip(above, below, strict=True)], 50)
+
+
+def _floor_rows(run: Run, case: Case, floor: Floor, seconds: list[Seconds]) -> Iterator[Row]:
+    for passes in PASSES:
+        yield run.row(case, floor.name, "torch", passes, **_timed(case, passes, seconds), share=1.0)
+
+
+def _rows_of(
+    run: Run, case: Case, contender: Contender, floor: list[Seconds], anchor: Contender, nucleus: tuple[int, int]
+) -> Iterator[Row]:
+    implementation = contender.implementation
+    for passes in PASSES:
+        if passes != "both" and implementation.gradient_in_forward:
+            reason = "its gradient is made in the forward pass"
+            yield run.row(case, implementation.name, implementation.source, passes, status="skipped", reason=reason)
+            continue
+        if passes != "forward" and not implementation.gradients:
+            yield run.row(
+                case, implementation.name, implementation.source, passes, status="skipped", reason="it has no gradient"
+            )
+            continue
+        row = run.row(
+            case,
+            implementation.name,
+            implementation.source,
+            passes,
+            **_timed(case, passes, contender.seconds),
+            share=median_ratio(floor, contender.seconds, passes),
+            anchor=anchor.implementation.name,
+            relative=median_ratio(contender.seconds, anchor.seconds, passes),
+            peak_bytes=contender.peak_bytes,
+            value_error=contender.errors.values,
+            gradient_error=contender.errors.gradient,
+            nucleus=nucleus,
+        )
+        row.versions.update(implementation.versions())
+        yield row

@@ -1,0 +1,88 @@
+"""What an implementation is to the harness, and the list of all of them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from benchmarks.workload import Case, Inputs
+
+# What a call returns, by name: the statistics of `paec_kernels.TokenStats`, float ``[N]`` (nucleus_size: integer),
+# "policy_loss", GRPO's loss of each token ``[N]``, and "mean_policy_loss", its mean over valid tokens, 0-d.
+Outputs = dict[str, Tensor]
+STATISTICS = ("logp", "entropy", "nucleus_entropy", "nucleus_size", "margin")
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One way to statistics or losses of tokens.
+
+    Attributes:
+        prepare: imports what it needs and returns the function that is timed: inputs, whose rows (and head) are
+            leaves that take a gradient, to outputs.
+        computes: of STATISTICS, what a user gets from it, by its own definition.
+        gradients: the outputs through which its gradient flows.
+        packages: distributions and the modules they bring, without which it is missing.
+        on: device types it runs on.
+        exact: held to the error of the float32 definition, with no allowance of its own.
+        overwrites: it writes over its logits, so that each run needs fresh ones.
+        gradient_in_forward: the gradient is made in the forward pass; the two cannot be told apart.
+        compiled: by `torch.compile`, for one shape.
+        note: what a reader of its figures must know.
+        keeps: the most tokens that its nucleus can hold, or None.
+        refuses: why it cannot run a case on that device, or None.
+    """
+
+    name: str
+    source: str
+    prepare: Callable[[], Callable[[Inputs], Outputs]]
+    computes: tuple[str, ...]
+    gradients: tuple[str, ...]
+    linear: bool = False
+    packages: tuple[tuple[str, str], ...] = ()
+    on: tuple[str, ...] = ("cpu", "cuda")
+    exact: bool = False
+    overwrites: bool = False
+    gradient_in_forward: bool = False
+    compiled: bool = False
+    note: str = ""
+    keeps: int | None = None
+    refuses: Callable[[Case], str | None] = lambda case: None
+
+    def missing(self, case: Case) -> str | None:
+        """Why this case cannot be run here, before anything is imported; None where it may."""
+        for distribution, module in self.packages:
+            if find_spec(module.split(".")[0]) is None:
+                return f"missing: {distribution} is not installed"
+        if case.device not in self.on:
+            return f"skipped: needs {' or '.join(self.on)}, this is {case.device}"
+        reason = self.refuses(case)
+        return None if reason is None else f"skipped: {reason}"
+
+    def versions(self) -> dict[str, str]:
+        """Of its own packages, those that are installed."""
+        found = {}
+        for distribution, _ in self.packages:
+            try:
+                found[distribution] = version(distribution)
+            except PackageNotFoundError:
+                continue
+        return found
+
+
+def compiled(function: Callable[..., Outputs]) -> Callable[..., Outputs]:
+    """`torch.compile` as a user would write it, for this one shape; nothing compiled before stays in its way."""
+    torch._dynamo.reset()
+    return torch.compile(function, dynamic=False)
+
+
+def all_implementations() -> dict[str, Implementation]:
+    """By name, those on logits first; the order in which they take turns."""
+    from benchmarks.rivals import cut_cross_entropy, eager, flashinfer, liger, ours, quack, trl, verl
+
+    rooms = (ours, eager, trl, verl, liger, cut_cross_entropy, quack, flashinfer)
+    found = [implementation for room in rooms for implementation in room.IMPLEMENTATIONS]
+    return {i.name: i for linear in (False, True) for i in found if i.linear is linear}

@@ -1,0 +1,105 @@
+"""Logits that look like users': real ones, and three kinds made to be like or unlike them."""
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Generator, Tensor
+
+REAL_LOGITS = Path(__file__).parents[1] / "tests" / "data" / "real_logits.pt"
+SLICE = 64  # rows made at a time, so that no temporary is as large as the logits
+JITTER = 0.02  # far below the spread of a row's logits, enough to break its ties in float32
+TAIL_OFFSET = 12.0  # nats by which columns beyond the real vocabulary lie lower: e^-12 of the mass, six times at most
+
+
+@functools.cache
+def _fixture() -> dict[str, Tensor]:
+    return torch.load(REAL_LOGITS, weights_only=True)
+
+
+def real(rows: range, width: int, generator: Generator) -> Tensor:
+    """The tests' 32 rows of SmolLM2-135M, over and over, with jitter. Nucleus sizes stay as measured.
+
+    A wider vocabulary repeats a row's columns TAIL_OFFSET lower; a narrower one keeps its largest logits, in order.
+    """
+    data = _fixture()["logits"]
+    picked = data[[row % len(data) for row in rows]].to(generator.device).float()
+    n_columns = picked.shape[1]
+    if width < n_columns:
+        kept = picked.topk(width, dim=1).indices.sort(dim=1).values
+        picked = picked.gather(1, kept)
+    elif width > n_columns:
+        copies = -(-width // n_columns) - 1
+        picked = torch.cat([picked] + copies * [picked - TAIL_OFFSET], dim=1)[:, :width]
+    return picked + JITTER * _normal(picked.shape, generator)
+
+
+def peaked(rows: range, width: int, generator: Generator) -> Tensor:
+    """N(0, 2) and 16 candidates a row around 16: nuclei of a handful of tokens."""
+    z = 2 * _normal((len(rows), width), generator)
+    candidates = torch.randint(width, (len(rows), 16), generator=generator, device=generator.device)
+    return z.scatter(1, candidates, 16 + _normal((len(rows), 16), generator))
+
+
+def flat(rows: range, width: int, generator: Generator) -> Tensor:
+    """N(0, 3), an untrained model's: nuclei of thousands of tokens."""
+    return 3 * _normal((len(rows), width), generator)
+
+
+def collapsed(rows: range, width: int, generator: Generator) -> Tensor:
+    """After entropy collapse: N(0, 2) and one token 20 above its scale, with nearly all of the mass."""
+    z = 2 * _normal((len(rows), width), generator)
+    chosen = torch.randint(width, (len(rows), 1), generator=generator, device=generator.device)
+    return z.scatter(1, chosen, 30 + _normal((len(rows), 1), generator))
+
+
+KINDS: dict[str, Callable[[range, int, Generator], Tensor]] = {
+    "real": real,
+    "peaked": peaked,
+    "flat": flat,
+    "collapsed": collapsed,
+}
+
+
+def make(kind: str, n: int, width: int, dtype: torch.dtype, generator: Generator) -> tuple[Tensor, Tensor]:
+    """Logits ``[n, width]`` of ``dtype`` and token ids int64 ``[n]`` sampled from them, on the generator's device."""
+    logits = torch.empty(n, width, dtype=dtype, device=generator.device)
+    token_ids = torch.empty(n, dtype=torch.int64, device=generator.device)
+    for start in range(0, n, SLICE):
+        rows = range(start, min(start + SLICE, n))
+        part = logits[rows.start : rows.stop]
+        part.copy_(KINDS[kind](rows, width, generator))
+        token_ids[rows.start : rows.stop] = sample(part, generator)
+    return logits, token_ids
+
+
+def sample(logits: Tensor, generator: Generator) -> Tensor:
+    """One token a row at temperature 1, by the Gumbel trick: argmax(z - log(-log u)), u uniform in (0, 1)."""
+    u = torch.rand(logits.shape, generator=generator, device=logits.device).clamp_(1e-20, 1 - 1e-7)
+    return (logits.float() - (-u.log()).log()).argmax(-1)
+
+
+def hidden_states(
+    n: int, width: int, vocab_size: int, dtype: torch.dtype, generator: Generator
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Hidden states ``[n, width]``, a head ``[vocab_size, width]`` and tokens ``[n]``, with nuclei of all sizes.
+
+    head rows ~ N(0, 1/D); hidden = 2 noise + sum over 16 tokens t of a_t head[t], a_t ~ N(12, 3): every row's logits
+    are N(0, 2) with 16 candidates, whose lead over the rest decides whether the nucleus is one token or thousands.
+    """
+    head = torch.empty(vocab_size, width, dtype=dtype, device=generator.device)
+    for part in head.split(1 << 14):
+        part.copy_(_normal(part.shape, generator) / width**0.5)
+    hidden = torch.empty(n, width, dtype=dtype, device=generator.device)
+    token_ids = torch.empty(n, dtype=torch.int64, device=generator.device)
+    for part, ids in zip(hidden.split(SLICE), token_ids.split(SLICE), strict=True):
+        planted = torch.randint(vocab_size, (len(part), 16), generator=generator, device=generator.device)
+        strength = 12 + 3 * _normal(planted.shape, generator)
+        part.copy_(2 * _normal(part.shape, generator) + (strength[..., None] * head[planted].float()).sum(1))
+        ids.copy_(sample(part @ head.T, generator))
+    return hidden, head, token_ids
+
+
+def _normal(shape: tuple[int, ...], generator: Generator) -> Tensor:
+    return torch.randn(shape, generator=generator, device=generator.device)

@@ -1,0 +1,257 @@
+"""`bench_results/README.md`, written from the rows alone: no figure on it is typed by hand.
+
+python -m benchmarks.page      # again from the rows that are there, measuring nothing
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from benchmarks import plots
+from benchmarks.floors import LINEAR, ON_LOGITS
+from benchmarks.implementations import STATISTICS, all_implementations
+from benchmarks.rows import RESULTS, Row, only, path_of, read
+
+DEVICES = {"cuda": "On a GPU", "cpu": "On a CPU"}
+COMMANDS = {"cuda": "make bench-gpu", "cpu": "make bench"}
+SECTIONS = {
+    "rivals": "From logits, beside everything else",
+    "linear": "From hidden states, beside four bare products",
+    "step": "A whole optimiser step",
+    "vocabulary": "Against the vocabulary",
+    "rows": "Against the number of rows",
+    "kinds": "Kinds of logits, and what the nucleus costs",
+}
+PLOTS = {
+    "rivals": ("time_of_rivals", "roofline"),
+    "linear": ("time_of_linear",),
+    "vocabulary": ("share_against_v", "memory_against_v"),
+    "rows": ("time_against_n",),
+}
+
+
+def write(folder: Path = RESULTS) -> list[Path]:
+    """The plots and the page. Returns what was written."""
+    rows = {device: {s: read(path_of(folder, device, s)) for s in SECTIONS} for device in DEVICES}
+    drawn = {device: plots.write(found, folder / "plots", device) for device, found in rows.items()}
+    compiled = folder / "compiled_code.json"
+    page = folder / "README.md"
+    page.write_text(text(rows, drawn, json.loads(compiled.read_text()) if compiled.exists() else None))
+    return [page, *(folder / "plots" / f"{d}_{name}.png" for d, names in drawn.items() for name in names)]
+
+
+def text(rows: dict[str, dict[str, list[Row]]], drawn: dict[str, list[str]], compiled: dict[str, Any] | None) -> str:
+    return "\n".join(
+        [
+            "# Measurements",
+            "",
+            "Written by `python -m benchmarks.sweep` from the rows in this folder, one JSON object a measurement;",
+            "`python -m benchmarks.page` writes it again. Every implementation's outputs and gradients are held",
+            "against float64 before it is timed, and one that is wrong, missing or skipped has a reason and no number.",
+            "Implementations take turns with the floor in one process and the caches are overwritten before each run.",
+            "Times are medians (20th to 80th percentile); ratios and shares are medians over the turns. The share of",
+            "bandwidth, of forward, backward and both, is that of reading or copying a tensor of the logits' size in",
+            "the same turn. Peak memory is what forward and backward hold beyond the inputs: for logits with their",
+            "gradient, for the linear form without the gradients of hidden states and head. Errors are the largest",
+            "against float64, in nats, and of the gradient relative to its largest entry.",
+            "",
+            "## What each computes",
+            "",
+            *what_each_computes(),
+            "",
+            *(line for device in DEVICES for line in of_device(device, rows[device], drawn[device])),
+            "## What the kernels compile to",
+            "",
+            *compiled_code(compiled),
+            "",
+        ]
+    )
+
+
+def what_each_computes() -> Iterator[str]:
+    """From the implementations' own declarations."""
+    yield from (
+        "Gradient: through which of its outputs. A loss is GRPO's, of each token or the mean; its log-probabilities",
+        "stay inside.",
+        "",
+    )
+    heads = ["", "called as", *(name.replace("_", " ") for name in STATISTICS), "gradient", ""]
+    yield from _header(heads)
+    for i in all_implementations().values():
+        cells = ["yes" if name in i.computes else "" for name in STATISTICS]
+        gradient = ", ".join(name.replace("_", " ") for name in i.gradients) or "none"
+        yield _cells([i.name, f"`{i.source}`", *cells, gradient, i.note])
+
+
+def of_device(device: str, rows: dict[str, list[Row]], drawn: list[str]) -> Iterator[str]:
+    yield from (f"## {DEVICES[device]}", "")
+    if not any(rows.values()):
+        yield from (f"**No row yet.** `{COMMANDS[device]}` fills these tables:", "")
+        for title in SECTIONS.values():
+            yield f"- {title}: empty"
+        yield ""
+        return
+    for section, title in SECTIONS.items():
+        yield from (f"### {title}", "")
+        found = rows[section]
+        if not found:
+            yield from ("Empty: not measured yet.", "")
+            continue
+        yield from (origin(found), "")
+        yield from TABLES[section](found)
+        yield ""
+        for name in PLOTS.get(section, ()):
+            if name in drawn:
+                yield from (f"[![{name.replace('_', ' ')}](plots/{device}_{name}.png)](plots/{device}_{name}.svg)", "")
+
+
+def origin(rows: list[Row]) -> str:
+    """Where the figures come from: all that the section's rows say of it."""
+    dates = sorted({row.date for row in rows})
+    span = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
+    versions = {name: version for row in rows for name, version in row.versions.items() if name != "machine"}
+    return "  \n".join(
+        [
+            f"Device: {', '.join(sorted({row.device for row in rows}))}.",
+            f"Command: {', '.join(f'`{c}`' for c in sorted({row.command for row in rows}))}.",
+            f"Commit {', '.join(sorted({row.commit for row in rows}))}, {span}.",
+            f"Versions: {', '.join(f'{name} {version}' for name, version in versions.items())}.",
+        ]
+    )
+
+
+def comparison(rows: list[Row]) -> Iterator[str]:
+    """A table for each case: one line an implementation, the floor first."""
+    for case in _cases(rows):
+        own = [row for row in rows if _case(row) == case]
+        sizes = next((row.nucleus for row in own if row.nucleus), None)
+        nuclei = "" if sizes is None else f"; nuclei of {sizes[0]:,} tokens at the median, {sizes[1]:,} at most"
+        yield from (f"{_shape(own[0])}{nuclei}", "")
+        anchor = next((row.anchor for row in own if row.anchor), None)
+        floor = LINEAR.name if own[0].d else ON_LOGITS.name
+        heads = ["", "forward, ms", "backward, ms", "both, ms", f"times {anchor}"]
+        yield from _header([*heads, f"both / {floor}" if own[0].d else "share of bandwidth", "peak, MiB", "error"])
+        by_name = {name: only(own, implementation=name) for name in dict.fromkeys(r.implementation for r in own)}
+        for name in sorted(by_name, key=lambda name: (name != floor, _unmeasured(by_name[name]))):
+            yield _cells([name, *_of_implementation(by_name[name])])
+        yield ""
+
+
+def _of_implementation(rows: list[Row]) -> list[str]:
+    by_pass = {row.passes: row for row in rows}
+    if _unmeasured(rows):
+        return [f"{rows[0].status}: {rows[0].reason}"] + 6 * [""]
+    whole = by_pass["both"] if by_pass["both"].status == "ok" else by_pass["forward"]
+    times = [milliseconds(by_pass[p]) for p in ("forward", "backward", "both")]
+    share = ""
+    if whole.share is not None:
+        share = times_over(1 / whole.share) if whole.d else ", ".join(percent(by_pass[p]) for p in by_pass)
+    error = "" if whole.value_error is None else f"{whole.value_error:.0e}"
+    if whole.gradient_error is not None:
+        error += f", gradient {whole.gradient_error:.0e}"
+    return [*times, times_over(whole.relative), share, mebibytes(whole), error]
+
+
+def step(rows: list[Row]) -> Iterator[str]:
+    anchor = next((row.anchor for row in rows if row.anchor), None)
+    if rows[0].n:
+        yield from (f"{rows[0].logits}, {rows[0].n:,} answer tokens, V = {rows[0].v:,}, {rows[0].dtype}", "")
+    yield from _header(["", "made of", "step, ms", f"times {anchor}", "error of the loss"])
+    for row in rows:
+        error = "" if row.value_error is None else f"{row.value_error:.0e}"
+        yield _cells([row.implementation, row.source, milliseconds(row), times_over(row.relative), error])
+
+
+def sweep(rows: list[Row]) -> Iterator[str]:
+    """One line a case and implementation."""
+    heads = ["N", "V", "dtype", "logits", "nuclei", "", "forward, ms", "backward, ms", "both, ms", "ratio"]
+    yield from _header([*heads, "share of bandwidth", "peak, MiB"])
+    for case in _cases(rows):
+        own = [row for row in rows if _case(row) == case]
+        for name in dict.fromkeys(row.implementation for row in own):
+            by_pass = {row.passes: row for row in only(own, implementation=name)}
+            row = by_pass["both"]
+            sizes = "" if row.nucleus is None else f"{row.nucleus[0]:,}, {row.nucleus[1]:,}"
+            where = [f"{row.n:,}", f"{row.v:,}", row.dtype, row.logits, sizes, name]
+            if row.status != "ok":
+                yield _cells([*where, f"{row.status}: {row.reason}"] + 5 * [""])
+                continue
+            times = [milliseconds(by_pass[p]) for p in ("forward", "backward", "both")]
+            shares = f"{percent(by_pass['forward'])}, {percent(by_pass['backward'])}"
+            yield _cells([*where, *times, times_over(row.relative), shares, mebibytes(row)])
+
+
+TABLES = {"rivals": comparison, "linear": comparison, "step": step}
+TABLES |= dict.fromkeys(("vocabulary", "rows", "kinds"), sweep)
+
+
+def compiled_code(found: dict[str, Any] | None) -> Iterator[str]:
+    """Read from machine code with no GPU."""
+    if found is None:
+        yield "Empty: `python -m benchmarks.compiled_code --out bench_results/compiled_code.json` fills it."
+        return
+    origin, loop, search = found["provenance"], found["main_loop"], found["nucleus_search"]
+    yield from (
+        "Compiled without a GPU, and read from the machine code: what the kernels ask for, not how fast they are.  ",
+        f"Command: `python -m benchmarks.compiled_code`. Commit {origin['commit']}, {origin['date']}; "
+        f"triton {origin['triton']}.",
+        "",
+        f"On sm_90 in bfloat16 the forward kernel's main loop is {loop['instructions']:.2f} instructions and "
+        f"{loop['ex2']:g} ex2 an element; the nucleus search is {search['outside']:,} instructions a thread outside "
+        f"its loop and {search['round']:,} in a round of it, in a program of {found['threads']} threads.",
+        "",
+    )
+    yield from _header(["kernel", "target", "dtype", "softcap", "registers", "spills, bytes", "local, bytes"])
+    for row in found["rows"]:
+        cells = [row["kernel"], row["target"], row["dtype"], "yes" if row["softcap"] else ""]
+        yield _cells([*cells, *(str(row[name]) for name in ("registers", "spills", "local"))])
+
+
+def milliseconds(row: Row) -> str:
+    if row.p50 is None:
+        return row.reason
+    return f"{1e3 * row.p50:,.4g} ({1e3 * row.p20:,.3g} to {1e3 * row.p80:,.3g})"
+
+
+def percent(row: Row) -> str:
+    return "" if row.share is None else f"{100 * row.share:.3g} %"
+
+
+def mebibytes(row: Row) -> str:
+    return "" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:,.4g}"
+
+
+def times_over(ratio: float | None) -> str:
+    return "" if ratio is None else f"{ratio:.3g}"
+
+
+def _unmeasured(rows: list[Row]) -> bool:
+    return all(row.status != "ok" for row in rows)
+
+
+def _case(row: Row) -> tuple:
+    return row.n, row.v, row.d, row.dtype, row.logits
+
+
+def _cases(rows: list[Row]) -> list[tuple]:
+    return list(dict.fromkeys(_case(row) for row in rows))
+
+
+def _shape(row: Row) -> str:
+    width = f", D = {row.d:,}" if row.d else ""
+    return f"N = {row.n:,}, V = {row.v:,}{width}, {row.dtype}, {row.logits}"
+
+
+def _header(names: list[str]) -> Iterator[str]:
+    yield _cells(names)
+    yield _cells(["---"] * len(names))
+
+
+def _cells(cells: list[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+if __name__ == "__main__":
+    for path in write():
+        print(f"wrote {path}")

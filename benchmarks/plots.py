@@ -1,0 +1,217 @@
+"""The rows as pictures, PNG and SVG, each readable by itself: titled with device, shapes, commit and date."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullFormatter
+
+from benchmarks.floors import LINEAR, ON_LOGITS
+from benchmarks.rows import Row, only
+
+OURS = "#1f5fa8"
+COLOURS = ("#d1662b", "#3a8f5c", "#8a5fb0", "#b8912a", "#b0446a", "#5a9bb0", "#7a7a85", "#a86b4a")
+PASS_STYLE = {"forward": "-", "backward": "--"}
+
+
+def write(rows: dict[str, list[Row]], folder: Path, device: str) -> list[str]:
+    """Files ``<device>_<name>.png`` and ``.svg`` in ``folder`` for whatever there are rows of. Returns the names."""
+    folder.mkdir(parents=True, exist_ok=True)
+    matplotlib.rcParams["svg.hashsalt"] = "paec"  # the same rows give the same file
+    names = []
+    for name, figure in figures(rows):
+        figure.savefig(folder / f"{device}_{name}.png", dpi=130, metadata={"Software": None})
+        figure.savefig(folder / f"{device}_{name}.svg", metadata={"Date": None})
+        names.append(name)
+    return names
+
+
+def figures(rows: dict[str, list[Row]]) -> Iterator[tuple[str, Figure]]:
+    """Of rows by section. A plot for which no row has a number does not exist."""
+    vocabulary = timed(rows.get("vocabulary", []))
+    if vocabulary:
+        yield "share_against_v", share_against_v(vocabulary)
+        if any(row.peak_bytes is not None for row in vocabulary):
+            yield "memory_against_v", memory_against_v(vocabulary)
+    if by_n := timed(rows.get("rows", [])):
+        yield "time_against_n", time_against_n(by_n)
+    if rivals := timed(rows.get("rivals", [])):
+        yield "time_of_rivals", bars(rivals, "From logits")
+        yield "roofline", roofline(rivals, timed(rows.get("linear", [])))
+    if linear := timed(rows.get("linear", [])):
+        yield "time_of_linear", bars(linear, "From hidden states")
+
+
+def timed(rows: list[Row]) -> list[Row]:
+    return only(rows, status="ok")
+
+
+def share_against_v(rows: list[Row]) -> Figure:
+    dtypes = _in_order(row.dtype for row in rows)
+    figure, panels = _figure(5.2 * len(dtypes) + 2.2, 4.6, len(dtypes))
+    for axes, dtype in zip(panels, dtypes, strict=True):
+        for name in _contenders(rows):
+            for passes in ("forward", "backward"):
+                line = sorted(only(rows, dtype=dtype, implementation=name, passes=passes), key=lambda row: row.v)
+                label = name if passes == "forward" else None
+                _line(axes, [(r.v, 100 * r.share) for r in line], name, rows, PASS_STYLE[passes], label)
+        axes.set_xscale("log")
+        axes.set_ylim(bottom=0)
+        _thousands(axes, sorted({row.v for row in rows}))
+        axes.set(xlabel="vocabulary V", title=f"{dtype}, N = {_range(row.n for row in only(rows, dtype=dtype))}")
+    panels[0].set_ylabel("share of the bandwidth measured in the same turns, %")
+    _legend(figure, panels, "solid: forward / read\ndashed: backward / copy")
+    _title(figure, "Bandwidth share against V", rows)
+    return figure
+
+
+def memory_against_v(rows: list[Row]) -> Figure:
+    rows = [row for row in rows if row.peak_bytes is not None and row.passes == "both"]
+    dtypes = _in_order(row.dtype for row in rows)
+    figure, panels = _figure(5.2 * len(dtypes) + 2.2, 4.6, len(dtypes))
+    for axes, dtype in zip(panels, dtypes, strict=True):
+        for name in _contenders(rows):
+            line = sorted(only(rows, dtype=dtype, implementation=name), key=lambda row: row.v)
+            _line(axes, [(r.v, r.peak_bytes / 2**20) for r in line], name, rows, "-", name)
+        own = {row.v: row.bytes / 3 / 2**20 for row in only(rows, dtype=dtype)}
+        axes.plot(*zip(*sorted(own.items()), strict=True), ":", color="black", label="the logits themselves")
+        axes.set(xscale="log", yscale="log")
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+        _thousands(axes, sorted({row.v for row in rows}))
+        axes.set(xlabel="vocabulary V", title=f"{dtype}, N = {_range(row.n for row in only(rows, dtype=dtype))}")
+    panels[0].set_ylabel("peak memory beyond the logits, MiB")
+    _legend(figure, panels)
+    _title(figure, "Peak memory of forward and backward against V", rows)
+    return figure
+
+
+def time_against_n(rows: list[Row]) -> Figure:
+    figure, (axes,) = _figure(8.4, 4.8, 1)
+    rows = only(rows, passes="both")
+    for name in (ON_LOGITS.name, *_contenders(rows)):
+        line = sorted(only(rows, implementation=name), key=lambda row: row.n)
+        _line(axes, [(r.n, 1e3 * r.p50) for r in line], name, rows, "-", name)
+    axes.set(xscale="log", yscale="log", xlabel="rows N", ylabel="forward and backward, ms")
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+    _thousands(axes, sorted({row.n for row in rows}))
+    _legend(figure, [axes])
+    _title(figure, f"Time against N, V = {_range(row.v for row in rows)}, {rows[0].dtype}", rows)
+    return figure
+
+
+def bars(rows: list[Row], what: str) -> Figure:
+    """Forward and backward stacked; a way that has only a forward pass, or one that cannot be split, as one bar."""
+    names = sorted(_in_order(row.implementation for row in rows), key=lambda name: -_total(rows, name))
+    figure, (axes,) = _figure(9.5, 1.6 + 0.42 * len(names), 1)
+    for y, name in enumerate(names):
+        own = {row.passes: row for row in only(rows, implementation=name)}
+        colour = _colour(name, rows)
+        if "forward" in own and "backward" in own:
+            forward = 1e3 * own["forward"].p50
+            axes.barh(y, forward, color=colour)
+            axes.barh(y, 1e3 * own["backward"].p50, left=forward, color=colour, alpha=0.45)
+        else:
+            axes.barh(y, 1e3 * _total(rows, name), color=colour, hatch="//", edgecolor="white", lw=0)
+        only_pass = "" if "both" in own else " (forward only)"
+        axes.text(1e3 * _total(rows, name), y, f"  {1e3 * _total(rows, name):,.4g}{only_pass}", va="center", size=9)
+    axes.set_yticks(range(len(names)), names)
+    axes.margins(x=0.14)
+    axes.set_xlabel("ms (dark: forward, light: backward, hatched: one number for both)")
+    r = rows[0]
+    width = f", D = {r.d:,}" if r.d else ""
+    _title(figure, f"{what}: N = {r.n:,}, V = {r.v:,}{width}, {r.dtype}, {r.logits}", rows)
+    return figure
+
+
+def roofline(rivals: list[Row], linear: list[Row]) -> Figure:
+    """Attained operations a second over operations a byte, both by the operation's own count, under measured roofs."""
+    figure, (axes,) = _figure(8.6, 5.0, 1)
+    (read,) = only(rivals, implementation=ON_LOGITS.name, passes="forward")
+    (copy,) = only(rivals, implementation=ON_LOGITS.name, passes="backward")
+    products = only(linear, implementation=LINEAR.name, passes="both")
+    peak = products[0].operations / products[0].p50 if products else None
+    shown = [row for row in rivals if row.implementation != ON_LOGITS.name and row.passes != "both"]
+    intensities = [row.operations / row.bytes for row in shown]
+    x = [min(intensities) / 4, max(intensities) * 16]
+    if peak:
+        x[1] = max(x[1], 4 * peak / read.bandwidth)
+        axes.axhline(peak, color="black", ls=":", lw=1, label=f"matrix products: {peak / 1e9:,.4g} G operations/s")
+    for row, what, style in ((read, "read", "-"), (copy, "copy", "--")):
+        corners = [x[0], x[1]] if peak is None else [x[0], peak / row.bandwidth, x[1]]
+        roof = [v * row.bandwidth if peak is None else min(v * row.bandwidth, peak) for v in corners]
+        axes.plot(corners, roof, style, color="black", lw=1.3, label=f"{what}: {row.bandwidth / 1e9:,.4g} GB/s")
+    for row in shown:
+        marker = "o" if row.passes == "forward" else "s"
+        axes.plot(
+            row.operations / row.bytes, row.operations / row.p50, marker, color=_colour(row.implementation, rivals),
+            ms=7, label=row.implementation if row.passes == "forward" else None,
+        )  # fmt: skip
+    axes.set(xscale="log", yscale="log", xlabel="operations a byte", ylabel="operations a second", xlim=x)
+    _legend(figure, [axes], "circle: forward\nsquare: backward")
+    r = rivals[0]
+    _title(figure, f"Roofline, N = {r.n:,}, V = {r.v:,}, {r.dtype}, {r.logits}", rivals)
+    return figure
+
+
+def _total(rows: list[Row], name: str) -> float:
+    """Seconds of both passes, or of the forward pass where there is no other."""
+    own = {row.passes: row.p50 for row in only(rows, implementation=name)}
+    return own.get("both", own.get("forward"))
+
+
+def _contenders(rows: list[Row]) -> list[str]:
+    floors = (ON_LOGITS.name, LINEAR.name)
+    return [name for name in _in_order(row.implementation for row in rows) if name not in floors]
+
+
+def _colour(name: str, rows: list[Row]) -> str:
+    if name in (ON_LOGITS.name, LINEAR.name):
+        return "black"
+    if name.startswith(("token_stats", "linear_token_stats")):
+        ours = [n for n in _contenders(rows) if n.startswith(("token_stats", "linear_token_stats"))]
+        return (OURS, "#6aa5e0", "#7fd0d8")[ours.index(name) % 3]
+    others = [n for n in _contenders(rows) if not n.startswith(("token_stats", "linear_token_stats"))]
+    return COLOURS[others.index(name) % len(COLOURS)]
+
+
+def _line(axes: Axes, points: list[tuple[float, float]], name: str, rows: list[Row], style: str, label) -> None:
+    if points:
+        axes.plot(*zip(*points, strict=True), style, marker="o", ms=4, color=_colour(name, rows), label=label)
+
+
+def _figure(width: float, height: float, n_panels: int) -> tuple[Figure, list[Axes]]:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    panels = list(figure.subplots(1, n_panels, squeeze=False).flat)
+    for axes in panels:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.25, which="major")
+        axes.set_axisbelow(True)
+    return figure, panels
+
+
+def _legend(figure: Figure, panels: list[Axes], title: str = "") -> None:
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=9, title=title, title_fontsize=9)
+
+
+def _thousands(axes: Axes, ticks: list[int]) -> None:
+    axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks], rotation=35, ha="right", size=8)
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.minorticks_off()
+
+
+def _title(figure: Figure, what: str, rows: list[Row]) -> None:
+    commits, dates = sorted({r.commit for r in rows}), sorted({r.date for r in rows})
+    origin = f"{rows[0].device}; commit {', '.join(commits)}; {dates[0]}"
+    figure.suptitle(f"{what}\n{origin}", x=0.01, ha="left", fontsize=11)
+
+
+def _in_order(values) -> list[str]:
+    return list(dict.fromkeys(values))
+
+
+def _range(values) -> str:
+    found = sorted(set(values))
+    return f"{found[0]:,}" if len(found) == 1 else f"{found[0]:,} to {found[-1]:,}"

@@ -1,0 +1,126 @@
+"""Plain PyTorch: the full sort, and the cut to the best k tokens before it; both also through `torch.compile`."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from benchmarks.implementations import STATISTICS, Implementation, Outputs, compiled
+from benchmarks.workload import TOP_P, Case, Inputs
+
+DIFFERENTIABLE = ("logp", "entropy", "nucleus_entropy")
+SIREN_TOP_K = 10_000  # entropy_topk of github.com/Linn3a/siren, verl/workers/actor/dp_actor.py
+
+
+def by_sort(logits: Tensor, token_ids: Tensor) -> Outputs:
+    """The shortest correct eager form we know: the sorted log-probabilities serve the nucleus and the margin."""
+    log_p = logits.float().log_softmax(-1)
+    return statistics(log_p, log_p.sort(dim=-1, descending=True).values, token_ids)
+
+
+def by_top_k(logits: Tensor, token_ids: Tensor) -> Outputs:
+    """As `by_sort`, with the nucleus looked for among the k best tokens alone; what lies beyond them is left out.
+
+    SIREN's own code also leaves out the token that crosses top_p, and fills its mask in a loop over rows; here the
+    nucleus is the usual one, and no loop slows it.
+    """
+    log_p = logits.float().log_softmax(-1)
+    return statistics(log_p, log_p.topk(min(SIREN_TOP_K, log_p.shape[-1]), dim=-1).values, token_ids)
+
+
+def statistics(log_p: Tensor, log_p_sorted: Tensor, token_ids: Tensor) -> Outputs:
+    """H = -sum p log p;  H_p = log M - sum over the nucleus of p log p / M,  M its mass."""
+    p_sorted = log_p_sorted.exp()
+    in_nucleus = p_sorted.cumsum(-1) - p_sorted < TOP_P
+    p_nucleus = p_sorted * in_nucleus
+    mass = p_nucleus.sum(-1)
+    return {
+        "logp": log_p.gather(-1, token_ids[:, None]).squeeze(-1),
+        "entropy": -(log_p.exp() * log_p).sum(-1),
+        "nucleus_entropy": mass.log() - (p_nucleus * log_p_sorted).sum(-1) / mass,
+        "nucleus_size": in_nucleus.sum(-1),
+        "margin": (log_p_sorted[:, 0] - log_p_sorted[:, 1]).detach(),
+    }
+
+
+def on_logits(function: Callable[[Tensor, Tensor], Outputs]) -> Callable[[], Callable[[Inputs], Outputs]]:
+    return lambda: lambda inputs: function(inputs.rows, inputs.token_ids)
+
+
+def on_logits_compiled(function: Callable[[Tensor, Tensor], Outputs]) -> Callable[[], Callable[[Inputs], Outputs]]:
+    def prepare() -> Callable[[Inputs], Outputs]:
+        fused = compiled(function)
+        return lambda inputs: fused(inputs.rows, inputs.token_ids)
+
+    return prepare
+
+
+def sorted_head(hidden: Tensor, head: Tensor, token_ids: Tensor) -> Outputs:
+    return by_sort(hidden @ head.T, token_ids)
+
+
+def on_hidden_compiled() -> Callable[[Inputs], Outputs]:
+    fused = compiled(sorted_head)
+    return lambda inputs: fused(inputs.rows, inputs.head, inputs.token_ids)
+
+
+def _too_large(case: Case) -> str | None:
+    """Float32 log-probabilities, probabilities, the sort's values and int64 indices, and gradients of each."""
+    needed = 32 * case.n * case.v
+    if case.device == "cuda" and needed > torch.cuda.get_device_properties(0).total_memory:
+        return f"its {needed / 2**30:.0f} GiB of float32 intermediates and sort indices do not fit on the device"
+    return None
+
+
+CUT = "approximate: nuclei beyond 10,000 tokens are cut there"
+
+IMPLEMENTATIONS = (
+    Implementation(
+        "eager, sort",
+        "torch: log_softmax, sort, cumsum",
+        on_logits(by_sort),
+        STATISTICS,
+        DIFFERENTIABLE,
+        refuses=_too_large,
+    ),
+    Implementation(
+        "eager, top-k cut",
+        "torch: log_softmax, topk(10000), cumsum, after SIREN",
+        on_logits(by_top_k),
+        STATISTICS,
+        DIFFERENTIABLE,
+        note=CUT,
+        keeps=SIREN_TOP_K,
+        refuses=_too_large,
+    ),
+    Implementation(
+        "torch.compile, sort",
+        "torch.compile of 'eager, sort'",
+        on_logits_compiled(by_sort),
+        STATISTICS,
+        DIFFERENTIABLE,
+        compiled=True,
+        refuses=_too_large,
+    ),
+    Implementation(
+        "torch.compile, top-k cut",
+        "torch.compile of 'eager, top-k cut'",
+        on_logits_compiled(by_top_k),
+        STATISTICS,
+        DIFFERENTIABLE,
+        compiled=True,
+        note=CUT,
+        keeps=SIREN_TOP_K,
+        refuses=_too_large,
+    ),
+    Implementation(
+        "torch.compile, matmul and sort",
+        "torch.compile of hidden @ head.T and 'eager, sort'",
+        on_hidden_compiled,
+        STATISTICS,
+        DIFFERENTIABLE,
+        linear=True,
+        compiled=True,
+        refuses=_too_large,
+    ),
+)

@@ -1,0 +1,121 @@
+"""One row a measurement, in files of JSON lines: what the page and the plots are made from, and nothing else."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parents[1] / "bench_results"
+PASSES = ("forward", "backward", "both")
+STATUSES = ("ok", "wrong", "missing", "skipped", "failed")
+
+
+@dataclass(frozen=True)
+class Row:
+    """Seconds are of one pass; ``reason`` says why there are none.
+
+    Attributes:
+        passes: "forward", "backward" or "both"; "step" for a whole optimiser step.
+        bytes: that the operation cannot avoid: logits read once forward, read once and their gradient written once
+            backward. None for the linear form, whose floor is four products.
+        operations: floating-point ones by the same count.
+        share: of the floor in the same turns: its seconds / these, the median over the turns. On logits the floor
+            reads (forward) or copies (backward) a tensor of their size; of the linear form it is the bare products.
+        relative: seconds / those of ``anchor`` in the same turns, the median over the turns.
+        peak_bytes: beyond the inputs, in forward and backward together; of the linear form also beyond gradients.
+        value_error, gradient_error: largest against float64 before anything was timed; in nats, and relative to the
+            largest entry of the gradient.
+        nucleus: sizes in the rows that were checked: median and largest.
+    """
+
+    section: str
+    implementation: str
+    source: str
+    passes: str
+    n: int
+    v: int
+    d: int
+    dtype: str
+    logits: str
+    status: str
+    reason: str
+    p20: float | None
+    p50: float | None
+    p80: float | None
+    turns: int
+    bytes: int | None
+    bandwidth: float | None
+    operations: int | None
+    share: float | None
+    anchor: str | None
+    relative: float | None
+    peak_bytes: int | None
+    value_error: float | None
+    gradient_error: float | None
+    nucleus: tuple[int, int] | None
+    device: str
+    command: str
+    commit: str
+    date: str
+    versions: dict[str, str]
+
+    def __post_init__(self) -> None:
+        numbers = [
+            getattr(self, name) for name in ("p20", "p50", "p80", "bandwidth", "share", "relative", "peak_bytes")
+        ]
+        if self.status not in STATUSES:
+            raise ValueError(f"status must be one of {STATUSES}, got {self.status!r}")
+        if self.status == "ok" and self.p50 is None:
+            raise ValueError("a row that is ok has a time")
+        if self.status != "ok" and any(number is not None for number in numbers):
+            raise ValueError(f"a row that is {self.status} has no number")
+        if (self.status == "ok") == bool(self.reason):
+            raise ValueError(f"status {self.status!r} with reason {self.reason!r}")
+
+
+def percentile(values: list[float], q: float) -> float:
+    """Linear between the two nearest of the sorted values, as `numpy.percentile`; q in [0, 100]."""
+    ordered = sorted(values)
+    place = q / 100 * (len(ordered) - 1)
+    low = int(place)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (place - low) * (ordered[high] - ordered[low])
+
+
+class RowFile:
+    """A section's file, begun anew. Every row is on disk before the next is made: a cut-off run leaves what it had."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("w")
+
+    def write(self, row: Row) -> None:
+        self._file.write(json.dumps(asdict(row)) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def path_of(folder: Path, device: str, section: str) -> Path:
+    return folder / device / f"{section}.jsonl"
+
+
+def read(path: Path) -> list[Row]:
+    """The rows of a file; none where there is no file."""
+    if not path.exists():
+        return []
+    return [_row(json.loads(line)) for line in path.read_text().splitlines()]
+
+
+def _row(found: dict[str, Any]) -> Row:
+    names = {field.name for field in fields(Row)}
+    if set(found) != names:
+        raise ValueError(f"a row with other fields than today's: {sorted(set(found) ^ names)}")
+    return Row(**{**found, "nucleus": None if found["nucleus"] is None else tuple(found["nucleus"])})
+
+
+def only(rows: Iterable[Row], **wanted: object) -> list[Row]:
+    """Those whose fields have these values."""
+    return [row for row in rows if all(getattr(row, name) == value for name, value in wanted.items())]

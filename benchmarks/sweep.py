@@ -1,0 +1,170 @@
+"""Measures everything and writes the rows, the plots and the page: ``python -m benchmarks.sweep --help``."""
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from benchmarks import page
+from benchmarks.harness import Run, rows_of_case
+from benchmarks.implementations import all_implementations
+from benchmarks.optimiser_step import WAYS, step_rows
+from benchmarks.rows import PASSES, RESULTS, Row, RowFile, path_of
+from benchmarks.workload import PLANTED, SMOLLM2, Case
+
+VOCABULARIES = (32_000, 49_152, 128_256, 151_936, 201_088, 262_144)
+F32, BF16 = torch.float32, torch.bfloat16
+OURS = ["token_stats", "token_stats in place", "token_stats, no nucleus"]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One case of a section; ``case`` is None for the optimiser step, which makes its own."""
+
+    section: str
+    case: Case | None
+    names: tuple[str, ...]
+    seconds: float  # that its turns may take
+    with_memory: bool = False
+
+    @property
+    def label(self) -> str:
+        if self.case is None:
+            return self.section
+        c = self.case
+        return f"{self.section}: {c.n:,} x {c.v:,} {str(c.dtype).removeprefix('torch.')} {c.kind}"
+
+
+def names_of(linear: bool) -> tuple[str, ...]:
+    return tuple(name for name, i in all_implementations().items() if i.linear is linear)
+
+
+def parts_on_cpu() -> Iterator[Part]:
+    """Smallest useful set first: against everything else at one size, then the linear form, then the sweeps."""
+    cpu = "cpu"
+    eager = ("token_stats", "token_stats in place", "eager, sort")
+    yield Part("rivals", Case(288, 49_152, F32, "real", cpu), names_of(linear=False), 50, with_memory=True)
+    yield Part("linear", Case(512, 49_152, F32, SMOLLM2, cpu, d=576), names_of(linear=True), 30, with_memory=True)
+    yield Part("step", None, (), 35)
+    for v in VOCABULARIES:
+        yield Part("vocabulary", Case(64, v, F32, "real", cpu), eager, 3, with_memory=True)
+    for n in (1, 8, 64, 512):
+        yield Part("rows", Case(n, 49_152, F32, "real", cpu), eager, 4)
+    for dtype in (F32, BF16):
+        for kind in ("real", "peaked", "flat", "collapsed"):
+            names = ("token_stats", "token_stats, no nucleus", "eager, sort")
+            yield Part("kinds", Case(64, 49_152, dtype, kind, cpu), names, 2.5)
+    for v in VOCABULARIES:
+        yield Part("vocabulary", Case(64, v, BF16, "real", cpu), eager, 2, with_memory=True)
+
+
+def parts_on_gpu() -> Iterator[Part]:
+    """As on the CPU, at sizes that a GPU is bought for."""
+    gpu = "cuda"
+    fast = (*OURS, "TRL, fused", "Liger, GRPO loss", "quack, cross_entropy")
+    yield Part("rivals", Case(4096, 151_936, BF16, "real", gpu), names_of(linear=False), 25)
+    for v in VOCABULARIES:
+        yield Part("vocabulary", Case(4096, v, BF16, "real", gpu), fast, 3)
+    yield Part("linear", Case(16_384, 151_936, BF16, PLANTED, gpu, d=2048), names_of(linear=True), 40)
+    for dtype in (BF16, F32):
+        for kind in ("real", "peaked", "flat", "collapsed"):
+            names = ("token_stats", "token_stats, no nucleus", "eager, sort")
+            yield Part("kinds", Case(4096, 151_936, dtype, kind, gpu), names, 3)
+    for n in (1, 16, 128, 1024, 8192, 65_536):
+        yield Part("rows", Case(n, 49_152, BF16, "real", gpu), ("token_stats", "token_stats in place", "TRL, fused"), 3)
+    yield Part("step", None, (), 20)
+    for v in VOCABULARIES:
+        yield Part("vocabulary", Case(4096, v, F32, "real", gpu), fast, 2)
+
+
+@dataclass(frozen=True)
+class Options:
+    """Measure the operator, its floors and its rivals; write OUT/<device>/<section>.jsonl, plots and OUT/README.md."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    out: Path = RESULTS
+    """Folder of the rows. A section's rows are replaced when the section is measured again."""
+    minutes: float = 8.0
+    """After this no other case is begun; those left get a row that says so."""
+    sections: tuple[str, ...] = ()
+    """Only these: rivals, linear, step, vocabulary, rows, kinds."""
+    threads: int = 2
+    """On a CPU."""
+
+
+def main() -> None:
+    options = tyro.cli(Options, prog="python -m benchmarks.sweep")
+    device = options.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("--device cuda: PyTorch finds no GPU here")
+    torch.set_num_threads(options.threads if device == "cpu" else torch.get_num_threads())
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # of the processes that measure memory
+    every = parts_on_gpu() if device == "cuda" else parts_on_cpu()
+    parts = [part for part in every if not options.sections or part.section in options.sections]
+    if not parts:
+        raise SystemExit(f"no such section: {', '.join(options.sections)}")
+    console = Console()
+    measure(parts, device, options, console)
+    for path in page.write(options.out):
+        console.print(f"wrote {path}")
+
+
+def measure(parts: list[Part], device: str, options: Options, console: Console) -> None:
+    command = " ".join(["python -m benchmarks.sweep", *sys.argv[1:]])
+    end = time.monotonic() + 60 * options.minutes
+    files = {p.section: RowFile(path_of(options.out, device, p.section)) for p in parts}
+    columns = (BarColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("", total=len(parts))
+        for part in parts:
+            run = Run(part.section, command, part.with_memory, part.seconds)
+            tell = lambda step, p=part: progress.update(task, description=f"{p.label}: {step}")  # noqa: E731
+            for row in rows_of_part(part, run, device, time.monotonic() > end, tell):
+                files[part.section].write(row)
+                if row.passes in ("both", "step"):
+                    console.print(line(row), highlight=False)
+            progress.advance(task)
+        progress.update(task, description="done")
+    for file in files.values():
+        file.close()
+
+
+def rows_of_part(part: Part, run: Run, device: str, too_late: bool, tell: Callable[[str], None]) -> Iterator[Row]:
+    if not too_late:
+        tell("inputs")
+        if part.case is None:
+            yield from step_rows(run, device, answers=1 if device == "cpu" else 64, on_step=tell)
+        else:
+            yield from rows_of_case(run, part.case, list(part.names), on_step=tell)
+        return
+    skipped = {"status": "skipped", "reason": "the sweep's time was spent"}
+    if part.case is None:
+        case = Case(0, 0, F32, "SmolLM2-135M", device)
+        for name, (source, _) in WAYS.items():
+            yield run.row(case, name, source, "step", **skipped)
+        return
+    for name in part.names:
+        for passes in PASSES:
+            yield run.row(part.case, name, all_implementations()[name].source, passes, **skipped)
+
+
+def line(row: Row) -> str:
+    shape = f"{row.section:10} {row.n:>6,} x {row.v:>7,} {row.dtype:8} {row.logits:12} {row.implementation:28}"
+    if row.p50 is None:
+        return f"{shape} {row.status}: {row.reason}"
+    share = "" if row.share is None else f"{100 * row.share:6.1f} % of the floor"
+    return f"{shape} {1e3 * row.p50:10.2f} ms {share}"
+
+
+if __name__ == "__main__":
+    main()
