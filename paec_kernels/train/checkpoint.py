@@ -21,13 +21,18 @@ def save(state: dict[str, Any], path: Path) -> None:
     os.replace(partial, path)
 
 
+def read(path: Path) -> dict[str, Any]:
+    """The state saved at ``path``, on the CPU."""
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
 def load(path: Path, config: dict[str, Any]) -> dict[str, Any]:
-    """The state saved at ``path``, on the CPU.
+    """``read``, if it belongs to ``config``.
 
     Raises:
         OtherConfigError: its ``config`` differs from ``config``; the message names each field and both values.
     """
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    state = read(path)
     if differing := differences(state["config"], config):
         raise OtherConfigError(
             f"{path} was made with another configuration: {'; '.join(differing)}. "

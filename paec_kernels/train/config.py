@@ -9,10 +9,14 @@ from paec_kernels.train.algorithms import ALGORITHMS, Method
 from paec_kernels.train.families import FAMILIES
 from paec_kernels.train.warm_start import WarmStart
 
+AlgoName = Literal[
+    "grpo", "global", "paec", "paec-no-mask", "paec-no-penalty", "cispo", "clip-cov", "kl-cov", "aer", "siren"
+]
+
 
 @dataclass(frozen=True)
-class EvalConfig:
-    """The evaluation of a policy."""
+class EvalOptions:
+    """How a policy is evaluated."""
 
     problems: int = 64
     """Problems of each task."""
@@ -26,6 +30,8 @@ class EvalConfig:
 class TrainConfig:
     """Train a language model by reinforcement learning with verifiable rewards."""
 
+    preset: Literal["tiny", "smollm2", "paper"] = "tiny"
+    """Defaults that belong together, for all options below."""
     out: Path = Path("runs/train")
     """Folder for config.json, log.jsonl, eval.json, checkpoint.pt and TensorBoard's events. A run that it holds goes on
     where it was."""
@@ -35,9 +41,7 @@ class TrainConfig:
     """Families of the tiny model, gym:NAME for a reasoning-gym dataset, or JSONL files; they take turns."""
     eval_tasks: tuple[str, ...] = ()
     """Tasks of the evaluation; by default those of the training, on problems it never sees."""
-    algo: Literal[
-        "grpo", "global", "paec", "paec-no-mask", "paec-no-penalty", "cispo", "clip-cov", "kl-cov", "aer", "siren"
-    ] = "paec"
+    algo: AlgoName = "paec"
     """The policy loss and its entropy term; `paec train --algo NAME --help` lists the options of each."""
     method: Method = field(default_factory=ALGORITHMS["paec"])
     seed: int = 0
@@ -70,7 +74,7 @@ class TrainConfig:
     """auto: a GPU where there is one."""
     checkpoint_every: int = 25
     """Batches between checkpoints."""
-    evaluate: EvalConfig = field(default_factory=EvalConfig)
+    evaluate: EvalOptions = field(default_factory=EvalOptions)
     warm_start: WarmStart = field(default_factory=WarmStart)
     cache: Path = Path.home() / ".cache" / "paec_kernels"
     """Where the tiny model's start is kept."""
@@ -93,8 +97,54 @@ class TrainConfig:
 
     def identity(self) -> dict[str, Any]:
         """What two runs must share to be the same run: all but where it is written, how long, and how it is judged."""
-        elsewhere = ("out", "steps", "checkpoint_every", "evaluate", "eval_tasks", "cache")
+        elsewhere = ("preset", "out", "steps", "checkpoint_every", "evaluate", "eval_tasks", "cache")
         return {name: value for name, value in plain(self).items() if name not in elsewhere}
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Evaluate a model: greedy, mean@k, majority vote, pass@k, distinct answers and length, with intervals."""
+
+    run: Path | None = None
+    """Folder of a training run; its last checkpoint is evaluated, on its own tasks unless others are named."""
+    model: str = "tiny"
+    """Without a run: tiny (its start), smollm2, or a Hugging Face id or folder."""
+    tasks: tuple[str, ...] = ()
+    """As in `paec train`; by default the run's, or the tiny model's families."""
+    out: Path | None = None
+    """Folder for eval.json; by default the run's, or runs/eval."""
+    max_new_tokens: int = 32
+    """Where an answer is cut off."""
+    temperature: float = 1.0
+    """Of the sampling."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: a GPU where there is one."""
+    evaluate: EvalOptions = field(default_factory=EvalOptions)
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """Train arms x seeds and compare them, or compare runs that are there; runs that were stopped go on."""
+
+    out: Path = Path("runs/compare")
+    """Folder for the tables and plots, and for the runs as ARM/SEED."""
+    runs: tuple[Path, ...] = ()
+    """Folders of finished runs, or folders that hold some: compare those, train nothing."""
+    arms: tuple[AlgoName, ...] = ("grpo", "paec")
+    """Algorithms to train, each with the default options of `paec train --algo ARM`."""
+    seeds: int = 4
+    """Each arm is trained with seeds 0 to SEEDS - 1."""
+    jobs: int = 1
+    """Runs at a time, each a process with its share of the cores."""
+    arm_fields: tuple[str, ...] = ("algo",)
+    """Fields of a run's config.json that tell arms apart, such as algo method.paec.lam."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """Of every run, except out, seed, algo and method."""
+
+    def __post_init__(self) -> None:
+        for name in ("seeds", "jobs"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
 
 def plain(config: Any) -> dict[str, Any]:

@@ -28,7 +28,7 @@ import paec_kernels as pk
 from paec_kernels.calibration.ranks import mean_over_ranks
 from paec_kernels.train import algorithms, checkpoint
 from paec_kernels.train.config import TrainConfig, plain, seed_of
-from paec_kernels.train.models import load_policy, pick_device
+from paec_kernels.train.models import pick_device, starting_policy
 from paec_kernels.train.operator_clock import OperatorClock
 from paec_kernels.train.policy import Policy, Rollout
 from paec_kernels.train.problem import Problem, Task
@@ -128,7 +128,7 @@ def train(config: TrainConfig, on_step: Callable[[Row], None] = lambda row: None
         )
     device = pick_device(config.device)
     tasks = load_tasks(config.tasks)
-    policy = load_policy(config, device)
+    policy = starting_policy(config, device)
     model = DistributedDataParallel(policy.module) if world > 1 else policy.module
     optimizer = torch.optim.AdamW(policy.module.parameters(), config.learning_rate, weight_decay=config.weight_decay)
     algorithm = algorithms.make(config.algo, config.method).to(device)

@@ -1,22 +1,39 @@
 """Policies by name."""
 
+import json
+from pathlib import Path
+
 import torch
 
+from paec_kernels.train import checkpoint, hf_policy
 from paec_kernels.train.config import TrainConfig
 from paec_kernels.train.policy import Policy
-from paec_kernels.train.tiny_model import TinyPolicy
+from paec_kernels.train.tiny_model import TinyModel, TinyPolicy
 from paec_kernels.train.warm_start import warm_start
 
 
 def pick_device(name: str) -> torch.device:
-    """``auto`` is a GPU where there is one."""
+    """``auto`` is a GPU where there is one, under torchrun this process' own."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
+    return torch.device(name, torch.cuda.current_device()) if name == "cuda" else torch.device(name)
 
 
-def load_policy(config: TrainConfig, device: torch.device) -> Policy:
-    """``tiny`` (made and cached on first use), ``smollm2``, or a Hugging Face id or folder."""
+def starting_policy(config: TrainConfig, device: torch.device) -> Policy:
+    """What training starts from: ``tiny``, made and cached on first use, ``smollm2``, or a Hugging Face id or folder."""
     if config.model == "tiny":
         return TinyPolicy(warm_start(config.warm_start, config.cache).to(device))
-    raise ValueError(f"model must be tiny, got {config.model!r}")
+    return hf_policy.load(config.model, device)
+
+
+def trained_policy(run: Path, device: torch.device) -> Policy:
+    """The last checkpoint of a training run.
+
+    Raises:
+        FileNotFoundError: the folder holds no checkpoint.
+    """
+    state = checkpoint.read(run / "checkpoint.pt")
+    model = json.loads((run / "config.json").read_text())["model"]
+    policy: Policy = TinyPolicy(TinyModel().to(device)) if model == "tiny" else hf_policy.load(model, device)
+    policy.module.load_state_dict(state["model"])
+    return policy

@@ -1,0 +1,73 @@
+"""The command ``paec``: train, eval, compare."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import torch
+import torch.distributed as dist
+import tyro
+
+from paec_kernels.train import commands
+from paec_kernels.train.algorithms import ALGORITHMS
+from paec_kernels.train.checkpoint import OtherConfigError
+from paec_kernels.train.config import CompareConfig, EvalConfig, TrainConfig
+from paec_kernels.train.presets import PRESETS, with_algo
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """``paec`` with these arguments, by default the process' own.
+
+    Exits with 2 and one line for a wrong value, with 130 after an interrupt. Under torchrun, every process calls it.
+    """
+    args = list(sys.argv[1:] if args is None else args)
+    defaults = _train_defaults(args)
+    whole = tyro.conf.arg(name="")  # options without the prefix of the parameter's name
+
+    def train(config: Annotated[TrainConfig, whole] = defaults) -> int:
+        return commands.train(config)
+
+    def evaluate(config: Annotated[EvalConfig, whole]) -> int:
+        return commands.evaluate(config)
+
+    def compare(config: Annotated[CompareConfig, whole] = CompareConfig(train=defaults)) -> int:  # noqa: B008
+        return commands.compare(config)
+
+    for command, config in ((train, TrainConfig), (evaluate, EvalConfig), (compare, CompareConfig)):
+        command.__doc__ = config.__doc__
+    distributed = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if distributed:  # torchrun's
+        dist.init_process_group()
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    try:
+        status = tyro.extras.subcommand_cli_from_dict(
+            {"train": train, "eval": evaluate, "compare": compare}, prog="paec", args=args
+        )
+    except (ValueError, TypeError, FileNotFoundError, OtherConfigError) as error:
+        print(f"paec: {error}", file=sys.stderr)
+        status = 2
+    finally:
+        if distributed:
+            dist.destroy_process_group()
+    sys.exit(status)
+
+
+def _train_defaults(args: list[str]) -> TrainConfig:
+    """Which options there are, and their defaults, depends on two of them: so these are read ahead of the others."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    for name in ("--preset", "--train.preset"):
+        parser.add_argument(name, dest="preset", default="tiny")
+    for name in ("--algo", "--train.algo"):
+        parser.add_argument(name, dest="algo")
+    ahead, _ = parser.parse_known_args(args)
+    if ahead.preset not in PRESETS:
+        return TrainConfig()  # the other parser names the choices
+    preset = PRESETS[ahead.preset]
+    return with_algo(preset, ahead.algo) if ahead.algo in ALGORITHMS else preset
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,154 @@
+"""What the terminal shows of training, evaluation and comparison; each returns the process' exit status."""
+
+import json
+import multiprocessing
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from paec_kernels.train import compare_report, loop, plots
+from paec_kernels.train.compare import compare as compare_runs
+from paec_kernels.train.config import CompareConfig, EvalConfig, EvalOptions, TrainConfig
+from paec_kernels.train.evaluate import evaluate as evaluate_policy
+from paec_kernels.train.evaluate import format_table
+from paec_kernels.train.models import pick_device, starting_policy, trained_policy
+from paec_kernels.train.policy import Policy
+from paec_kernels.train.presets import with_algo
+from paec_kernels.train.run_folder import find_runs, read_run
+from paec_kernels.train.tasks import load_tasks
+
+INTERRUPTED = 130  # the shell's status for SIGINT
+
+
+def train(config: TrainConfig) -> int:
+    """Train with a progress bar, then evaluate."""
+    console = _console()
+    try:
+        with _progress(console) as progress:
+            bar = progress.add_task("train", total=config.steps)
+
+            def show(row: loop.Row) -> None:
+                shown = "reward {reward:.2f}  entropy {entropy:.3f}  selected {selected_entropy:.2f}  floor {floor:.2f}"
+                progress.update(bar, completed=row["step"], description=shown.format(**row))
+
+            run = loop.train(config, show)
+    except loop.Interrupted as stopped:
+        console.print(f"{stopped}; the same command goes on from there ({config.out / 'checkpoint.pt'})")
+        return INTERRUPTED
+    if not console.quiet:
+        _evaluate_run(config, run.policy, console)
+    return 0
+
+
+def evaluate(config: EvalConfig) -> int:
+    """Evaluate a run's last checkpoint or a model."""
+    device = pick_device(config.device)
+    if config.run is not None:
+        policy = trained_policy(config.run, device)
+        trained = json.loads((config.run / "config.json").read_text())
+        names = config.tasks or tuple(trained["eval_tasks"] or trained["tasks"])
+    else:
+        policy = starting_policy(TrainConfig(model=config.model), device)
+        names = config.tasks or TrainConfig().tasks
+    out = config.out or config.run or Path("runs/eval")
+    _evaluate(policy, names, config.evaluate, config.max_new_tokens, config.temperature, out, _console())
+    return 0
+
+
+def compare(config: CompareConfig) -> int:
+    """Train what is missing, then tables, files and plots."""
+    console = _console()
+    if config.runs:
+        folders = find_runs(config.runs)
+    else:
+        runs = [
+            replace(with_algo(config.train, arm), seed=seed, out=config.out / "runs" / arm / str(seed))
+            for seed in range(config.seeds)
+            for arm in config.arms
+        ]
+        if not _train_all(runs, config.jobs, console):
+            console.print("stopped; the same command goes on from the checkpoints")
+            return INTERRUPTED
+        folders = [run.out for run in runs]
+    read = [read_run(folder, arm_fields=config.arm_fields) for folder in folders]
+    comparison = compare_runs(read, arm_fields=config.arm_fields)
+    for table in compare_report.format_tables(comparison):
+        console.print(table)
+    written = compare_report.save(comparison, read, config.out) + plots.save_plots(comparison, read, config.out)
+    console.print("wrote " + ", ".join(map(str, written)))
+    return 0
+
+
+def _train_all(runs: list[TrainConfig], jobs: int, console: Console) -> bool:
+    """Whether all were trained and evaluated; False after SIGINT, which every process gets."""
+    # Runs share the first one's warm start, so it is made once, before they begin.
+    starting_policy(runs[0], pick_device("cpu"))
+    threads = max(1, torch.get_num_threads() // jobs)
+    context = multiprocessing.get_context("spawn")
+    with _progress(console) as progress, ProcessPoolExecutor(jobs, context) as pool:
+        bar = progress.add_task(f"{len(runs)} runs", total=len(runs))
+        for finished in as_completed([pool.submit(_train_one, run, threads) for run in runs]):
+            if not finished.result():
+                pool.shutdown(cancel_futures=True)
+                return False
+            progress.advance(bar)
+    return True
+
+
+def _train_one(config: TrainConfig, threads: int) -> bool:
+    torch.set_num_threads(threads)
+    quiet = Console(quiet=True)
+    try:
+        run = loop.train(config)
+    except (loop.Interrupted, KeyboardInterrupt):
+        return False
+    if not (config.out / "eval.json").exists():
+        _evaluate_run(config, run.policy, quiet)
+    return True
+
+
+def _evaluate_run(config: TrainConfig, policy: Policy, console: Console) -> None:
+    names = config.eval_tasks or config.tasks
+    _evaluate(policy, names, config.evaluate, config.max_new_tokens, config.temperature, config.out, console)
+
+
+def _evaluate(
+    policy: Policy,
+    names: Sequence[str],
+    options: EvalOptions,
+    max_new_tokens: int,
+    temperature: float,
+    out: Path,
+    console: Console,
+) -> None:
+    with _progress(console) as progress:
+        bar = progress.add_task("evaluate")
+        evaluation = evaluate_policy(
+            policy,
+            load_tasks(names),
+            problems=options.problems,
+            samples=options.samples,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            seed=options.seed,
+            on_progress=lambda done, total: progress.update(bar, completed=done, total=total),
+        )
+    out.mkdir(parents=True, exist_ok=True)
+    evaluation.save(out / "eval.json")
+    console.print(format_table(evaluation))
+    console.print(f"wrote {out / 'eval.json'}")
+
+
+def _console() -> Console:
+    return Console(highlight=False, quiet=dist.is_initialized() and dist.get_rank() > 0)
+
+
+def _progress(console: Console) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, TimeRemainingColumn(), console=console)
