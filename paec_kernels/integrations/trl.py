@@ -206,6 +206,7 @@ class _Head:
         self.top_p = top_p
         self.pieces: list[TokenStats] = []
 
+    @torch.compiler.disable  # keeps statistics and hooks on the graph, which a compiled forward cannot
     def apply(
         self,
         hidden: Tensor,
@@ -256,7 +257,7 @@ def _with_head(forward: Callable, head: _Head) -> types.MethodType:
         )
     replaced = dict(zip(KERNEL_NAMES, (head, lambda device: True), strict=True))
     copy = types.FunctionType(
-        function.__code__,
+        function.__code__.replace(),  # of its own, by which torch.compile keeps what it compiled
         function.__globals__ | replaced,
         function.__name__,
         function.__defaults__,

@@ -167,6 +167,18 @@ def test_adapters_get_the_gradient_of_the_whole_step(tmp_path: Path) -> None:
         anchor = anchor or exact.metrics["mean_entropy"].item()
 
 
+def test_a_reference_pass_through_the_same_model_is_not_taken_for_the_policys(tmp_path: Path) -> None:
+    """The third step uses the statistics of the old log-probs' pass, which the one without adapters follows."""
+    options = PAEC_ON | {"beta": 0.1, "num_iterations": 2}
+    run, recorder = recorded(tmp_path, peft_config=lora(), learning_rate=0.1, **options)
+    from peft import get_peft_model
+
+    model = get_peft_model(tiny_trl.llama(), lora())
+    for i, step in enumerate(recorder.steps):
+        exact = truth(step.pieces, step.weights, run.args.paec_config(), None, model=model)
+        assert logged(run, "paec/threshold")[i] == pytest.approx(exact.metrics["threshold"].item(), rel=1e-5)
+
+
 def test_bfloat16(tmp_path: Path) -> None:
     """Autocast caches cast weights: the pass without gradients must not leave any to the pass with them."""
     run, recorder = recorded(tmp_path, reward=tiny_trl.constant, bf16=True, **PAEC_ON)

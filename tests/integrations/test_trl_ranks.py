@@ -57,3 +57,10 @@ def test_a_plan_of_each_piece_would_be_seen(ranks: list[dict], exact: list[Truth
         pieces = pieces_of(ranks, i)
         assert len({int(piece.completion_mask.sum()) for piece in pieces}) > 2  # ragged
         assert max(abs(threshold - step.metrics["threshold"]) for threshold in step.thresholds) > 1e-2
+
+
+def test_a_model_in_fsdp2_shards_gets_the_same_gradient(ranks: list[dict]) -> None:
+    for rank in ranks:
+        assert max(value.abs().max() for value in rank["whole"].values()) > 1
+        for name, value in rank["whole"].items():
+            torch.testing.assert_close(rank["sharded"][name], value, rtol=1e-5, atol=1e-5)

@@ -5,6 +5,8 @@ import warnings
 from pathlib import Path
 
 import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 RANKS = 2
 METRICS = ("threshold", "mean_entropy", "mask_sum", "penalty")
@@ -28,5 +30,24 @@ def run(rank: int, port: int, folder: str) -> None:
         "steps": [(list(map(tuple, step.pieces)), step.weights, step.gradients) for step in recorder.steps],
         "metrics": {name: tiny_trl.logged(trainer, f"paec/{name}") for name in METRICS},
         "anchor": trainer.paec.anchor_sum,
+        "whole": gradients_of_a_pass(Path(folder) / "out", sharded=False),
+        "sharded": gradients_of_a_pass(Path(folder) / "out", sharded=True),
     }
     torch.save(saved, Path(folder) / str(rank))
+
+
+def gradients_of_a_pass(folder: Path, *, sharded: bool) -> dict[str, torch.Tensor]:
+    """Through the trainer's scoring pass, the model whole or in FSDP2's shards."""
+    from integrations import tiny_trl
+
+    trainer = tiny_trl.trainer(folder, ddp_backend="gloo")
+    model = trainer.model
+    if sharded:
+        mesh = init_device_mesh("cpu", (RANKS,))
+        for layer in model.model.layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    ids = torch.arange(2, 32).view(2, 15)
+    logps, _, _ = trainer._get_per_token_logps_and_entropies(model, ids, torch.ones_like(ids), 10)
+    (logps.sum() + trainer._scored.pop()[1].nucleus_entropy.sum()).backward()
+    return {name: p.grad.full_tensor() if sharded else p.grad for name, p in model.named_parameters()}
