@@ -1,4 +1,4 @@
-"""Measurements: ``python -m benchmarks.sweep`` for all of them, ``pytest benchmarks`` for the cases of pytest-benchmark.
+"""Measurements: ``python -m benchmarks.sweep`` for all of them, ``pytest benchmarks`` for pytest-benchmark's cases.
 
 logits, workload, smollm2   what is measured on
 implementations, rivals     what is measured: this package, and what a user would pick instead

@@ -47,6 +47,7 @@ class Contender:
     errors: Errors
     seconds: list[Seconds] = field(default_factory=list)
     peak_bytes: int | None = None
+    failure: str = ""  # in a timed run
 
 
 @dataclass(frozen=True)
@@ -91,19 +92,21 @@ def rows_of_case(
     spare = torch.empty_like(inputs.rows)
     contenders: list[Contender] = []
     for name in names:
-        implementation = all_implementations()[name]
         on_step(f"check {name}")
+        implementation = all_implementations()[name]
         admitted = admit(implementation, case, inputs, spare, truth)
         if isinstance(admitted, Contender):
             contenders.append(admitted)
-            continue
-        status, reason = admitted
-        for passes in PASSES:
-            yield run.row(case, name, implementation.source, passes, status=status, reason=reason, nucleus=nucleus)
+        else:
+            yield from _rows_without(run, case, implementation, PASSES, *admitted)
 
     floor = floor_of(case)
     floor_seconds = take_turns(run, case, inputs, spare, floor, contenders, on_step)
-    if run.with_memory and case.device == "cpu":
+    for contender in contenders:
+        if contender.failure:
+            yield from _rows_without(run, case, contender.implementation, PASSES, "failed", contender.failure)
+    contenders = [contender for contender in contenders if not contender.failure]
+    if run.with_memory and case.device == "cpu" and contenders:
         on_step("memory, in a new process")
         peaks = peak_bytes([c.implementation.name for c in contenders], case, inputs)
         for contender in contenders:
@@ -133,7 +136,14 @@ def admit(
     except WrongResult as wrong:
         return "wrong", str(wrong)
     except Exception as error:  # whatever a rival raises, the others are still measured
-        return "failed", f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+        return "failed", described(error, case.device)
+
+
+def described(error: Exception, device: str) -> str:
+    """In a line; what the failed run held goes back to the device."""
+    if device == "cuda":
+        torch.cuda.empty_cache()
+    return f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"
 
 
 def fresh(implementation: Implementation, inputs: Inputs, spare: Tensor) -> Inputs:
@@ -162,12 +172,18 @@ def take_turns(
         if turn > 0:  # the first turn warms up
             floor_seconds.append(of_floor)
         for contender in contenders:
+            if contender.failure:
+                continue
             ready = fresh(contender.implementation, inputs, spare)
             flush.zero_()
             if case.device == "cuda":
                 torch.cuda.reset_peak_memory_stats()
                 before = torch.cuda.memory_allocated()
-            seconds = run_once(contender, case.device, ready)
+            try:
+                seconds = run_once(contender, case.device, ready)
+            except Exception as error:
+                contender.failure = described(error, case.device)
+                continue
             if turn > 0:
                 contender.seconds.append(seconds)
                 if case.device == "cuda":
@@ -288,12 +304,10 @@ def _rows_of(
     for passes in PASSES:
         if passes != "both" and implementation.gradient_in_forward:
             reason = "its gradient is made in the forward pass"
-            yield run.row(case, implementation.name, implementation.source, passes, status="skipped", reason=reason)
+            yield from _rows_without(run, case, implementation, (passes,), "skipped", reason)
             continue
         if passes != "forward" and not implementation.gradients:
-            yield run.row(
-                case, implementation.name, implementation.source, passes, status="skipped", reason="it has no gradient"
-            )
+            yield from _rows_without(run, case, implementation, (passes,), "skipped", "it has no gradient")
             continue
         row = run.row(
             case,
@@ -311,3 +325,10 @@ def _rows_of(
         )
         row.versions.update(implementation.versions())
         yield row
+
+
+def _rows_without(
+    run: Run, case: Case, implementation: Implementation, passes: tuple[str, ...], status: str, reason: str
+) -> Iterator[Row]:
+    for one in passes:
+        yield run.row(case, implementation.name, implementation.source, one, status=status, reason=reason)

@@ -4,6 +4,7 @@ import datetime
 import functools
 import platform
 import subprocess
+import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 
 
 def provenance() -> dict[str, str]:
-    """Date (UTC), commit with ``-dirty`` where files of the package or the benchmarks differ from it, and versions."""
+    """Date (UTC), commit with ``-dirty`` where a file that this process has loaded differs from it, and versions."""
     return {
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "commit": _commit(),
@@ -32,7 +33,8 @@ def device_name(device: str) -> str:
 @functools.cache
 def _commit() -> str:
     root = Path(__file__).parents[1]
-    measured = ["paec_kernels", "benchmarks", "tests/data"]  # rows themselves change while they are written
+    modules = [m for name, m in sys.modules.items() if name.split(".")[0] in ("paec_kernels", "benchmarks")]
+    measured = [str(m.__file__) for m in modules if getattr(m, "__file__", None)]
 
     def git(*arguments: str) -> str:
         found = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True)
@@ -41,7 +43,7 @@ def _commit() -> str:
     commit = git("rev-parse", "--short=10", "HEAD")
     if not commit:
         return "not in a git checkout"
-    return commit + ("-dirty" if git("status", "--porcelain", "--untracked-files=no", "--", *measured) else "")
+    return commit + ("-dirty" if git("status", "--porcelain", "--", *measured) else "")
 
 
 def _version(package: str) -> str:

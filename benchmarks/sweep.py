@@ -143,7 +143,7 @@ def rows_of_part(part: Part, run: Run, device: str, too_late: bool, tell: Callab
     if not too_late:
         tell("inputs")
         if part.case is None:
-            yield from step_rows(run, device, answers=1 if device == "cpu" else 64, on_step=tell)
+            yield from step_rows(run, device, answers=1 if device == "cpu" else 16, on_step=tell)
         else:
             yield from rows_of_case(run, part.case, list(part.names), on_step=tell)
         return

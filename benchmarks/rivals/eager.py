@@ -2,11 +2,10 @@
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 from benchmarks.implementations import STATISTICS, Implementation, Outputs, compiled
-from benchmarks.workload import TOP_P, Case, Inputs
+from benchmarks.workload import TOP_P, Inputs
 
 DIFFERENTIABLE = ("logp", "entropy", "nucleus_entropy")
 SIREN_TOP_K = 10_000  # entropy_topk of github.com/Linn3a/siren, verl/workers/actor/dp_actor.py
@@ -26,6 +25,14 @@ def by_top_k(logits: Tensor, token_ids: Tensor) -> Outputs:
     """
     log_p = logits.float().log_softmax(-1)
     return statistics(log_p, log_p.topk(min(SIREN_TOP_K, log_p.shape[-1]), dim=-1).values, token_ids)
+
+
+def without_nucleus(logits: Tensor, token_ids: Tensor) -> Outputs:
+    log_p = logits.float().log_softmax(-1)
+    return {
+        "logp": log_p.gather(-1, token_ids[:, None]).squeeze(-1),
+        "entropy": -(log_p.exp() * log_p).sum(-1),
+    }
 
 
 def statistics(log_p: Tensor, log_p_sorted: Tensor, token_ids: Tensor) -> Outputs:
@@ -55,21 +62,12 @@ def on_logits_compiled(function: Callable[[Tensor, Tensor], Outputs]) -> Callabl
     return prepare
 
 
-def sorted_head(hidden: Tensor, head: Tensor, token_ids: Tensor) -> Outputs:
-    return by_sort(hidden @ head.T, token_ids)
+def on_hidden_compiled(function: Callable[[Tensor, Tensor], Outputs]) -> Callable[[], Callable[[Inputs], Outputs]]:
+    def prepare() -> Callable[[Inputs], Outputs]:
+        fused = compiled(lambda hidden, head, token_ids: function(hidden @ head.T, token_ids))
+        return lambda inputs: fused(inputs.rows, inputs.head, inputs.token_ids)
 
-
-def on_hidden_compiled() -> Callable[[Inputs], Outputs]:
-    fused = compiled(sorted_head)
-    return lambda inputs: fused(inputs.rows, inputs.head, inputs.token_ids)
-
-
-def _too_large(case: Case) -> str | None:
-    """Float32 log-probabilities, probabilities, the sort's values and int64 indices, and gradients of each."""
-    needed = 32 * case.n * case.v
-    if case.device == "cuda" and needed > torch.cuda.get_device_properties(0).total_memory:
-        return f"its {needed / 2**30:.0f} GiB of float32 intermediates and sort indices do not fit on the device"
-    return None
+    return prepare
 
 
 CUT = "approximate: nuclei beyond 10,000 tokens are cut there"
@@ -81,7 +79,6 @@ IMPLEMENTATIONS = (
         on_logits(by_sort),
         STATISTICS,
         DIFFERENTIABLE,
-        refuses=_too_large,
     ),
     Implementation(
         "eager, top-k cut",
@@ -91,7 +88,6 @@ IMPLEMENTATIONS = (
         DIFFERENTIABLE,
         note=CUT,
         keeps=SIREN_TOP_K,
-        refuses=_too_large,
     ),
     Implementation(
         "torch.compile, sort",
@@ -100,7 +96,6 @@ IMPLEMENTATIONS = (
         STATISTICS,
         DIFFERENTIABLE,
         compiled=True,
-        refuses=_too_large,
     ),
     Implementation(
         "torch.compile, top-k cut",
@@ -111,16 +106,31 @@ IMPLEMENTATIONS = (
         compiled=True,
         note=CUT,
         keeps=SIREN_TOP_K,
-        refuses=_too_large,
+    ),
+    Implementation(
+        "torch.compile, no nucleus",
+        "torch.compile of log_softmax, gather, entropy",
+        on_logits_compiled(without_nucleus),
+        ("logp", "entropy"),
+        ("logp", "entropy"),
+        compiled=True,
+    ),
+    Implementation(
+        "torch.compile, matmul, no nucleus",
+        "torch.compile of hidden @ head.T, log_softmax, gather, entropy",
+        on_hidden_compiled(without_nucleus),
+        ("logp", "entropy"),
+        ("logp", "entropy"),
+        linear=True,
+        compiled=True,
     ),
     Implementation(
         "torch.compile, matmul and sort",
         "torch.compile of hidden @ head.T and 'eager, sort'",
-        on_hidden_compiled,
+        on_hidden_compiled(by_sort),
         STATISTICS,
         DIFFERENTIABLE,
         linear=True,
         compiled=True,
-        refuses=_too_large,
     ),
 )

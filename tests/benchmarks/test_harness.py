@@ -1,0 +1,219 @@
+"""What is wrong, missing or fails gets a row that says so and no number; what is right is timed in turns."""
+
+import json
+from dataclasses import asdict, replace
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import harness, sweep
+from benchmarks.floors import bytes_moved, operations
+from benchmarks.implementations import Implementation
+from benchmarks.rivals import ours
+from benchmarks.rivals.eager import IMPLEMENTATIONS as EAGER
+from benchmarks.rows import PASSES, RowFile, only, percentile, read
+from benchmarks.workload import PLANTED, Case
+from paec_kernels import reference
+
+CASE = Case(9, 300, torch.float32, "flat", "cpu")
+LINEAR = Case(9, 300, torch.float32, PLANTED, "cpu", d=32)
+RUN = harness.Run("test", "pytest", with_memory=False, seconds=0.0)
+HONEST = ours.IMPLEMENTATIONS[0]
+
+
+def altered(name, change, of=HONEST, **fields) -> Implementation:
+    """An implementation whose outputs are changed: ``change(inputs, outputs)`` returns them."""
+
+    def prepare():
+        honest = of.prepare()
+        return lambda inputs: change(inputs, honest(inputs))
+
+    return replace(of, name=name, prepare=prepare, **fields)
+
+
+def rows_of(monkeypatch, *implementations, case=CASE):
+    monkeypatch.setattr(harness, "all_implementations", lambda: {i.name: i for i in implementations})
+    return list(harness.rows_of_case(RUN, case, [i.name for i in implementations]))
+
+
+def assert_no_number(rows, status, reason):
+    assert {row.passes for row in rows} == set(PASSES)
+    for row in rows:
+        assert row.status == status
+        assert reason in row.reason
+        numbers = (row.p20, row.p50, row.p80, row.bandwidth, row.share, row.relative, row.peak_bytes, row.value_error)
+        assert numbers == (None,) * 8
+
+
+def scale_gradient(inputs, outputs):
+    """Right values, with a gradient that is 1 % too large."""
+    entropy = outputs["entropy"]
+    return outputs | {"entropy": 1.01 * entropy - 0.01 * entropy.detach()}
+
+
+def leak_gradient(inputs, outputs):
+    """Right values and gradients, but another row's gradient too."""
+    leak = inputs.rows[-1].sum()
+    return outputs | {"logp": outputs["logp"] + leak - leak.detach()}
+
+
+WRONG = {
+    "value": (lambda i, o: o | {"entropy": o["entropy"] + 0.01}, "entropy is off by 1.0e-02"),
+    "NaN": (lambda i, o: o | {"margin": o["margin"] * torch.nan}, "margin is off by inf"),
+    "nucleus size": (lambda i, o: o | {"nucleus_size": o["nucleus_size"] + 50}, "another nucleus size"),
+    "gradient": (scale_gradient, "its gradient is off by"),
+    "gradient elsewhere": (leak_gradient, "to rows without weight"),
+    "an output left out": (lambda i, o: {k: v for k, v in o.items() if k != "margin"}, "returns no margin"),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_a_wrong_implementation_gets_no_number(monkeypatch, what):
+    change, reason = WRONG[what]
+    rows = rows_of(monkeypatch, HONEST, altered("wrong", change))
+    assert_no_number(only(rows, implementation="wrong"), "wrong", reason)
+    assert all(row.p50 > 0 for row in only(rows, implementation=HONEST.name))
+
+
+@pytest.mark.parametrize("weight", ["rows", "head"])
+def test_a_wrong_gradient_of_the_linear_form_gets_no_number(monkeypatch, weight):
+    honest = ours.IMPLEMENTATIONS[3]
+    assert honest.linear
+
+    def change(inputs, outputs):
+        extra = 0.01 * getattr(inputs, weight)[0].sum() / len(inputs.rows)
+        return outputs | {"logp": outputs["logp"] + inputs.valid * (extra - extra.detach())}
+
+    rows = rows_of(monkeypatch, honest, altered("wrong", change, of=honest), case=LINEAR)
+    assert_no_number(only(rows, implementation="wrong"), "wrong", "its gradient is off by")
+    assert all(row.status == "ok" for row in only(rows, implementation=honest.name))
+
+
+def test_a_missing_rival_gets_no_number(monkeypatch):
+    missing = replace(HONEST, name="missing", packages=(("no-such-thing", "no_such_thing"),))
+    rows = rows_of(monkeypatch, missing, HONEST)
+    assert_no_number(only(rows, implementation="missing"), "missing", "no-such-thing is not installed")
+    assert {row.anchor for row in only(rows, implementation=HONEST.name)} == {HONEST.name}
+
+
+def test_what_does_not_run_on_this_device_gets_no_number(monkeypatch):
+    rows = rows_of(monkeypatch, HONEST, replace(HONEST, name="fused", on=("cuda",)))
+    assert_no_number(only(rows, implementation="fused"), "skipped", "needs cuda, this is cpu")
+
+
+def test_what_raises_gets_no_number(monkeypatch):
+    def fail(inputs, outputs):
+        raise MemoryError("too large\nand more")
+
+    rows = rows_of(monkeypatch, HONEST, altered("failing", fail))
+    assert_no_number(only(rows, implementation="failing"), "failed", "MemoryError: too large")
+
+
+def test_what_raises_only_when_timed_gets_no_number(monkeypatch):
+    calls = []
+
+    def fail_later(inputs, outputs):
+        calls.append(1)
+        if len(calls) > 2:
+            raise MemoryError("too large")
+        return outputs
+
+    rows = rows_of(monkeypatch, HONEST, altered("failing", fail_later))
+    assert_no_number(only(rows, implementation="failing"), "failed", "MemoryError: too large")
+    assert all(row.status == "ok" for row in only(rows, implementation=HONEST.name))
+
+
+def test_every_check_comes_before_any_time_and_all_take_turns(monkeypatch):
+    calls = []
+    spies = [altered(name, lambda i, o, name=name: calls.append(name) or o) for name in ("a", "b")]
+    clock = harness.clock
+    monkeypatch.setattr(harness, "clock", lambda *job: calls.append("clock") or clock(*job))
+    rows_of(monkeypatch, *spies)
+    turn = ["clock", "clock", "a", "clock", "b"]  # the floor, then each
+    assert calls == ["a", "b"] + turn * (harness.MIN_TURNS + 1)
+
+
+def test_approximate_and_forward_only_ways_say_so(monkeypatch):
+    forward_only = altered("forward only", lambda i, o: {"entropy": o["entropy"].detach()}, computes=("entropy",),
+                           gradients=())  # fmt: skip
+    rows = rows_of(monkeypatch, HONEST, forward_only, EAGER[1])
+    by_pass = {row.passes: row for row in only(rows, implementation="forward only")}
+    assert by_pass["forward"].status == "ok"
+    assert by_pass["both"].status == by_pass["backward"].status == "skipped"
+    assert "approximate" in EAGER[1].note
+
+
+def test_top_k_cut_is_not_held_to_nuclei_it_cannot_hold(monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr("benchmarks.rivals.eager.SIREN_TOP_K", 3)
+        rows = rows_of(patched, HONEST, replace(EAGER[1], keeps=3), case=replace(CASE, v=3000))
+    assert_no_number(only(rows, implementation=EAGER[1].name), "wrong", "every nucleus that was checked is larger")
+
+
+def test_a_row_without_success_cannot_hold_a_number(monkeypatch):
+    (row, *_) = only(rows_of(monkeypatch, HONEST), implementation=HONEST.name)
+    with pytest.raises(ValueError, match="a row that is wrong has no number"):
+        replace(row, status="wrong", reason="it is")
+    with pytest.raises(ValueError, match="has a time"):
+        replace(row, p50=None)
+    with pytest.raises(ValueError, match="status 'ok' with reason"):
+        replace(row, reason="but")
+
+
+def test_rows_are_on_disk_as_soon_as_they_are_written(monkeypatch, tmp_path):
+    rows = rows_of(monkeypatch, HONEST)
+    file = RowFile(tmp_path / "cpu" / "test.jsonl")
+    file.write(rows[0])
+    assert read(tmp_path / "cpu" / "test.jsonl") == rows[:1]  # before it is closed
+    file.close()
+    (tmp_path / "old.jsonl").write_text(json.dumps(asdict(rows[0]) | {"speedup": 100}))
+    with pytest.raises(ValueError, match="speedup"):
+        read(tmp_path / "old.jsonl")
+
+
+def test_what_the_time_did_not_reach_is_said():
+    part = sweep.Part("rivals", CASE, ("token_stats", "eager, sort"), 1.0)
+    rows = list(sweep.rows_of_part(part, RUN, "cpu", too_late=True, tell=print))
+    for name in part.names:
+        assert_no_number(only(rows, implementation=name), "skipped", "the sweep's time was spent")
+    step = sweep.Part("step", None, (), 1.0)
+    assert {row.status for row in sweep.rows_of_part(step, RUN, "cpu", too_late=True, tell=print)} == {"skipped"}
+
+
+@pytest.mark.parametrize("q", [0, 20, 50, 80, 100])
+@pytest.mark.parametrize("n", [1, 2, 5, 40])
+def test_percentile(q, n):
+    values = torch.rand(n).tolist()
+    assert percentile(values, q) == pytest.approx(np.percentile(values, q), abs=1e-12)
+
+
+def test_bytes_and_operations():
+    case = Case(4096, 151_936, torch.bfloat16, "real", "cuda")
+    logits = 4096 * 151_936 * 2
+    assert [bytes_moved(case, passes) for passes in PASSES] == [logits, 2 * logits, 3 * logits]
+    linear = Case(16_384, 151_936, torch.bfloat16, PLANTED, "cuda", d=2048)
+    product = 2 * 16_384 * 151_936 * 2048
+    assert [operations(linear, passes) for passes in PASSES] == [product, 3 * product, 4 * product]
+    assert bytes_moved(linear, "both") is None
+
+
+def test_bandwidth_and_shares_are_of_the_times(monkeypatch):
+    """Times given by hand: the floor takes 1 and 2 s, the implementation twice and four times as long."""
+    turns = iter([harness.Seconds(1.0, 3.0), harness.Seconds(2.0, 10.0)] * (harness.MIN_TURNS + 1))
+    monkeypatch.setattr(harness, "clock", lambda *job: next(turns))
+    rows = {row.passes: row for row in only(rows_of(monkeypatch, HONEST), implementation=HONEST.name)}
+    logits = 9 * 300 * 4
+    assert [rows[p].p50 for p in PASSES] == [2.0, 8.0, 10.0]
+    assert [rows[p].bandwidth for p in PASSES] == [logits / 2, 2 * logits / 8, 3 * logits / 10]
+    assert [rows[p].share for p in PASSES] == pytest.approx([0.5, 0.25, 0.3])
+    assert [rows[p].relative for p in PASSES] == [1.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize("width", [32_000, 60_000])
+def test_real_logits_keep_their_nuclei_at_other_widths(width):
+    from benchmarks import logits
+
+    generator = torch.Generator().manual_seed(0)
+    sizes = [reference.token_stats(logits.real(range(32), w, generator)).nucleus_size.double() for w in (49_152, width)]
+    assert (sizes[1] / sizes[0] - 1).abs().max() < 0.05

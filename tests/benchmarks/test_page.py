@@ -1,0 +1,100 @@
+"""The page holds what the rows hold: every figure with a unit, and none where there is no row."""
+
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+
+from benchmarks import harness, page, plots
+from benchmarks.rivals import eager, ours
+from benchmarks.rows import RowFile, path_of
+from benchmarks.workload import Case
+
+RUN = harness.Run("rivals", "python -m benchmarks.sweep", with_memory=False, seconds=0.0)
+CASE = Case(9, 300, torch.float32, "flat", "cpu")
+NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?(?:e[+-]?\d+)?")
+
+
+@pytest.fixture(scope="module")
+def rows():
+    names = [ours.IMPLEMENTATIONS[0].name, eager.IMPLEMENTATIONS[0].name, "verl"]
+    return list(harness.rows_of_case(RUN, CASE, names))
+
+
+def empty():
+    return {device: {section: [] for section in page.SECTIONS} for device in page.DEVICES}
+
+
+def tables(text):
+    """The cells of all tables but the one of what each computes, which is about code and holds no measurement."""
+    measured = text[text.index("\n## On a GPU") :]
+    return [cell.strip() for line in measured.splitlines() if line.startswith("|") for cell in line.split("|")[1:-1]]
+
+
+def test_no_figure_without_a_row():
+    text = page.text(empty(), {"cuda": [], "cpu": []}, None)
+    assert tables(text) == []
+    assert text.count("**No row yet.**") == 2
+    assert not NUMBER.findall(text[text.index("\n## On a GPU") :])
+
+
+def test_gpu_tables_say_that_they_are_empty(rows):
+    found = empty()
+    found["cpu"]["rivals"] = rows
+    text = page.text(found, {"cuda": [], "cpu": []}, None)
+    gpu = text[text.index("\n## On a GPU") : text.index("\n## On a CPU")]
+    assert "**No row yet.** `make bench-gpu`" in gpu
+    assert gpu.count(": empty") == len(page.SECTIONS)
+    assert "|" not in gpu
+
+
+def test_every_figure_is_a_rows(rows):
+    """All times are replaced by others: no number of the old page's tables is on the new one's, but for errors."""
+    found = empty()
+    found["cpu"]["rivals"] = rows
+    before = page.text(found, {"cuda": [], "cpu": []}, None)
+    found["cpu"]["rivals"] = [
+        row if row.p50 is None else replace(row, p20=1001.0, p50=1002.0, p80=1003.0, relative=7.77, share=0.123)
+        for row in rows
+    ]
+    after = page.text(found, {"cuda": [], "cpu": []}, None)
+    figures = {n for cell in tables(after) if "e-" not in cell for n in NUMBER.findall(cell)}
+    assert figures == {"1,002,000", "1,000,000", "1.002e+06", "1e+06", "7.77", "12.3"} & figures
+    assert "7.77" in figures
+    assert before != after
+
+
+def test_a_row_without_a_number_is_shown_with_its_reason(rows):
+    found = empty()
+    found["cpu"]["rivals"] = rows
+    (line,) = [x for x in page.text(found, {"cuda": [], "cpu": []}, None).splitlines() if x.startswith("| verl | ms")
+               or x.startswith("| verl | missing")]  # fmt: skip
+    assert "missing: verl is not installed" in line
+    assert not NUMBER.findall(line)
+
+
+def test_where_figures_come_from(rows):
+    text = page.origin(rows)
+    for part in (rows[0].device, f"`{rows[0].command}`", rows[0].commit, rows[0].date, rows[0].versions["torch"]):
+        assert part in text
+
+
+def test_page_and_plots_are_written_from_the_files_alone(rows, tmp_path):
+    file = RowFile(path_of(tmp_path, "cpu", "rivals"))
+    for row in rows:
+        file.write(row)
+    file.close()
+    written = page.write(tmp_path)
+    assert {path.name for path in written} == {"README.md", "cpu_time_of_rivals.png", "cpu_roofline.png"}
+    text = (tmp_path / "README.md").read_text()
+    for path in re.findall(r"\(plots/(.*?)\)", text):
+        assert (tmp_path / "plots" / path).stat().st_size > 1000
+    first = {path: path.read_bytes() for path in (tmp_path / "plots").iterdir()}
+    page.write(tmp_path)
+    assert {path: path.read_bytes() for path in first} == first  # the same rows, the same pictures
+
+
+def test_plots_leave_out_rows_without_a_number(rows):
+    assert all(row.status == "ok" for row in plots.timed(rows))
+    assert dict(plots.figures({"rivals": [row for row in rows if row.status != "ok"]})) == {}
