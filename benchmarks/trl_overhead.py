@@ -1,6 +1,6 @@
 """A training step of PAECGRPOTrainer on a CPU beside the stock GRPOTrainer's, without generation.
 
-    python -m benchmarks.trl_overhead                      # SmolLM2-135M, 4 and 2 x 4 answers, float32
+    python -m benchmarks.trl_overhead                      # SmolLM2-135M, 2 and 2 x 2 answers, float32
     python -m benchmarks.trl_overhead --out trl_overhead.json
 
 An optimiser step here is forward and backward of all its micro-batches: answers that were generated once, the same for
@@ -33,7 +33,7 @@ from paec_kernels.integrations.trl import PAECGRPOConfig, PAECGRPOTrainer
 
 STOCK, ANSWERS_ONLY, PAEC = "stock", "stock, answers only", "PAEC"
 ON_A_GPU = trl.trainer.utils._use_triton
-ANSWERS = 4
+ANSWERS = 2  # of each micro-batch
 
 
 class Turn(NamedTuple):
@@ -63,31 +63,25 @@ class Contender:
             processing_class=tokenizer,
         )  # fmt: skip
         self.run.train()
+        self.before = 0.0
+        self.prepare = self.run._prepare_inputs
+        self.run._prepare_inputs = self.timed_prepare
+
+    def timed_prepare(self, inputs: Any) -> Any:
+        start = time.perf_counter()
+        prepared = self.prepare(inputs)
+        self.before += time.perf_counter() - start
+        return prepared
 
     def turn(self) -> Turn:
-        before = 0.0
-        loss = 0.0
-        run = self.run
+        micro_batches = self.run.args.gradient_accumulation_steps
+        self.before = loss = 0.0
         start = time.perf_counter()
-        for k in range(run.args.gradient_accumulation_steps):
-            last = k == run.args.gradient_accumulation_steps - 1
-            run.accelerator.gradient_state._set_sync_gradients(last)
-            prepare = run._prepare_inputs
-
-            def timed(inputs: Any, prepare: Any = prepare) -> Any:
-                nonlocal before
-                began = time.perf_counter()
-                prepared = prepare(inputs)
-                before += time.perf_counter() - began
-                return prepared
-
-            run._prepare_inputs = timed
-            try:
-                loss += run.training_step(run.model, {}, None).item()
-            finally:
-                del run._prepare_inputs
-        run.model.zero_grad()
-        return Turn(time.perf_counter() - start, before, loss)
+        for k in range(micro_batches):
+            self.run.accelerator.gradient_state._set_sync_gradients(k == micro_batches - 1)
+            loss += self.run.training_step(self.run.model, {}, None).item()
+        self.run.model.zero_grad()
+        return Turn(time.perf_counter() - start, self.before, loss)
 
 
 def contenders(policy: Any, tokenizer: Any, micro_batches: int, tokens: int) -> list[Contender]:
@@ -144,7 +138,7 @@ def measure(made: list[Contender], repeats: int) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--tokens", type=int, default=64, help="most tokens of an answer")
+    parser.add_argument("--tokens", type=int, default=48, help="most tokens of an answer")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path, help="write the rows here as JSON")
