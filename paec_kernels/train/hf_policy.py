@@ -78,7 +78,8 @@ class HFPolicy:
             )
 
     def texts(self, rollout: Rollout) -> list[str]:
-        kept = [row[valid].tolist() for row, valid in zip(rollout.token_ids, rollout.valid, strict=True)]
+        answers = [row[valid].tolist() for row, valid in zip(rollout.token_ids, rollout.valid, strict=True)]
+        kept = [[token for token in answer if token not in self._end_ids] for answer in answers]
         return self.tokenizer.batch_decode(kept, skip_special_tokens=True)
 
     def hidden(self, rollout: Rollout) -> Tensor:

@@ -116,7 +116,17 @@ def test_greedy_is_the_likeliest_token(policy: HFPolicy) -> None:
     assert logits.argmax(-1)[rollout.valid].equal(rollout.token_ids[rollout.valid])
 
 
-def test_hidden_states_and_head_give_the_models_logits_whatever_the_padding(policy: HFPolicy) -> None:
+def absolute_positions() -> transformers.PreTrainedModel:
+    """Unlike Llama's, its states change where padding moves a token."""
+    config = transformers.GPT2Config(
+        vocab_size=len(WORDS), n_positions=32, n_embd=32, n_layer=2, n_head=4, initializer_range=0.3, eos_token_id=END
+    )
+    return transformers.GPT2LMHeadModel(config)
+
+
+@pytest.mark.parametrize("make", [make_model, absolute_positions])
+def test_hidden_states_and_head_give_the_models_logits_whatever_the_padding(make) -> None:
+    policy = HFPolicy(make(), make_tokenizer())
     rollout = draw(policy)
     logits = policy.hidden(rollout) @ policy.head.T
     for row in range(9):
@@ -153,7 +163,10 @@ def policy_texts(model: transformers.PreTrainedModel) -> list[str]:
 def test_every_end_token_of_the_model_ends_an_answer() -> None:
     model = make_model()
     model.generation_config.eos_token_id = [END, WORDS.index("c"), WORDS.index("d")]
-    rollout = draw(HFPolicy(model, make_tokenizer()), answers=20)
+    policy = HFPolicy(model, make_tokenizer())
+    rollout = draw(policy, answers=20)
+    assert (rollout.token_ids[~rollout.valid] == PAD).all()
+    assert not any({"c", "d"} & set(text) for text in policy.texts(rollout))
     ends = torch.isin(rollout.token_ids, torch.tensor([END, WORDS.index("c"), WORDS.index("d")])) & rollout.valid
     assert {END, WORDS.index("c"), WORDS.index("d")} == set(rollout.token_ids[ends].tolist())
     last = rollout.valid & (rollout.valid.sum(1, keepdim=True) - 1 == torch.arange(rollout.valid.shape[1]))
