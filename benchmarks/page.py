@@ -11,7 +11,7 @@ from typing import Any
 from benchmarks import plots
 from benchmarks.floors import LINEAR, ON_LOGITS
 from benchmarks.implementations import STATISTICS, all_implementations
-from benchmarks.rows import RESULTS, Row, only, path_of, read
+from benchmarks.rows import RESULTS, Row, only, path_of, plain, read
 
 DEVICES = {"cuda": "On a GPU", "cpu": "On a CPU"}
 COMMANDS = {"cuda": "make bench-gpu", "cpu": "make bench"}
@@ -145,7 +145,10 @@ def _of_implementation(rows: list[Row]) -> list[str]:
     whole = by_pass["both"] if by_pass["both"].status == "ok" else by_pass["forward"]
     times = [milliseconds(by_pass[p]) for p in ("forward", "backward", "both")]
     share = ""
-    if whole.share is not None:
+    if whole.anchor is None:  # the floor itself
+        rates = [by_pass[p].operations / by_pass[p].p50 if whole.d else by_pass[p].bandwidth for p in by_pass]
+        share = ", ".join(plain(rate / 1e9) for rate in rates) + (" G operations/s" if whole.d else " GB/s")
+    elif whole.share is not None:
         share = times_over(1 / whole.share) if whole.d else ", ".join(percent(by_pass[p]) for p in by_pass)
     error = "" if whole.value_error is None else f"{whole.value_error:.0e}"
     if whole.gradient_error is not None:
@@ -211,7 +214,7 @@ def compiled_code(found: dict[str, Any] | None) -> Iterator[str]:
 def milliseconds(row: Row) -> str:
     if row.p50 is None:
         return row.reason
-    return f"{1e3 * row.p50:,.4g} ({1e3 * row.p20:,.3g} to {1e3 * row.p80:,.3g})"
+    return f"{plain(1e3 * row.p50)} ({plain(1e3 * row.p20)} to {plain(1e3 * row.p80)})"
 
 
 def percent(row: Row) -> str:
@@ -219,7 +222,7 @@ def percent(row: Row) -> str:
 
 
 def mebibytes(row: Row) -> str:
-    return "" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:,.4g}"
+    return "" if row.peak_bytes is None else plain(row.peak_bytes / 2**20)
 
 
 def times_over(ratio: float | None) -> str:

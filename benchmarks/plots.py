@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from benchmarks.floors import LINEAR, ON_LOGITS
-from benchmarks.rows import Row, only
+from benchmarks.rows import Row, only, plain
 
 OURS = "#1f5fa8"
 COLOURS = ("#d1662b", "#3a8f5c", "#8a5fb0", "#b8912a", "#b0446a", "#5a9bb0", "#7a7a85", "#a86b4a")
@@ -115,7 +115,7 @@ def bars(rows: list[Row], what: str) -> Figure:
         else:
             axes.barh(y, 1e3 * _total(rows, name), color=colour, hatch="//", edgecolor="white", lw=0)
         only_pass = "" if "both" in own else " (forward only)"
-        axes.text(1e3 * _total(rows, name), y, f"  {1e3 * _total(rows, name):,.4g}{only_pass}", va="center", size=9)
+        axes.text(1e3 * _total(rows, name), y, f"  {plain(1e3 * _total(rows, name))}{only_pass}", va="center", size=9)
     axes.set_yticks(range(len(names)), names)
     axes.margins(x=0.14)
     axes.set_xlabel("ms (dark: forward, light: backward, hatched: one number for both)")

@@ -83,19 +83,23 @@ def percentile(values: list[float], q: float) -> float:
     return ordered[low] + (place - low) * (ordered[high] - ordered[low])
 
 
+def plain(value: float) -> str:
+    """Three digits or more, without an exponent."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
 class RowFile:
-    """A section's file, begun anew. Every row is on disk before the next is made: a cut-off run leaves what it had."""
+    """A section's file, begun anew with the first row. Each is on disk before the next is made, whatever comes then."""
 
     def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("w")
+        self._path = path
+        self._mode = "w"
 
     def write(self, row: Row) -> None:
-        self._file.write(json.dumps(asdict(row)) + "\n")
-        self._file.flush()
-
-    def close(self) -> None:
-        self._file.close()
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with self._path.open(self._mode) as file:
+            file.write(json.dumps(asdict(row)) + "\n")
+        self._mode = "a"
 
 
 def path_of(folder: Path, device: str, section: str) -> Path:

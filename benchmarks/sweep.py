@@ -91,7 +91,7 @@ class Options:
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     out: Path = RESULTS
-    """Folder of the rows. A section's rows are replaced when the section is measured again."""
+    """Folder of the rows. A section's are replaced when it is measured again."""
     minutes: float = 8.0
     """After this no other case is begun; those left get a row that says so."""
     sections: tuple[str, ...] = ()
@@ -132,11 +132,9 @@ def measure(parts: list[Part], device: str, options: Options, console: Console) 
             for row in rows_of_part(part, run, device, time.monotonic() > end, tell):
                 files[part.section].write(row)
                 if row.passes in ("both", "step"):
-                    console.print(line(row), highlight=False)
+                    console.print(line(row), highlight=False, soft_wrap=True)
             progress.advance(task)
         progress.update(task, description="done")
-    for file in files.values():
-        file.close()
 
 
 def rows_of_part(part: Part, run: Run, device: str, too_late: bool, tell: Callable[[str], None]) -> Iterator[Row]:

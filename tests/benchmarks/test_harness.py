@@ -134,6 +134,31 @@ def test_every_check_comes_before_any_time_and_all_take_turns(monkeypatch):
     assert calls == ["a", "b"] + turn * (harness.MIN_TURNS + 1)
 
 
+def test_nucleus_sizes_are_held_to_rounding(monkeypatch):
+    """Another implementation's may be off by a token of a hundred, an exact one's only in few rows."""
+
+    def off_by(share, rows):
+        def change(inputs, outputs):
+            size = outputs["nucleus_size"].clone()
+            size[:rows] += (share * size[:rows]).ceil().to(size.dtype)
+            return outputs | {"nucleus_size": size}
+
+        return change
+
+    by_sort = EAGER[0]
+    found = rows_of(
+        monkeypatch,
+        HONEST,
+        altered("a little, a rival", off_by(0.01, 4), of=by_sort),
+        altered("far, a rival", off_by(0.5, 4), of=by_sort),
+        altered("a little, exact", off_by(0.01, 4)),
+        case=replace(CASE, v=3000),
+    )
+    assert all(row.status == "ok" for row in only(found, implementation="a little, a rival"))
+    assert_no_number(only(found, implementation="far, a rival"), "wrong", "by more than rounding")
+    assert_no_number(only(found, implementation="a little, exact"), "wrong", "another nucleus size in 4 of")
+
+
 def test_approximate_and_forward_only_ways_say_so(monkeypatch):
     forward_only = altered("forward only", lambda i, o: {"entropy": o["entropy"].detach()}, computes=("entropy",),
                            gradients=())  # fmt: skip
@@ -165,8 +190,11 @@ def test_rows_are_on_disk_as_soon_as_they_are_written(monkeypatch, tmp_path):
     rows = rows_of(monkeypatch, HONEST)
     file = RowFile(tmp_path / "cpu" / "test.jsonl")
     file.write(rows[0])
-    assert read(tmp_path / "cpu" / "test.jsonl") == rows[:1]  # before it is closed
-    file.close()
+    assert read(tmp_path / "cpu" / "test.jsonl") == rows[:1]
+    file.write(rows[1])
+    assert read(tmp_path / "cpu" / "test.jsonl") == rows[:2]
+    RowFile(tmp_path / "cpu" / "test.jsonl").write(rows[2])  # another run
+    assert read(tmp_path / "cpu" / "test.jsonl") == rows[2:3]
     (tmp_path / "old.jsonl").write_text(json.dumps(asdict(rows[0]) | {"speedup": 100}))
     with pytest.raises(ValueError, match="speedup"):
         read(tmp_path / "old.jsonl")
