@@ -29,8 +29,10 @@ INTERRUPTED = 130  # the shell's status for SIGINT
 def train(config: TrainConfig) -> int:
     """Train with a progress bar, then evaluate."""
     console = _console()
+    load_tasks((*config.tasks, *config.eval_tasks))  # a wrong name is found before anything is made
     try:
         with _progress(console) as progress:
+            _make_start(config, progress)
             bar = progress.add_task("train", total=config.steps)
 
             def show(row: loop.Row) -> None:
@@ -54,7 +56,10 @@ def evaluate(config: EvalConfig) -> int:
         trained = json.loads((config.run / "config.json").read_text())
         names = config.tasks or tuple(trained["eval_tasks"] or trained["tasks"])
     else:
-        policy = starting_policy(TrainConfig(model=config.model), device)
+        start = TrainConfig(model=config.model)
+        with _progress(_console()) as progress:
+            _make_start(start, progress)
+        policy = starting_policy(start, device)
         names = config.tasks or TrainConfig().tasks
     out = config.out or config.run or Path("runs/eval")
     _evaluate(policy, names, config.evaluate, config.max_new_tokens, config.temperature, out, _console())
@@ -87,18 +92,28 @@ def compare(config: CompareConfig) -> int:
 
 def _train_all(runs: list[TrainConfig], jobs: int, console: Console) -> bool:
     """Whether all were trained and evaluated; False after SIGINT, which every process gets."""
-    # Runs share the first one's warm start, so it is made once, before they begin.
-    starting_policy(runs[0], pick_device("cpu"))
+    load_tasks((*runs[0].tasks, *runs[0].eval_tasks))
     threads = max(1, torch.get_num_threads() // jobs)
     context = multiprocessing.get_context("spawn")
     with _progress(console) as progress, ProcessPoolExecutor(jobs, context) as pool:
-        bar = progress.add_task(f"{len(runs)} runs", total=len(runs))
+        _make_start(runs[0], progress)
+        bar = progress.add_task("runs", total=len(runs))
         for finished in as_completed([pool.submit(_train_one, run, threads) for run in runs]):
             if not finished.result():
                 pool.shutdown(cancel_futures=True)
                 return False
             progress.advance(bar)
     return True
+
+
+def _make_start(config: TrainConfig, progress: Progress) -> None:
+    """The tiny model's warm start, with a bar, where it is not cached yet."""
+    if config.model != "tiny":
+        return
+    total = config.warm_start.skill_steps + config.warm_start.habit_steps
+    bar = progress.add_task("warm start", total=total)
+    starting_policy(config, torch.device("cpu"), lambda step, loss: progress.update(bar, completed=step + 1))
+    progress.remove_task(bar)
 
 
 def _train_one(config: TrainConfig, threads: int) -> bool:

@@ -1,6 +1,7 @@
 """Policies by name."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -19,10 +20,16 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name, torch.cuda.current_device()) if name == "cuda" else torch.device(name)
 
 
-def starting_policy(config: TrainConfig, device: torch.device) -> Policy:
-    """What training starts from: ``tiny``, made and cached on first use, ``smollm2``, or a Hugging Face id or folder."""
+def starting_policy(
+    config: TrainConfig, device: torch.device, on_warm_step: Callable[[int, float], None] = lambda step, loss: None
+) -> Policy:
+    """What training starts from: ``tiny``, ``smollm2``, or a Hugging Face id or folder.
+
+    Args:
+        on_warm_step: as in ``warm_start``, by which the tiny model is made on first use.
+    """
     if config.model == "tiny":
-        return TinyPolicy(warm_start(config.warm_start, config.cache).to(device))
+        return TinyPolicy(warm_start(config.warm_start, config.cache, on_warm_step).to(device))
     return hf_policy.load(config.model, device)
 
 

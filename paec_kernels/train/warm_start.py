@@ -52,7 +52,11 @@ def batch_loss(model: TinyModel, families: Sequence[Family], options: WarmStart,
 def warm_start(
     options: WarmStart, folder: Path, on_step: Callable[[int, float], None] = lambda step, loss: None
 ) -> TinyModel:
-    """The model after the steps, from ``folder`` if it was made before; ``on_step`` hears of each step and its loss."""
+    """The model after the steps, from ``folder`` if it was made before.
+
+    Args:
+        on_step: called with each step's number from 0, and its loss in nats.
+    """
     torch.manual_seed(options.seed)
     model = TinyModel()
     key = hashlib.sha256(json.dumps(asdict(options), sort_keys=True).encode()).hexdigest()[:16]
@@ -72,6 +76,7 @@ def warm_start(
         optimizer.step()
         on_step(step, loss.item())
     folder.mkdir(parents=True, exist_ok=True)
-    torch.save(model.state_dict(), path.with_suffix(".partial"))
-    os.replace(path.with_suffix(".partial"), path)
+    partial = path.with_suffix(f".{os.getpid()}.partial")  # several processes may make the same file at once
+    torch.save(model.state_dict(), partial)
+    os.replace(partial, path)
     return model

@@ -1,0 +1,83 @@
+import json
+import subprocess
+import sys
+
+import pytest
+
+from paec_kernels.cli import main
+from paec_kernels.train.algorithms import ALGORITHMS
+
+TINY = (
+    "--warm-start.skill-steps 150 --warm-start.habit-steps 0 --warm-start.batch 32 --tasks parity count "
+    "--steps 2 --prompts 4 --answers 4 --max-new-tokens 12 --evaluate.problems 5 --evaluate.samples 4"
+).split()
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory) -> str:
+    return str(tmp_path_factory.mktemp("cache"))
+
+
+def paec(*args) -> int:
+    with pytest.raises(SystemExit) as ended:
+        main([str(arg) for arg in args])
+    return ended.value.code
+
+
+def test_train_then_eval(tmp_path, cache, capsys):
+    run = tmp_path / "run"
+    assert paec("train", "--out", run, "--cache", cache, *TINY, "--algo", "paec", "--method.paec.lam", "0.5") in (
+        0,
+        None,
+    )
+    assert json.loads((run / "config.json").read_text())["method"]["paec"]["lam"] == 0.5
+    first = json.loads((run / "eval.json").read_text())
+    assert set(first["tasks"]) == {"parity", "count"}
+    assert "macro-average" in capsys.readouterr().out
+    assert paec("eval", "--run", run, "--out", tmp_path / "again", "--max-new-tokens", 12, *TINY[-4:]) == 0
+    assert json.loads((tmp_path / "again" / "eval.json").read_text()) == first
+
+
+def test_compare(tmp_path, cache, capsys):
+    options = [f"--train.{option[2:]}" if option.startswith("--") else option for option in TINY]
+    command = ["compare", "--out", tmp_path, "--seeds", 2, "--jobs", 2, "--train.cache", cache, *options]
+    assert paec(*command, "--arms", "grpo", "paec") == 0
+    assert {path.parent.name for path in tmp_path.glob("runs/*/*")} == {"grpo", "paec"}
+    assert (tmp_path / "comparison.md").read_text().count("| paec") >= 2
+    assert len(list(tmp_path.glob("*.png"))) >= 5
+    tables = (tmp_path / "comparison.csv").read_bytes()
+    assert paec("compare", "--out", tmp_path / "again", "--runs", tmp_path / "runs") == 0
+    assert (tmp_path / "again" / "comparison.csv").read_bytes() == tables
+
+
+@pytest.mark.parametrize("algo", ALGORITHMS)
+def test_help_lists_the_options_of_the_algorithm(algo, capsys):
+    assert paec("train", "--algo", algo, "--help") == 0
+    shown = capsys.readouterr().out
+    assert ("--method.paec.lam" in shown) == algo.startswith("paec")
+    assert ("--method.aer." in shown) == (algo == "aer")
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ("train --steps 0", "steps must be at least 1, got 0"),
+        ("train --tasks nonsense", "nonsense"),
+        ("train --algo nonsense", "nonsense"),
+        ("train --preset nonsense", "nonsense"),
+        ("compare --seeds 0", "seeds must be at least 1, got 0"),
+        ("eval --run nowhere", "nowhere"),
+        ("compare --runs nowhere", "nowhere"),
+    ],
+)
+def test_bad_values_are_named(args, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert paec(*args.split()) == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_module_is_the_command():
+    shown = subprocess.run([sys.executable, "-m", "paec_kernels.cli", "--help"], capture_output=True, text=True)
+    assert shown.returncode == 0
+    assert all(name in shown.stdout for name in ("train", "eval", "compare"))

@@ -1,0 +1,230 @@
+"""The loop on a hardly trained tiny model: what a step does, and that a run may be stopped at any moment."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from paec_kernels.train import checkpoint, loop
+from paec_kernels.train.algorithms import ALGORITHMS
+from paec_kernels.train.config import TrainConfig, plain
+from paec_kernels.train.models import starting_policy
+from paec_kernels.train.presets import with_algo
+from paec_kernels.train.run_log import read_rows
+from paec_kernels.train.warm_start import WarmStart
+
+WORKER = Path(__file__).parent / "train_worker.py"
+TIMES = ("seconds", "sample_seconds", "operator_seconds")
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def config(tmp_path, cache) -> TrainConfig:
+    return TrainConfig(
+        out=tmp_path / "run",
+        cache=cache,
+        warm_start=WarmStart(skill_steps=150, habit_steps=0, batch=32),
+        tasks=("parity", "count"),
+        steps=5,
+        prompts=4,
+        answers=8,
+        micro_batch=10,
+        max_new_tokens=16,
+        checkpoint_every=2,
+    )
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return checkpoint.read(run / "checkpoint.pt")["model"]
+
+
+def assert_same_bits(a, b):
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def assert_alike(a: dict, b: dict, rel: float):
+    assert a.keys() == b.keys()
+    for name in a.keys() - set(TIMES):
+        if a[name] is None or b[name] is None:  # before the anchor is set
+            assert a[name] is b[name]
+        else:
+            assert a[name] == pytest.approx(b[name], rel=rel, abs=1e-5), name
+
+
+def start(config: TrainConfig, **processes) -> subprocess.Popen:
+    options = plain(config)
+    kept = "out cache warm_start tasks algo steps prompts answers micro_batch max_new_tokens checkpoint_every updates"
+    options = {name: options[name] for name in kept.split()}
+    options["warm_start"].pop("habits")
+    launch = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0"] if processes else []
+    command = [sys.executable, *launch, str(WORKER), json.dumps(options)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def finish(process: subprocess.Popen) -> None:
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+
+
+@pytest.mark.parametrize("algo", ALGORITHMS)
+def test_every_algorithm_trains(config, algo):
+    config = with_algo(replace(config, steps=2), algo)
+    before = {name: x.clone() for name, x in starting_policy(config, torch.device("cpu")).module.state_dict().items()}
+    run = loop.train(config)
+    after = run.policy.module.state_dict()
+    assert all(x.isfinite().all() for x in after.values())
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+    rows = read_rows(config.out)
+    assert [row["step"] for row in rows] == [1, 2]
+    assert all(0 < row["entropy"] < 4 and 0 < row["selected_entropy"] < 4 for row in rows)
+    assert all(0 < row["operator_seconds"] < row["seconds"] for row in rows)
+    assert rows[0]["floor"] == 0
+    assert rows[0]["anchor"] is None  # JSON has no NaN
+
+
+@pytest.mark.parametrize("algo", ["paec", "clip-cov", "aer"])
+def test_micro_batches_change_nothing_but_rounding(config, algo):
+    config = with_algo(replace(config, steps=2, updates=2), algo)
+    whole = loop.train(replace(config, out=config.out / "whole", micro_batch=1000))
+    parts = loop.train(replace(config, out=config.out / "parts", micro_batch=3))
+    for a, b in zip(whole.policy.module.parameters(), parts.policy.module.parameters(), strict=True):
+        # Adam's first steps are lr * sign(gradient), so rounding shows where a gradient is almost 0.
+        assert (a - b).abs().mean() < 1e-2 * config.learning_rate
+    rows = [read_rows(config.out / name)[-1] for name in ("whole", "parts")]
+    assert rows[0]["selected_entropy"] == pytest.approx(rows[1]["selected_entropy"], rel=1e-4)
+    assert rows[0]["policy_loss"] == pytest.approx(rows[1]["policy_loss"], rel=1e-3, abs=1e-6)
+
+
+def test_hidden_states_give_what_logits_give(config):
+    config = replace(config, steps=1)
+    rows = []
+    for operator in ("logits", "linear"):
+        loop.train(replace(config, out=config.out / operator, operator=operator))
+        rows.append(read_rows(config.out / operator)[0])
+    assert_alike(*rows, rel=1e-4)
+
+
+def test_several_updates_move_away_from_the_sampling_policy(config):
+    config = replace(config, steps=1, learning_rate=1e-2)
+    loop.train(replace(config, out=config.out / "1"))
+    loop.train(replace(config, out=config.out / "4", updates=4))
+    one, four = (read_rows(config.out / name)[0] for name in "14")
+    assert abs(one["approx_kl"]) < 1e-9
+    assert four["approx_kl"] > 1e-4
+
+
+def test_an_interrupted_run_goes_on_to_the_bit(config):
+    loop.train(replace(config, out=config.out / "whole"))
+
+    def interrupt(row):
+        if row["step"] == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    stopped = replace(config, out=config.out / "stopped")
+    with pytest.raises(loop.Interrupted, match="step 3 of 5"):
+        loop.train(stopped, interrupt)
+    assert checkpoint.read(stopped.out / "checkpoint.pt")["steps_done"] == 3
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    loop.train(stopped)
+    assert_same_bits(weights(config.out / "whole"), weights(stopped.out))
+    logs = [read_rows(config.out / name) for name in ("whole", "stopped")]
+    for whole, resumed in zip(*logs, strict=True):
+        assert {**whole, **dict.fromkeys(TIMES)} == {**resumed, **dict.fromkeys(TIMES)}
+
+
+def test_a_killed_run_goes_on_to_the_bit(config):
+    config = replace(config, steps=8)
+    finish(start(replace(config, out=config.out / "whole")))
+    killed = replace(config, out=config.out / "killed")
+    for kill_at in (3, 6):  # beyond a checkpoint, whose rows of the log are made again
+        process = start(killed)
+        for line in process.stdout:
+            if line == f"step {kill_at}\n":
+                break
+        process.kill()
+        process.communicate()
+    finish(start(killed))
+    assert_same_bits(weights(config.out / "whole"), weights(killed.out))
+    assert [row["step"] for row in read_rows(killed.out)] == list(range(1, 9))
+
+
+def test_killed_while_it_writes_a_checkpoint(config, monkeypatch):
+    loop.train(replace(config, steps=2))
+    old = (config.out / "checkpoint.pt").read_bytes()
+
+    def die(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", die)
+    with pytest.raises(KeyboardInterrupt):
+        loop.train(config)
+    assert (config.out / "checkpoint.pt").read_bytes() == old
+
+
+def test_another_config_is_refused(config):
+    loop.train(replace(config, steps=1))
+    files = {path: path.read_bytes() for path in config.out.iterdir() if path.is_file()}
+    other = replace(config, temperature=0.5, method=replace(config.method, clip_high=0.3))
+    with pytest.raises(checkpoint.OtherConfigError) as refused:
+        loop.train(other)
+    assert "temperature was 1.0, is 0.5" in str(refused.value)
+    assert "method.clip_high was 0.28, is 0.3" in str(refused.value)
+    assert "steps" not in str(refused.value)
+    assert files == {path: path.read_bytes() for path in config.out.iterdir() if path.is_file()}
+    loop.train(replace(config, steps=2))  # more steps of the same run are no other run
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run(config, monkeypatch):
+    loop.train(replace(config, steps=2))
+    saved = weights(config.out)
+    advantages = loop.pk.group_advantages
+    monkeypatch.setattr(loop.pk, "group_advantages", lambda rewards: advantages(rewards) * float("inf"))
+    with pytest.raises(FloatingPointError, match="step 3"):
+        loop.train(config)
+    assert_same_bits(saved, weights(config.out))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("algo", ["paec", "siren"])
+def test_two_processes_equal_one(config, algo):
+    config = with_algo(replace(config, steps=2, updates=2), algo)
+    finish(start(replace(config, out=config.out / "one")))
+    finish(start(replace(config, out=config.out / "two"), processes=2))
+    one, two = (read_rows(config.out / name) for name in ("one", "two"))
+    for a, b in zip(one, two, strict=True):
+        assert_alike(a, b, rel=1e-3)
+    a, b = weights(config.out / "one"), weights(config.out / "two")
+    assert all((a[name] - b[name]).abs().mean() < 1e-2 * config.learning_rate for name in a)
+
+
+def test_prompts_must_divide_among_updates(config):
+    with pytest.raises(ValueError, match=r"prompts must be a multiple of updates = 3, got 4"):
+        replace(config, updates=3)
+
+
+def test_seeds_differ_and_repeat(config):
+    runs = {}
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        loop.train(replace(config, steps=1, seed=seed, out=config.out / name))
+        runs[name] = weights(config.out / name)
+    assert_same_bits(runs["a"], runs["b"])
+    assert any(not torch.equal(runs["a"][name], runs["c"][name]) for name in runs["a"])
+
+
+def test_time_is_counted_as_it_passes(config):
+    began = time.perf_counter()
+    loop.train(config)
+    elapsed = time.perf_counter() - began
+    assert 0.3 * elapsed < sum(row["seconds"] for row in read_rows(config.out)) < elapsed
