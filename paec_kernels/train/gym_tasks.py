@@ -75,11 +75,8 @@ class GymTask:
 
     def reward(self, problem: Problem, text: str) -> float:
         """1.0 where the library gives the extracted answer its full score."""
-        answer = self.extract(text)
         assert isinstance(problem, GymProblem)  # made here
-        if answer is None:
-            return 0.0
-        return float(self._chunk(0).score_answer(answer, problem.entry) >= 1.0)
+        return float(self._chunk(0).score_answer(self.extract(text), problem.entry) >= 1.0)
 
     @cached_property
     def _eval_pool(self) -> list[GymProblem]:

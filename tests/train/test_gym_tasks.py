@@ -23,7 +23,7 @@ def test_an_index_is_always_the_same_problem(dataset: str) -> None:
     task, other = GymTask(dataset), GymTask(dataset)
     problems = [task.train_problem(index) for index in indices]
     assert problems == [other.train_problem(index) for index in reversed(indices)][::-1]
-    assert len({problem.prompt for problem in problems}) > 1
+    assert len({problem.prompt for problem in problems}) >= (2 if dataset == "coin_flip" else 5)
 
 
 @pytest.mark.parametrize("dataset", ["basic_arithmetic", "coin_flip"])  # coin_flip makes few different problems
