@@ -565,6 +565,7 @@ def test_smollm2(tmp_path: Path) -> None:
     from paec_kernels.demo.questions import QUESTIONS, messages
 
     policy, tokenizer = demo.load(torch.device("cpu"))
+    policy.is_quantized = False  # its file is, its weights were dequantised
     run = PAECGRPOTrainer(
         model=policy,
         reward_funcs=lambda completions, **_: [float(any(c.isdigit() for c in x[0]["content"])) for x in completions],
