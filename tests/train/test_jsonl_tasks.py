@@ -85,7 +85,7 @@ def test_names_of_fields(tmp_path: Path, row: dict) -> None:
         ({"problem": " ", "answer": 1}, "problem must be a text or a list of turns with content, got ' '"),
         (
             {"prompt": [{"role": "user"}], "answer": 1},
-            r"prompt must be a text or a list of turns with content, got '\[",
+            r"prompt must be a text or a list of turns with content, got .\[",
         ),
         ({"prompt": ["?"], "answer": 1}, "prompt must be a text or a list of turns with content"),
         ({"problem": "?", "answer": [1]}, r"answer must be a text or a number, got '\[1\]'"),
