@@ -321,7 +321,8 @@ class Algorithm(nn.Module):
             "nucleus_size": step_mean([batch.stats.nucleus_size.to(batch.old_logp.dtype) for batch in micro_batches]),
         }
         if term is not None:
-            metrics |= {f"term/{name}": value for name, value in term._asdict().items()}
+            # "items" is no metric of the step: it is divided by the ranks.
+            metrics |= {f"term/{name}": value for name, value in term._asdict().items() if name != "items"}
         return Plan(normalizer, term, self.options.select(micro_batches, seed, self.process_group), metrics)
 
     def loss(self, batch: Batch, plan: Plan, index: int) -> LossAndMetrics:

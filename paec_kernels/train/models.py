@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from paec_kernels.train import checkpoint, hf_policy
+from paec_kernels.train import checkpoint
 from paec_kernels.train.config import TrainConfig
 from paec_kernels.train.policy import Policy
 from paec_kernels.train.tiny_model import TinyModel, TinyPolicy
@@ -30,7 +30,7 @@ def starting_policy(
     """
     if config.model == "tiny":
         return TinyPolicy(warm_start(config.warm_start, config.cache, on_warm_step).to(device))
-    return hf_policy.load(config.model, device)
+    return _hugging_face(config.model, device)
 
 
 def trained_policy(run: Path, device: torch.device) -> Policy:
@@ -41,6 +41,12 @@ def trained_policy(run: Path, device: torch.device) -> Policy:
     """
     state = checkpoint.read(run / "checkpoint.pt")
     model = json.loads((run / "config.json").read_text())["model"]
-    policy: Policy = TinyPolicy(TinyModel().to(device)) if model == "tiny" else hf_policy.load(model, device)
+    policy: Policy = TinyPolicy(TinyModel().to(device)) if model == "tiny" else _hugging_face(model, device)
     policy.module.load_state_dict(state["model"])
     return policy
+
+
+def _hugging_face(name: str, device: torch.device) -> Policy:
+    from paec_kernels.train import hf_policy  # transformers takes seconds to import, and the tiny model needs none
+
+    return hf_policy.load(name, device)

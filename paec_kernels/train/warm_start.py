@@ -70,10 +70,10 @@ def warm_start(
         cooled = (1 + math.cos(math.pi * min(1, step / options.skill_steps))) / 2
         optimizer.param_groups[0]["lr"] = options.learning_rate * min(1, (step + 1) / 100) * (0.1 + 0.9 * cooled)
         loss = batch_loss(model, families, options, step)
-        optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
+        optimizer.zero_grad()  # after, so that no gradient goes along with the model
         on_step(step, loss.item())
     folder.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(f".{os.getpid()}.partial")  # several processes may make the same file at once

@@ -68,7 +68,7 @@ def start(config: TrainConfig, **processes) -> subprocess.Popen:
     kept = "out cache warm_start tasks algo steps prompts answers micro_batch max_new_tokens checkpoint_every updates"
     options = {name: options[name] for name in kept.split()}
     options["warm_start"].pop("habits")
-    launch = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0"] if processes else []
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"] if processes else []
     command = [sys.executable, *launch, str(WORKER), json.dumps(options)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 

@@ -21,6 +21,7 @@ def test_made_once_and_read_after_that(tmp_path):
     assert steps[-1][1] < 0.9 * steps[0][1]
     read = warm_start(OPTIONS, tmp_path, lambda step, loss: pytest.fail("made again"))
     assert same(made, read)
+    assert all(parameter.grad is None for parameter in made.parameters())  # none for the training to add to
     assert [path.suffix for path in tmp_path.iterdir()] == [".pt"]
 
 
