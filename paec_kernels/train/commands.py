@@ -20,6 +20,7 @@ from paec_kernels.train.evaluate import format_table
 from paec_kernels.train.models import pick_device, starting_policy, trained_policy
 from paec_kernels.train.policy import Policy
 from paec_kernels.train.presets import with_algo
+from paec_kernels.train.problem import Task
 from paec_kernels.train.run_folder import find_runs, read_run
 from paec_kernels.train.tasks import load_tasks
 
@@ -29,7 +30,7 @@ INTERRUPTED = 130  # the shell's status for SIGINT
 def train(config: TrainConfig) -> int:
     """Train with a progress bar, then evaluate."""
     console = _console()
-    load_tasks((*config.tasks, *config.eval_tasks))  # a wrong name is found before anything is made
+    load_tasks(config.tasks, config.eval_tasks)  # a wrong name is found before anything is made
     try:
         with _progress(console) as progress:
             _make_start(config, progress)
@@ -54,15 +55,15 @@ def evaluate(config: EvalConfig) -> int:
     if config.run is not None:
         policy = trained_policy(config.run, device)
         trained = json.loads((config.run / "config.json").read_text())
-        names = config.tasks or tuple(trained["eval_tasks"] or trained["tasks"])
+        _, tasks = load_tasks(trained["tasks"], config.tasks or trained["eval_tasks"])
     else:
         start = TrainConfig(model=config.model)
+        _, tasks = load_tasks((), config.tasks or start.tasks)
         with _progress(_console()) as progress:
             _make_start(start, progress)
         policy = starting_policy(start, device)
-        names = config.tasks or TrainConfig().tasks
     out = config.out or config.run or Path("runs/eval")
-    _evaluate(policy, names, config.evaluate, config.max_new_tokens, config.temperature, out, _console())
+    _evaluate(policy, tasks, config.evaluate, config.max_new_tokens, config.temperature, out, _console())
     return 0
 
 
@@ -92,7 +93,7 @@ def compare(config: CompareConfig) -> int:
 
 def _train_all(runs: list[TrainConfig], jobs: int, console: Console) -> bool:
     """Whether all were trained and evaluated; False after SIGINT, which every process gets."""
-    load_tasks((*runs[0].tasks, *runs[0].eval_tasks))
+    load_tasks(runs[0].tasks, runs[0].eval_tasks)
     threads = max(1, torch.get_num_threads() // jobs)
     context = multiprocessing.get_context("spawn")
     with _progress(console) as progress, ProcessPoolExecutor(jobs, context) as pool:
@@ -129,13 +130,13 @@ def _train_one(config: TrainConfig, threads: int) -> bool:
 
 
 def _evaluate_run(config: TrainConfig, policy: Policy, console: Console) -> None:
-    names = config.eval_tasks or config.tasks
-    _evaluate(policy, names, config.evaluate, config.max_new_tokens, config.temperature, config.out, console)
+    _, tasks = load_tasks(config.tasks, config.eval_tasks)
+    _evaluate(policy, tasks, config.evaluate, config.max_new_tokens, config.temperature, config.out, console)
 
 
 def _evaluate(
     policy: Policy,
-    names: Sequence[str],
+    tasks: Sequence[Task],
     options: EvalOptions,
     max_new_tokens: int,
     temperature: float,
@@ -146,7 +147,7 @@ def _evaluate(
         bar = progress.add_task("evaluate")
         evaluation = evaluate_policy(
             policy,
-            load_tasks(names),
+            tasks,
             problems=options.problems,
             samples=options.samples,
             max_new_tokens=max_new_tokens,

@@ -80,20 +80,21 @@ class Run:
 
     def statistics(self, model: nn.Module, rollout: Rollout) -> pk.TokenStats:
         """Of the answers' tokens [B, T] under the current weights."""
-        with self._autocast():
-            hidden = model(rollout.sequences, rollout.attention_mask, rollout.prompt_length)
-            source = hidden if self.config.operator == "linear" else hidden @ self.policy.head.T
         options: dict[str, Any] = {
             "token_ids": rollout.token_ids,
             "valid": rollout.valid,
             "top_p": self.algorithm.top_p,
             "temperature": self.config.temperature,
         }
-        with self.clock.forward():
-            if self.config.operator == "linear":
-                stats = pk.linear_token_stats(source, self.policy.head, **options)
-            else:
-                stats = pk.token_stats(source, inplace_backward=True, **options)
+        linear = self.config.operator == "linear"
+        with self._autocast():
+            hidden = model(rollout.sequences, rollout.attention_mask, rollout.prompt_length)
+            source = hidden if linear else hidden @ self.policy.head.T
+            with self.clock.forward():
+                if linear:
+                    stats = pk.linear_token_stats(source, self.policy.head, **options)
+                else:
+                    stats = pk.token_stats(source, inplace_backward=True, **options)
         if source.requires_grad:
             self.clock.watch_backward(source, stats)
         return stats
@@ -127,7 +128,7 @@ def train(config: TrainConfig, on_step: Callable[[Row], None] = lambda row: None
             f"prompts must be a multiple of updates * processes = {config.updates * world}, got {config.prompts}"
         )
     device = pick_device(config.device)
-    tasks = load_tasks(config.tasks)
+    tasks, _ = load_tasks(config.tasks, config.eval_tasks)
     policy = starting_policy(config, device)
     model = DistributedDataParallel(policy.module) if world > 1 else policy.module
     optimizer = torch.optim.AdamW(policy.module.parameters(), config.learning_rate, weight_decay=config.weight_decay)

@@ -1,4 +1,4 @@
-"""Tasks by name."""
+"""Tasks by name: a family of the tiny model, ``gym:NAME`` for a reasoning-gym dataset, or a .jsonl file."""
 
 from collections.abc import Sequence
 
@@ -6,16 +6,31 @@ from paec_kernels.train.families import FAMILIES
 from paec_kernels.train.problem import Task
 
 
-def load_tasks(names: Sequence[str]) -> list[Task]:
-    """A family of the tiny model by its name, ``gym:NAME`` for a reasoning-gym dataset, or a .jsonl file.
+def load_tasks(train: Sequence[str], evaluation: Sequence[str] = ()) -> tuple[list[Task], list[Task]]:
+    """The tasks of a training run and of its evaluation, by default on the training's tasks.
 
     Raises:
-        ValueError: a name of none of them.
+        ValueError: a name of no task, or a .jsonl file that is not as it must be.
     """
-    return [_load(name) for name in names]
+    evaluation = evaluation or train
+    names = dict.fromkeys((*train, *evaluation))
+    tasks: dict[str, Task] = {name: _generated(name) for name in names if not name.endswith(".jsonl")}
+    files = [name for name in names if name not in tasks]
+    if files:
+        # Imported where it is needed, as reasoning-gym below: math-verify and it take seconds, and families need none.
+        from paec_kernels.train import jsonl_tasks
+
+        trained, evaluated = ([name for name in uses if name in files] for uses in (train, evaluation))
+        to_train, to_evaluate = jsonl_tasks.load(trained, evaluated)
+        tasks |= dict(zip(trained, to_train, strict=True)) | dict(zip(evaluated, to_evaluate, strict=False))
+    return [tasks[name] for name in train], [tasks[name] for name in evaluation]
 
 
-def _load(name: str) -> Task:
+def _generated(name: str) -> Task:
     if name in FAMILIES:
         return FAMILIES[name]
+    if name.startswith("gym:"):
+        from paec_kernels.train.gym_tasks import GymTask
+
+        return GymTask(name.removeprefix("gym:"))
     raise ValueError(f"tasks must be among {', '.join(FAMILIES)}, gym:NAME or a .jsonl file, got {name!r}")

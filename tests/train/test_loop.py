@@ -116,6 +116,18 @@ def test_hidden_states_give_what_logits_give(config):
     assert_alike(*rows, rel=1e-4)
 
 
+@pytest.mark.parametrize("operator", ["logits", "linear"])
+def test_bfloat16_trains_float32_weights(config, operator):
+    rows = {}
+    for precision in ("float32", "bfloat16"):
+        run = loop.train(replace(config, steps=1, out=config.out / precision, operator=operator, precision=precision))
+        assert all(parameter.dtype == torch.float32 for parameter in run.policy.module.parameters())
+        rows[precision] = read_rows(config.out / precision)[0]
+    for name in ("entropy", "selected_entropy", "gradient_norm"):
+        assert rows["bfloat16"][name] != rows["float32"][name]
+        assert rows["bfloat16"][name] == pytest.approx(rows["float32"][name], rel=0.1)
+
+
 def test_several_updates_move_away_from_the_sampling_policy(config):
     config = replace(config, steps=1, learning_rate=1e-2)
     loop.train(replace(config, out=config.out / "1"))
