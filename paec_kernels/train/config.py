@@ -46,9 +46,9 @@ class TrainConfig:
     method: Method = field(default_factory=ALGORITHMS["paec"])
     seed: int = 0
     """Of the order of problems and of the sampling."""
-    steps: int = 200
+    steps: int = 250
     """Batches of rollouts."""
-    prompts: int = 16
+    prompts: int = 20
     """Prompts in a batch, over all processes."""
     answers: int = 16
     """Answers sampled for each prompt: a group."""
@@ -60,7 +60,7 @@ class TrainConfig:
     """Where an answer is cut off."""
     temperature: float = 1.0
     """Of the sampling and of all statistics."""
-    learning_rate: float = 3e-4
+    learning_rate: float = 1e-4
     """Of AdamW, constant."""
     weight_decay: float = 0.0
     """Of AdamW."""

@@ -37,8 +37,8 @@ class Work(NamedTuple):
 class Habits:
     """How the worked solutions are written that the model first learns from."""
 
-    careful: float = 0.1
-    """Share that takes the careful route."""
+    careful: float = 0.001
+    """Share that takes the careful route: so rare that a policy which narrows early never tries it."""
     slip: float = 0.15
     """Share in which one digit is wrong."""
 
