@@ -10,7 +10,7 @@ from benchmarks.implementations import Implementation, Outputs
 from benchmarks.workload import TOP_P, Case, Inputs, only, policy_loss, take
 
 # An exact implementation errs by no more than the definition in float32 does, times SLACK, + 1e-5 (nats, or of the
-# largest gradient). Others may err by what rounding to the logits' dtype explains.
+# largest gradient). Others may err by that, or by what rounding to the logits' dtype explains.
 SLACK, EXTRA = 1.2, 1e-5
 VALUE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.15, torch.float16: 0.02}
 GRADIENT_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.03, torch.float16: 0.01}
@@ -33,9 +33,11 @@ class Truth:
     """Float64 outputs of the checked rows, and gradients of weighted sums of them.
 
     Of the linear form the logits are those of a product in the inputs' own dtype, and only what follows is float64.
+    ``in_float32`` is the same definition in float32, whose errors are rounding's.
     """
 
     def __init__(self, inputs: Inputs, rows: Tensor, dtype: torch.dtype = torch.float64) -> None:
+        self.in_float32 = self if dtype == torch.float32 else Truth(inputs, rows, torch.float32)
         self.rows = rows
         self.some = take(only(inputs, rows), rows)
         with torch.no_grad():
@@ -84,7 +86,6 @@ def check(implementation: Implementation, case: Case, inputs: Inputs, found: Out
             raise WrongResult(f"returns no {name}")
     # Where the logits are a 16-bit product, another order of summation rounds some of them otherwise.
     strict = implementation.exact and not (case.d and case.dtype.itemsize < 4)
-    definition = Truth(inputs, truth.rows, torch.float32) if strict else None
     same = _same_sizes(found, truth, strict, implementation.keeps)
 
     values = 0.0
@@ -93,17 +94,22 @@ def check(implementation: Implementation, case: Case, inputs: Inputs, found: Out
             continue
         picked, kept = (output, ...) if output.dim() == 0 else (output[truth.rows], same)
         error = _largest(picked, truth.outputs[name], kept)
-        allowed = VALUE_TOLERANCE[case.dtype]
-        if definition is not None:
-            allowed = SLACK * _largest(definition.outputs[name], truth.outputs[name], kept) + EXTRA
+        rounding = _largest(truth.in_float32.outputs[name], truth.outputs[name], kept)
+        allowed = _allowed(rounding, VALUE_TOLERANCE[case.dtype], strict)
         if not error <= allowed:
             raise WrongResult(f"{name} is off by {error:.1e}, allowed {allowed:.1e}")
         values = max(values, error)
 
     gradient = 0.0
     if implementation.gradients:
-        gradient = _gradient_error(implementation, case, inputs, truth, definition, same)
+        gradient = _gradient_error(implementation, case, inputs, truth, strict, same)
     return Errors(values, gradient)
+
+
+def _allowed(rounding: float, tolerance: float, strict: bool) -> float:
+    """An error; ``rounding`` is that of the definition in float32."""
+    bound = SLACK * rounding + EXTRA
+    return bound if strict else max(bound, tolerance)
 
 
 def _same_sizes(found: Outputs, truth: Truth, strict: bool, most: int | None) -> Tensor:
@@ -124,7 +130,7 @@ def _same_sizes(found: Outputs, truth: Truth, strict: bool, most: int | None) ->
 
 
 def _gradient_error(
-    implementation: Implementation, case: Case, inputs: Inputs, truth: Truth, definition: Truth | None, same: Tensor
+    implementation: Implementation, case: Case, inputs: Inputs, truth: Truth, strict: bool, same: Tensor
 ) -> float:
     """Relative to the largest entry; no gradient may reach another row than those that carry weight."""
     grad = inputs.rows.grad
@@ -137,18 +143,16 @@ def _gradient_error(
 
     true = truth.gradients(implementation.gradients)
     ours = (grad[truth.rows], *(() if inputs.head is None else (inputs.head.grad,)))
-    eager = None if definition is None else definition.gradients(implementation.gradients)
+    eager = truth.in_float32.gradients(implementation.gradients)
     worst = 0.0
     for i, (found, expected) in enumerate(zip(ours, true, strict=True)):
         kept = same if i == 0 else ...  # the head's gradient is a sum over rows
         if inputs.head is None and not implementation.exact:
-            expected = expected.masked_fill(truth.tied, 0)
-            found = found.masked_fill(truth.tied, 0)
+            expected, found = (tensor.masked_fill(truth.tied, 0) for tensor in (expected, found))
         scale = max(expected.abs().max().item(), 1e-30)
         error = _largest(found, expected, kept) / scale
-        allowed = GRADIENT_TOLERANCE[case.dtype]
-        if eager is not None:
-            allowed = SLACK * _largest(eager[i].to(found.dtype), expected, kept) / scale + EXTRA
+        rounding = _largest(eager[i].to(found.dtype), expected, kept) / scale
+        allowed = _allowed(rounding, GRADIENT_TOLERANCE[case.dtype], strict)
         if not error <= allowed:
             raise WrongResult(f"its gradient is off by {error:.1e} of the largest entry, allowed {allowed:.1e}")
         worst = max(worst, error)

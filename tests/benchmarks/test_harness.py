@@ -90,6 +90,17 @@ def test_a_wrong_gradient_of_the_linear_form_gets_no_number(monkeypatch, weight)
     assert all(row.status == "ok" for row in only(rows, implementation=honest.name))
 
 
+def test_a_wrong_result_written_over_the_logits_gets_no_number(monkeypatch):
+    """The bound comes from the logits as they were, not from what stands in their place."""
+    in_place = ours.IMPLEMENTATIONS[1]
+    assert in_place.overwrites
+    rows = rows_of(monkeypatch, in_place, altered("value", WRONG["value"][0], of=in_place))
+    assert_no_number(only(rows, implementation="value"), "wrong", "entropy is off by 1.0e-02")
+    rows = rows_of(monkeypatch, in_place, altered("gradient", scale_gradient, of=in_place))
+    assert_no_number(only(rows, implementation="gradient"), "wrong", "its gradient is off by")
+    assert all(row.status == "ok" for row in only(rows, implementation=in_place.name))
+
+
 def test_a_missing_rival_gets_no_number(monkeypatch):
     missing = replace(HONEST, name="missing", packages=(("no-such-thing", "no_such_thing"),))
     rows = rows_of(monkeypatch, missing, HONEST)
