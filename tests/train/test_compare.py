@@ -124,6 +124,8 @@ def test_tables(runs: list[Run]) -> None:
     assert "| 0.300 ± 0.000 |" in paec
     assert "| +18.8 ± 79.4 |" in lines[-1]
 
+    assert [line.split()[1] for line in lines[8:] if line.startswith("| ")] == ["arm", "---", "paec"]
+
     console = Console(width=100)
     with console.capture() as capture:
         console.print(*format_tables(compare(runs)))
