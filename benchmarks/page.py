@@ -135,7 +135,6 @@ def comparison(rows: list[Row]) -> Iterator[str]:
         by_name = {name: only(own, implementation=name) for name in dict.fromkeys(r.implementation for r in own)}
         for name in sorted(by_name, key=lambda name: (name != floor, _unmeasured(by_name[name]))):
             yield _cells([name, *_of_implementation(by_name[name])])
-        yield ""
 
 
 def _of_implementation(rows: list[Row]) -> list[str]:
