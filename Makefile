@@ -15,7 +15,7 @@ TORCH_VERSION := $(shell sed -n 's/^torch==//p' constraints.txt)
 UNAME := $(shell uname -s)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-triton36 lint format
+.PHONY: help setup demo test test-triton36 test-verl lint format
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -30,6 +30,9 @@ test: .venv/.stamp ## all tests
 
 test-triton36: .venv-triton36/.stamp ## the kernels' tests on triton 3.6, in an environment of its own
 	TRITON_INTERPRET=1 .venv-triton36/bin/python -m pytest -n $(JOBS) tests/token_stats tests/calibration
+
+test-verl: .venv-verl/.stamp ## the tests of PAEC in verl, in an environment of its own
+	.venv-verl/bin/python -m pytest -n $(JOBS) --dist loadfile tests/integrations_verl
 
 lint: .venv/.stamp ## ruff and mypy
 	.venv/bin/ruff check .
@@ -75,4 +78,11 @@ endif
 	$(call install_cpu_torch,.venv-triton36)
 	.venv-triton36/bin/python -m pip install --quiet --constraint constraints-triton36.txt \
 		--no-build-isolation --editable '.[test]'
+	@touch $@
+
+.venv-verl/.stamp: pyproject.toml constraints-verl.txt
+	$(call new_venv,.venv-verl)
+	$(call install_cpu_torch,.venv-verl)
+	.venv-verl/bin/python -m pip install --quiet --constraint constraints-verl.txt \
+		--no-build-isolation --editable '.[verl,test]'
 	@touch $@

@@ -1,0 +1,194 @@
+"""PAEC in verl's PPO and GRPO trainer (verl 0.9, the actor on FSDP or FSDP2): a configuration class, and its worker.
+
+Importing this module makes verl's actor worker `PAECTrainingWorker`, which does nothing else until the configuration
+asks for PAEC. It must be imported wherever verl runs, Ray's workers included. Any of these does that:
+
+- the entry point ``verl.plugins`` that this package installs,
+- the environment variable ``VERL_USE_EXTERNAL_MODULES=paec_kernels.integrations.verl``,
+- the configuration itself, whose ``_target_`` is in this module.
+
+So a failure to load cannot pass unseen: verl hides that of an entry point, but not that of a ``_target_``, and without
+the ``_target_`` the keys ``paec`` are refused.
+
+    actor_rollout_ref.actor.policy_loss._target_=paec_kernels.integrations.verl.PAECPolicyLossConfig
+    +actor_rollout_ref.actor.policy_loss.paec.beta=0.01
+"""
+
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor, nn
+from verl.utils import tensordict_utils as tu
+from verl.utils.fs import copy_to_local
+from verl.utils.metric import AggregationType, Metric
+from verl.utils.ulysses import ulysses_pad_and_slice_inputs
+from verl.workers.config import PolicyLossConfig
+from verl.workers.engine_workers import ActorRolloutRefWorker, TrainingWorker
+from verl.workers.utils.padding import no_padding_2_padding
+
+from paec_kernels.calibration import PAEC, PAECConfig
+from paec_kernels.calibration.paec import Plan
+from paec_kernels.reference import TokenStats
+from paec_kernels.token_stats import token_stats
+
+STATE_NAME = "paec.pt"
+
+
+@dataclass
+class PAECPolicyLossConfig(PolicyLossConfig):
+    """verl's ``actor.policy_loss`` and, under ``paec``, fields of ``PAECConfig``; those left out keep their defaults.
+
+    Any ``loss_mode`` goes with PAEC, which adds its term to it.
+
+    Raises:
+        TypeError, ValueError: as ``PAECConfig``.
+    """
+
+    paec: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.paec_config()
+
+    def paec_config(self) -> PAECConfig:
+        return PAECConfig(**self.paec)
+
+
+class PAECTrainingWorker(TrainingWorker):
+    """verl's actor worker with PAEC's term in the loss, exact over all micro-batches and ranks of an optimiser step.
+
+    Each ``train_batch``, which is one optimiser step, starts with a forward pass without gradients over all its
+    micro-batches, from which threshold and mean come. In both passes verl's engine hands over the logits, as it does
+    for distillation, and the statistics, the log-probabilities and the entropy of the policy loss come from one call
+    of ``token_stats``; its backward pass writes over the logits, so no second tensor of their size exists. Where verl
+    has no flash-attn, it rounds the old log-probabilities to the logits' dtype, and these are more exact.
+
+    Metrics are in verl's log as ``actor/paec/...``; entropies in nats. The anchor is in each of the actor's
+    checkpoints, in the file ``paec.pt``.
+
+    ``paec`` is the ``PAEC`` module, or None if the configuration does not ask for it: this is verl's worker then.
+    """
+
+    paec: PAEC | None = None
+
+    def set_loss_fn(self, loss_fn: Any) -> None:
+        """The policy loss. verl's own carries the actor's configuration; a later one keeps PAEC as it is.
+
+        Raises:
+            ValueError: an engine that does not offer its logits, or noise in the model.
+        """
+        options = getattr(loss_fn, "keywords", {})
+        policy_loss = getattr(options.get("config"), "policy_loss", None)
+        if isinstance(policy_loss, PAECPolicyLossConfig):
+            self._refuse_what_cannot_work(distillation=options.get("distillation_config") is not None)
+            self.paec = PAEC(policy_loss.paec_config(), self.engine.get_data_parallel_group())
+        super().set_loss_fn(loss_fn if self.paec is None else _LossWithPAEC(loss_fn, self.paec))
+
+    def train_batch(self, data: TensorDict) -> TensorDict | None:
+        if self.paec is None:
+            return super().train_batch(data)
+        # The engine's name for "call the loss with the logits", and for "compute nothing from them yourself".
+        tu.assign_non_tensor(data, distillation_use_topk=True, distillation_only=True, calculate_entropy=False)
+        scan = data.copy()  # infer_batch writes into it
+        tu.assign_non_tensor(
+            scan,
+            compute_loss=True,
+            micro_batch_size_per_gpu=self.engine_config.micro_batch_size_per_gpu,
+            max_token_len_per_gpu=self.engine_config.max_token_len_per_gpu,
+        )
+        self.loss_fn.start_step()
+        self.infer_batch(scan)
+        self.loss_fn.make_plan()
+        output = super().train_batch(data)
+        self.paec.step()
+        return output
+
+    def save_checkpoint(self, local_path: str, *args: Any, **options: Any) -> None:
+        super().save_checkpoint(local_path, *args, **options)
+        if self.paec is not None and local_path is not None:
+            # Every rank writes the same, since a checkpoint may lie on each node's own disk.
+            path = os.path.join(local_path, STATE_NAME)
+            torch.save(self.paec.state_dict(), f"{path}.{self.rank}.tmp")
+            os.replace(f"{path}.{self.rank}.tmp", path)
+
+    def load_checkpoint(self, local_path: str, *args: Any, **options: Any) -> None:
+        """Raises FileNotFoundError where the checkpoint was written without PAEC, besides what verl raises."""
+        super().load_checkpoint(local_path, *args, **options)
+        if self.paec is not None and local_path is not None:
+            path = copy_to_local(os.path.join(local_path, STATE_NAME))
+            self.paec.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+
+    def _refuse_what_cannot_work(self, distillation: bool) -> None:
+        config = self.engine_config
+        for refused, reason in (
+            (config.strategy not in ("fsdp", "fsdp2"), f"needs actor.strategy fsdp or fsdp2, got {config.strategy!r}"),
+            (config.use_fused_kernels, "needs use_fused_kernels=False: verl's fused kernels leave no logits"),
+            (config.pad_to_length, "needs pad_to_length=False: verl offers no logits of padded batches"),
+            (distillation, "cannot be combined with distillation, which takes the logits for itself"),
+        ):
+            if refused:
+                raise ValueError(f"PAEC {reason}")
+        noise = [
+            name for name, module in self.engine.module.named_modules() if isinstance(module, nn.Dropout) and module.p
+        ]
+        if noise:
+            raise ValueError(f"PAEC needs dropout 0, since it sees each token twice, got dropout in {', '.join(noise)}")
+
+
+class _LossWithPAEC:
+    """What verl's engine calls twice for each micro-batch: with the logits, and with what came of them, for the loss.
+
+    Before the plan is made, micro-batches are only observed.
+    """
+
+    def __init__(self, loss_fn: Any, paec: PAEC) -> None:
+        self.loss_fn = loss_fn
+        self.paec = paec
+        self.plan: Plan | None = None
+        self.metrics: dict[str, float] = {}
+
+    def start_step(self) -> None:
+        self.plan = None
+
+    def make_plan(self) -> None:
+        self.plan = self.paec.plan()
+        loss = self.paec.config.lam * self.plan.penalty - self.paec.config.beta * self.plan.mean_entropy
+        numbers = self.plan._asdict() | {"loss": loss}
+        values = torch.stack(list(numbers.values())).tolist()
+        # The anchor is NaN until it is set; the others are numbers.
+        self.metrics = {f"paec/{name}": v for name, v in zip(numbers, values, strict=True) if v == v}
+
+    def __call__(
+        self,
+        model_output: Any = None,
+        data: Any = None,
+        dp_group: Any = None,
+        student_logits: Tensor | None = None,
+    ) -> Any:
+        if student_logits is not None:
+            return self._statistics(student_logits, data)
+        stats = TokenStats(*(no_padding_2_padding(model_output[f"paec_{name}"], data) for name in TokenStats._fields))
+        valid = data.select("response_mask").to_padded_tensor()["response_mask"].bool()  # [B, T], as stats
+        if self.plan is None:
+            self.paec.observe(stats, valid)
+            return stats.entropy.new_zeros(()), {}
+        loss, metrics = self.loss_fn(model_output=model_output, data=data, dp_group=dp_group)
+        metrics |= Metric.from_dict(self.metrics, AggregationType.MEAN)
+        # A share of the whole step's term; shares add up over micro-batches, and ranks are averaged, as in verl.
+        return loss + self.paec.term(stats, valid, self.plan), metrics
+
+    def _statistics(self, logits: Tensor, data: TensorDict) -> dict[str, Tensor]:
+        """Statistics ``[1, N]`` of packed logits ``[1, N, V]``, which verl has divided by the temperature."""
+        token_ids = data["input_ids"].values().roll(-1)[None]  # of what each row predicts; the last row is not used
+        sp_size = tu.get_non_tensor_data(data, "sp_size", default=1)
+        if sp_size > 1:  # Ulysses: this rank has a part of the logits, and verl gathers what comes of them
+            token_ids = ulysses_pad_and_slice_inputs(token_ids, sp_size=sp_size)[0]
+        stats = token_stats(logits, token_ids, top_p=self.paec.config.top_p, inplace_backward=True)
+        named = {f"paec_{name}": value for name, value in stats._asdict().items()}
+        return named | {"log_probs": stats.logp, "entropy": stats.entropy}
+
+
+# verl's own hook for another worker; a subclass of ActorRolloutRefWorker that sets it, as Tinker's, is left alone.
+ActorRolloutRefWorker.actor_worker_cls = PAECTrainingWorker
