@@ -15,15 +15,18 @@ TORCH_VERSION := $(shell sed -n 's/^torch==//p' constraints.txt)
 UNAME := $(shell uname -s)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-triton36 test-verl lint format
+.PHONY: help setup demo demo-llm test test-triton36 test-verl lint format
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: .venv/.stamp ## make .venv with the package, the demo's and the developers' tools
 
-demo: .venv/.stamp ## one GRPO + PAEC step on SmolLM2-135M: coloured answers, figures, runs/demo
-	.venv/bin/python -m paec_kernels.demo --out runs/demo $(if $(LINEAR),--linear)
+demo: .venv/.stamp ## train a tiny model by GRPO and by PAEC, a few minutes: table, plots, runs/demo
+	.venv/bin/paec compare --arms grpo paec --seeds 2 --jobs 2 --out runs/demo
+
+demo-llm: .venv/.stamp ## one GRPO + PAEC step on SmolLM2-135M: coloured answers, figures, runs/demo-llm
+	.venv/bin/python -m paec_kernels.demo --out runs/demo-llm $(if $(LINEAR),--linear)
 
 test: .venv/.stamp ## all tests
 	.venv/bin/python -m pytest -n $(JOBS)

@@ -29,7 +29,7 @@ class Options:
     operator's time and memory beside eager PyTorch's; writes the same to OUT as demo.json and demo.png.
     """
 
-    out: Path = Path("runs/demo")
+    out: Path = Path("runs/demo-llm")
     """Folder for demo.json and demo.png."""
     seed: int = 6
     """Of the sampling."""

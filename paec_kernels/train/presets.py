@@ -4,6 +4,7 @@ from dataclasses import replace
 
 from paec_kernels.train.algorithms import ALGORITHMS
 from paec_kernels.train.config import AlgoName, TrainConfig
+from paec_kernels.train.recipes import PAPER
 
 
 def with_algo(config: TrainConfig, algo: AlgoName) -> TrainConfig:
@@ -15,4 +16,18 @@ def with_algo(config: TrainConfig, algo: AlgoName) -> TrainConfig:
 
 PRESETS = {
     "tiny": TrainConfig(),
+    # SmolLM2-135M on reasoning-gym: problems that it gets right now and then.
+    "smollm2": TrainConfig(
+        preset="smollm2",
+        model="smollm2",
+        tasks=("gym:chain_sum", "gym:basic_arithmetic", "gym:letter_counting", "gym:number_sorting", "gym:leg_counting"),
+        steps=100,
+        prompts=10,
+        answers=8,
+        micro_batch=8,
+        max_new_tokens=96,
+        learning_rate=2e-6,
+        operator="linear",
+    ),
+    "paper": replace(TrainConfig(preset="paper"), **PAPER),
 }
