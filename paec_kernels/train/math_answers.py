@@ -27,7 +27,7 @@ def parse_response(text: str) -> list[Any]:
 @lru_cache(maxsize=4096)
 def parse_expected(answer: str) -> list[Any]:
     """Of a data set's answer, which is LaTeX without its dollars, or a solution that ends in a ``\\boxed{}``."""
-    return parse_response(answer if "\\boxed" in answer or "$" in answer else f"${answer}$")
+    return parse_response(f"${answer}$")
 
 
 def is_right(expected: str, text: str) -> bool:
@@ -64,7 +64,7 @@ def _canonical(value: Any) -> str:
     if isinstance(value, sympy.Tuple):
         return f"({', '.join(map(_canonical, value.args))})"
     if not isinstance(value, sympy.Expr):
-        return str(value).strip().lower()
+        return str(value)
     return _number(value) if value.is_number else str(sympy.expand(value))
 
 

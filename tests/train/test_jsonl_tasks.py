@@ -87,6 +87,7 @@ def test_names_of_fields(tmp_path: Path, row: dict) -> None:
             {"prompt": [{"role": "user"}], "answer": 1},
             r"prompt must be a text or a list of turns with content, got .\[",
         ),
+        ({"prompt": [{"content": "?"}, {}], "answer": 1}, "prompt must be a text or a list of turns with content"),
         ({"prompt": ["?"], "answer": 1}, "prompt must be a text or a list of turns with content"),
         ({"problem": "?", "answer": [1]}, r"answer must be a text or a number, got '\[1\]'"),
         ({"problem": "?", "answer": True}, "answer must be a text or a number, got 'True'"),

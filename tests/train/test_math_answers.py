@@ -16,6 +16,7 @@ from paec_kernels.train.math_answers import final_answer, is_right, parse_expect
         (r"\boxed{2\sqrt{2}}", r"\boxed{\sqrt{8}}"),
         (r"\boxed{(x+1)^2}", r"\boxed{x^2+2x+1}"),
         (r"\boxed{2, 1}", r"\boxed{\{1,2\}}"),
+        (r"\boxed{\{\sqrt{9}, 4\}}", r"\boxed{\{3, 4\}}"),  # sympy's order is another before it evaluates
         (r"\boxed{10^{20}}", r"\boxed{100000000000000000000}"),
         (r"\boxed{\text{(C)}}", r"\boxed{C}"),
         (r"\boxed{\begin{pmatrix} 1 \\ \frac12 \end{pmatrix}}", r"\boxed{\begin{pmatrix} 1 \\ 0.5 \end{pmatrix}}"),
