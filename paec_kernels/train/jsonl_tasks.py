@@ -90,12 +90,9 @@ class JsonlTask:
 def load(train: Sequence[str | Path], evaluation: Sequence[str | Path]) -> tuple[list[JsonlTask], list[JsonlTask]]:
     """The tasks of a training run and of its evaluation; a file that is in both is split.
 
-    Without evaluation files all training files are split and evaluated.
-
     Raises:
         ValueError: as JsonlTask; or a question is in a training and in an evaluation file.
     """
-    evaluation = evaluation or train
     evaluated = {Path(path).resolve() for path in evaluation}
     trained = {Path(path).resolve() for path in train}
     tasks = {

@@ -150,7 +150,9 @@ def test_files_for_training_and_for_evaluation(tmp_path: Path) -> None:
     assert [(task.name, task.use) for task in train] == [("a", "train"), ("b", "both")]
     assert [(task.name, task.use) for task in evaluation] == [("c", "eval"), ("b", "both")]
     assert train[1] is evaluation[1]
-    train, evaluation = load([b], [])
+    train, evaluation = load([b], [])  # what else is evaluated is no file
+    assert [task.use for task in (*train, *evaluation)] == ["train"]
+    train, evaluation = load([b], [b])
     assert [task.use for task in (*train, *evaluation)] == ["both", "both"]
 
 
