@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from tensordict import TensorDict
-from torch import Tensor, nn
+from torch import Tensor
 from verl.utils import tensordict_utils as tu
 from verl.utils.fs import copy_to_local
 from verl.utils.metric import AggregationType, Metric
@@ -31,10 +31,13 @@ from verl.workers.utils.padding import no_padding_2_padding
 
 from paec_kernels.calibration import PAEC, PAECConfig
 from paec_kernels.calibration.paec import Plan
+from paec_kernels.integrations.noise import sources_of_noise
 from paec_kernels.reference import TokenStats
 from paec_kernels.token_stats import token_stats
 
 STATE_NAME = "paec.pt"
+# verl's engine then calls the loss with the logits, and computes nothing from them itself.
+LOGITS_TO_THE_LOSS = {"distillation_use_topk": True, "distillation_only": True, "calculate_entropy": False}
 
 
 @dataclass
@@ -89,8 +92,7 @@ class PAECTrainingWorker(TrainingWorker):
     def train_batch(self, data: TensorDict) -> TensorDict | None:
         if self.paec is None:
             return super().train_batch(data)
-        # The engine's name for "call the loss with the logits", and for "compute nothing from them yourself".
-        tu.assign_non_tensor(data, distillation_use_topk=True, distillation_only=True, calculate_entropy=False)
+        tu.assign_non_tensor(data, **LOGITS_TO_THE_LOSS)
         scan = data.copy()  # infer_batch writes into it
         tu.assign_non_tensor(
             scan,
@@ -130,11 +132,11 @@ class PAECTrainingWorker(TrainingWorker):
         ):
             if refused:
                 raise ValueError(f"PAEC {reason}")
-        noise = [
-            name for name, module in self.engine.module.named_modules() if isinstance(module, nn.Dropout) and module.p
-        ]
+        noise = sources_of_noise(self.engine.module)
         if noise:
-            raise ValueError(f"PAEC needs dropout 0, since it sees each token twice, got dropout in {', '.join(noise)}")
+            raise ValueError(
+                f"PAEC needs a model without noise, since it sees each token twice, got {', '.join(noise)}"
+            )
 
 
 class _LossWithPAEC:

@@ -11,10 +11,11 @@ class PlatformCPU(PlatformCUDA):
     device_module = SimpleNamespace(
         **{f"{peak}memory_{kind}": lambda: 0 for peak in ("", "max_") for kind in ("allocated", "reserved")},
         mem_get_info=lambda: (0, 0),
+        get_device_name=lambda: "CPU",
     )
 
     def is_available(self) -> bool:
-        return True
+        return False  # no accelerator, whose random state a checkpoint would hold
 
     def current_device(self) -> str:
         return "cpu"

@@ -1,12 +1,19 @@
 """PAECTrainingWorker on two gloo ranks of three micro-batches each, in FSDP2's shards, against one process for all."""
 
-import socket
-
 import pytest
 import torch
 
 pytest.importorskip("verl", reason="verl is not installed: its transformers is an older one, see make test-verl")
-from integrations_verl.tiny_verl import MICRO_BATCH, PAEC, Sequences, Truth, relative_error, save_model, truth
+from integrations_verl.tiny_verl import (
+    MICRO_BATCH,
+    PAEC,
+    Sequences,
+    Truth,
+    free_port,
+    relative_error,
+    save_model,
+    truth,
+)
 from integrations_verl.verl_rank_worker import RANKS, STEPS, run
 
 from paec_kernels import PAECConfig
@@ -16,10 +23,7 @@ from paec_kernels import PAECConfig
 def folder(tmp_path_factory: pytest.TempPathFactory):
     folder = tmp_path_factory.mktemp("ranks")
     save_model(folder / "model")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(run, (port, str(folder)), nprocs=RANKS)
+    torch.multiprocessing.spawn(run, (free_port(), str(folder)), nprocs=RANKS)
     return folder
 
 

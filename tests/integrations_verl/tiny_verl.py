@@ -1,6 +1,7 @@
 """verl's actor worker on a tiny random Llama; a module of its own, so that spawned processes can import it."""
 
 import os
+import socket
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -41,6 +42,12 @@ def save_model(folder: Path) -> None:
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, initializer_range=0.3, **sizes)).save_pretrained(folder)
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 def start_process_group(rank: int, ranks: int, port: int) -> None:
@@ -153,7 +160,7 @@ def take(worker: TrainingWorker, data: TensorDict) -> Step:
     optimizer_step = worker.engine.optimizer_step
 
     def recorded() -> float:
-        gradients.update({name: whole(value.grad) for name, value in module.named_parameters()})
+        gradients.update({name: whole(value.grad) for name, value in module.named_parameters() if value.requires_grad})
         return optimizer_step()
 
     worker.engine.optimizer_step = recorded
