@@ -49,4 +49,5 @@ def trained_policy(run: Path, device: torch.device) -> Policy:
 def _hugging_face(name: str, device: torch.device) -> Policy:
     from paec_kernels.train import hf_policy  # transformers takes seconds to import, and the tiny model needs none
 
-    return hf_policy.load(name, device)
+    on_bf16_gpu = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return hf_policy.load(name, device, sampling_dtype=torch.bfloat16 if on_bf16_gpu else None)
