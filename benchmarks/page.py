@@ -123,7 +123,9 @@ def origin(rows: list[Row]) -> str:
 
 def comparison(rows: list[Row]) -> Iterator[str]:
     """A table for each case: one line an implementation, the floor first."""
-    for case in _cases(rows):
+    for i, case in enumerate(_cases(rows)):
+        if i > 0:
+            yield ""
         own = [row for row in rows if _case(row) == case]
         sizes = next((row.nucleus for row in own if row.nucleus), None)
         nuclei = "" if sizes is None else f"; nuclei of {sizes[0]:,} tokens at the median, {sizes[1]:,} at most"
