@@ -108,14 +108,16 @@ def bars(rows: list[Row], what: str) -> Figure:
     for y, name in enumerate(names):
         own = {row.passes: row for row in only(rows, implementation=name)}
         colour = _colour(name, rows)
+        end = 1e3 * _total(rows, name)
         if "forward" in own and "backward" in own:
-            forward = 1e3 * own["forward"].p50
+            forward, backward = (1e3 * own[passes].p50 for passes in ("forward", "backward"))
             axes.barh(y, forward, color=colour)
-            axes.barh(y, 1e3 * own["backward"].p50, left=forward, color=colour, alpha=0.45)
+            axes.barh(y, backward, left=forward, color=colour, alpha=0.45)
+            end = max(end, forward + backward)  # medians need not add up
         else:
-            axes.barh(y, 1e3 * _total(rows, name), color=colour, hatch="//", edgecolor="white", lw=0)
+            axes.barh(y, end, color=colour, hatch="//", edgecolor="white", lw=0)
         only_pass = "" if "both" in own else " (forward only)"
-        axes.text(1e3 * _total(rows, name), y, f"  {plain(1e3 * _total(rows, name))}{only_pass}", va="center", size=9)
+        axes.text(end, y, f"  {plain(1e3 * _total(rows, name))}{only_pass}", va="center", size=9)
     axes.set_yticks(range(len(names)), names)
     axes.margins(x=0.14)
     axes.set_xlabel("ms (dark: forward, light: backward, hatched: one number for both)")

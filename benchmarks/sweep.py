@@ -53,7 +53,7 @@ def parts_on_cpu() -> Iterator[Part]:
     eager = ("token_stats", "token_stats in place", "eager, sort")
     yield Part("rivals", Case(288, 49_152, F32, "real", cpu), names_of(linear=False), 50, with_memory=True)
     yield Part("linear", Case(512, 49_152, F32, SMOLLM2, cpu, d=576), names_of(linear=True), 30, with_memory=True)
-    yield Part("step", None, (), 35)
+    yield Part("step", None, (), 60)
     for v in VOCABULARIES:
         yield Part("vocabulary", Case(64, v, F32, "real", cpu), eager, 3, with_memory=True)
     for n in (1, 8, 64, 512):
