@@ -34,7 +34,7 @@ test: .venv/.stamp ## all tests
 test-triton36: .venv-triton36/.stamp ## the kernels' tests on triton 3.6, in an environment of its own
 	TRITON_INTERPRET=1 .venv-triton36/bin/python -m pytest -n $(JOBS) tests/token_stats tests/calibration
 
-test-verl: .venv-verl/.stamp ## the tests of PAEC in verl, in an environment of its own
+test-verl: .venv-verl/.stamp ## the tests of PAEC in verl, in an environment of its own (Python 3.11 or 3.12)
 	.venv-verl/bin/python -m pytest -n $(JOBS) --dist loadfile tests/integrations_verl
 
 lint: .venv/.stamp ## ruff and mypy

@@ -12,6 +12,7 @@ class PlatformCPU(PlatformCUDA):
         **{f"{peak}memory_{kind}": lambda: 0 for peak in ("", "max_") for kind in ("allocated", "reserved")},
         mem_get_info=lambda: (0, 0),
         get_device_name=lambda: "CPU",
+        is_available=lambda: False,
     )
 
     def is_available(self) -> bool:

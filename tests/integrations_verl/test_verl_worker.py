@@ -8,6 +8,8 @@ import pytest
 import torch
 
 pytest.importorskip("verl", reason="verl is not installed: its transformers is an older one, see make test-verl")
+import hydra
+import verl
 from integrations_verl import tiny_verl
 from integrations_verl.tiny_verl import PAEC, batch, sequences, take, worker
 from verl.trainer.distillation import distillation_ppo_loss
@@ -15,7 +17,7 @@ from verl.utils import tensordict_utils as tu
 from verl.utils.metric import reduce_metrics
 from verl.utils.py_functional import rename_dict
 from verl.workers.config import PolicyLossConfig
-from verl.workers.engine_workers import TrainingWorker
+from verl.workers.engine_workers import ActorRolloutRefWorker, TrainingWorker
 
 from paec_kernels import PAECConfig, reference
 from paec_kernels.integrations.verl import LOGITS_TO_THE_LOSS, PAECPolicyLossConfig
@@ -157,6 +159,32 @@ def test_unless_asked_for_it_is_verls_worker(folder: Path, tmp_path: Path) -> No
     assert not [name for name in metrics if "paec" in name]
     one.save_checkpoint(str(tmp_path / "actor"), global_step=1)
     assert not list((tmp_path / "actor").glob("paec*"))
+
+
+def test_verls_actor_runs_from_verls_own_configuration(folder: Path) -> None:
+    overrides = [
+        "actor_rollout_ref.actor.policy_loss._target_=paec_kernels.integrations.verl.PAECPolicyLossConfig",
+        "+actor_rollout_ref.actor.policy_loss.paec.beta=0.02",
+        # and what any run on this model, and on a CPU, needs
+        f"actor_rollout_ref.model.path={folder}",
+        "+actor_rollout_ref.model.load_tokenizer=false",
+        "+actor_rollout_ref.model.override_config.attn_implementation=eager",
+        "actor_rollout_ref.actor.strategy=fsdp2",
+        "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=2",
+        "actor_rollout_ref.actor.optim.total_training_steps=10",
+        "actor_rollout_ref.rollout.name=hf",
+        "actor_rollout_ref.rollout.n=4",
+        "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=2",
+    ]
+    configurations = Path(verl.__file__).parent / "trainer" / "config"
+    with hydra.initialize_config_dir(str(configurations), version_base=None):
+        config = hydra.compose("ppo_trainer", overrides)
+    actor = ActorRolloutRefWorker(config.actor_rollout_ref, role="actor")
+    actor.init_model()
+    assert actor.actor.paec.config == PAECConfig(beta=0.02)
+    data = batch(sequences(8, seed=10), mini_batch_size=4, epochs=1, dataloader_kwargs={"shuffle": False})
+    metrics = tu.get(actor.update_actor(data), "metrics")
+    assert len(metrics["paec/threshold"]) == len(metrics["actor/pg_loss"]) == 2
 
 
 def test_another_loss_later_keeps_paec(folder: Path) -> None:
