@@ -1,5 +1,7 @@
 """PAECTrainingWorker on two gloo ranks of three micro-batches each, in FSDP2's shards, against one process for all."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -7,6 +9,7 @@ pytest.importorskip("verl", reason="verl is not installed: its transformers is a
 from integrations_verl.tiny_verl import (
     MICRO_BATCH,
     PAEC,
+    TEMPERATURE,
     Sequences,
     Truth,
     free_port,
@@ -14,13 +17,13 @@ from integrations_verl.tiny_verl import (
     save_model,
     truth,
 )
-from integrations_verl.verl_rank_worker import RANKS, STEPS, run
+from integrations_verl.verl_rank_worker import RANKS, STEPS, hand_over_in_parts, run
 
-from paec_kernels import PAECConfig
+from paec_kernels import PAECConfig, reference
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory):
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ranks")
     save_model(folder / "model")
     torch.multiprocessing.spawn(run, (free_port(), str(folder)), nprocs=RANKS)
@@ -28,13 +31,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory):
 
 
 @pytest.fixture(scope="module")
-def ranks(folder) -> list[list[tuple]]:
+def ranks(folder: Path) -> list[list[tuple]]:
     """Of each rank, of each step: its sequences, weights, gradients, metrics."""
     return [torch.load(folder / str(rank), weights_only=False) for rank in range(RANKS)]
 
 
 @pytest.fixture(scope="module")
-def exact(folder, ranks: list[list[tuple]]) -> list[Truth]:
+def exact(folder: Path, ranks: list[list[tuple]]) -> list[Truth]:
     """Of each optimiser step, over the six micro-batches."""
     steps: list[Truth] = []
     for i in range(STEPS):
@@ -75,3 +78,18 @@ def test_the_anchor_is_that_of_the_first_step(ranks: list[list[tuple]], exact: l
     for rank in ranks:
         assert "paec/anchor" not in rank[0][3]
         assert [step[3]["paec/anchor"] for step in rank[1:]] == pytest.approx([exact[0].metrics["mean_entropy"]] * 2)
+
+
+def test_ranks_that_share_a_sequence_see_all_of_it(tmp_path: Path) -> None:
+    save_model(tmp_path / "model")
+    torch.multiprocessing.spawn(hand_over_in_parts, (free_port(), str(tmp_path)), nprocs=RANKS)
+    parts = [torch.load(tmp_path / f"part{rank}", weights_only=True) for rank in range(RANKS)]
+    logits = parts[0]["logits"].double().requires_grad_()
+    true = reference.token_stats(logits, parts[0]["token_ids"], top_p=PAECConfig().top_p, temperature=TEMPERATURE)
+    (gradient,) = torch.autograd.grad(true.logp.sum() + true.entropy.sum(), logits)
+    for part in parts:
+        for name, value in true._asdict().items():
+            torch.testing.assert_close(part[f"paec_{name}"].double(), value.double(), rtol=1e-5, atol=1e-5)
+    # verl multiplies by the number of ranks that share a sequence, and FSDP averages over them.
+    gathered = torch.cat([part["gradient"] for part in parts])[: len(logits)]
+    torch.testing.assert_close(gathered / RANKS, gradient.float(), rtol=1e-5, atol=1e-5)

@@ -72,9 +72,8 @@ def worker(
     model_config = HFModelConfig(
         path=str(folder),
         load_tokenizer=False,
-        use_remove_padding=False,
         override_config={"attn_implementation": "eager"} | (override or {}),
-        **model or {},
+        **{"use_remove_padding": False} | (model or {}),
     )
     engine_config = FSDPEngineConfig(**defaults | engine)
     actor_config = FSDPActorConfig(
