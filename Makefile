@@ -15,7 +15,7 @@ TORCH_VERSION := $(shell sed -n 's/^torch==//p' constraints.txt)
 UNAME := $(shell uname -s)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-llm test test-triton36 test-verl lint format
+.PHONY: help setup demo demo-llm test test-triton36 test-verl bench bench-gpu lint format
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -36,6 +36,13 @@ test-triton36: .venv-triton36/.stamp ## the kernels' tests on triton 3.6, in an 
 
 test-verl: .venv-verl/.stamp ## the tests of PAEC in verl, in an environment of its own (Python 3.11 or 3.12)
 	.venv-verl/bin/python -m pytest -n $(JOBS) --dist loadfile tests/integrations_verl
+
+bench: .venv/.stamp ## the CPU benchmarks, under ten minutes: rows, plots and page in bench_results
+	env -u TRITON_INTERPRET .venv/bin/python -m benchmarks.compiled_code --out bench_results/compiled_code.json >/dev/null
+	.venv/bin/python -m benchmarks.sweep --device cpu
+
+bench-gpu: .venv/.stamp ## the same on a GPU, smallest useful set first
+	.venv/bin/python -m benchmarks.sweep --device cuda
 
 lint: .venv/.stamp ## ruff and mypy
 	.venv/bin/ruff check .

@@ -267,10 +267,15 @@ def test_an_error_in_a_chunk_reaches_the_caller(n_threads):
 def test_peak_memory():
     """Resident memory of new processes: out of place the gradient and a few chunks, in place the chunks alone."""
     program = (
-        "import json, torch; from benchmarks.cpu_vs_eager import peak_bytes\n"
+        "import json, torch\n"
+        "from benchmarks.harness import peak_bytes\n"
+        "from benchmarks.workload import Case, build\n"
         "if __name__ == '__main__':\n"
-        "    names = ('operator', 'operator in place', 'lean eager')\n"
-        "    print(json.dumps([peak_bytes(name, 256, torch.float32, 2) for name in names]))\n"
+        "    torch.set_num_threads(2)\n"
+        "    case = Case(256, 49_152, torch.float32, 'real', 'cpu')\n"
+        "    names = ['token_stats', 'token_stats in place', 'eager, sort']\n"
+        "    found = peak_bytes(names, case, build(case))\n"
+        "    print(json.dumps([found[name] for name in names]))\n"
     )
     result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
