@@ -36,6 +36,7 @@ from paec_kernels.reference import TokenStats
 from paec_kernels.token_stats import token_stats
 
 STATE_NAME = "paec.pt"
+MICRO_BATCH_SIZES = ("micro_batch_size_per_gpu", "max_token_len_per_gpu")
 # verl's engine then calls the loss with the logits, and computes nothing from them itself.
 LOGITS_TO_THE_LOSS = {"distillation_use_topk": True, "distillation_only": True, "calculate_entropy": False}
 
@@ -93,13 +94,9 @@ class PAECTrainingWorker(TrainingWorker):
         if self.paec is None:
             return super().train_batch(data)
         tu.assign_non_tensor(data, **LOGITS_TO_THE_LOSS)
-        scan = data.copy()  # infer_batch writes into it
-        tu.assign_non_tensor(
-            scan,
-            compute_loss=True,
-            micro_batch_size_per_gpu=self.engine_config.micro_batch_size_per_gpu,
-            max_token_len_per_gpu=self.engine_config.max_token_len_per_gpu,
-        )
+        scan = data.copy()  # infer_batch writes into it, and would split it for scoring instead of training
+        sizes = {key: getattr(self.engine_config, key) for key in MICRO_BATCH_SIZES if key not in data}
+        tu.assign_non_tensor(scan, compute_loss=True, **sizes)
         self.loss_fn.start_step()
         self.infer_batch(scan)
         self.loss_fn.make_plan()
