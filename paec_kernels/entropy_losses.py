@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from paec_kernels.calibration.quantile import as_fraction, quantile
 from paec_kernels.calibration.ranks import mean_over_ranks
+from paec_kernels.differing_fields import differing_fields
 from paec_kernels.policy_losses import check_tokens
 from paec_kernels.reference import TokenStats
 
@@ -317,12 +318,7 @@ def refuse_other_config(saved: Mapping[str, Any], ours: Mapping[str, Any], what:
     Raises:
         RuntimeError: each differing field is named with both values.
     """
-    absent = "absent"
-    differing = [
-        f"{name}: checkpoint {saved.get(name, absent)!r}, here {ours.get(name, absent)!r}"
-        for name in {**ours, **saved}
-        if saved.get(name, absent) != ours.get(name, absent)
-    ]
+    differing = differing_fields(saved, ours)
     if differing:
         raise RuntimeError(f"the checkpoint is of another {what} (" + "; ".join(differing) + ")")
 

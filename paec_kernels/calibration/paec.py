@@ -12,6 +12,7 @@ from paec_kernels.calibration.config import PAECConfig
 from paec_kernels.calibration.operators import penalty_coefficients, position_score, soft_mask
 from paec_kernels.calibration.quantile import as_fraction, quantile
 from paec_kernels.calibration.ranks import gather_columns, world_size
+from paec_kernels.differing_fields import differing_fields
 from paec_kernels.reference import TokenStats
 
 
@@ -246,10 +247,5 @@ class PAEC(nn.Module):
         extra = state_dict[prefix + "_extra_state"]
         if not isinstance(extra, dict) or not isinstance(extra.get("config"), dict):
             return f"{prefix}_extra_state must hold the PAECConfig of the checkpoint, got {extra!r}"
-        saved, ours = extra["config"], asdict(self.config)
-        differing = [
-            f"{name}: checkpoint {saved.get(name, 'absent')!r}, here {ours.get(name, 'absent')!r}"
-            for name in {**ours, **saved}
-            if saved.get(name, "absent") != ours.get(name, "absent")
-        ]
+        differing = differing_fields(extra["config"], asdict(self.config))
         return "the checkpoint is of another PAECConfig (" + "; ".join(differing) + ")" if differing else None

@@ -22,6 +22,7 @@ from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 from paec_kernels.calibration import PAEC, PAECConfig
 from paec_kernels.calibration.paec import Plan
+from paec_kernels.integrations.noise import sources_of_noise
 from paec_kernels.linear_token_stats import linear_token_stats
 from paec_kernels.reference import TokenStats
 
@@ -298,12 +299,7 @@ def _valid(batch: dict[str, Any]) -> Tensor:
 
 def _refuse_noise(model: nn.Module, args: PAECGRPOConfig) -> None:
     noise = [] if args.neftune_noise_alpha is None else [f"neftune_noise_alpha={args.neftune_noise_alpha}"]
-    for path, module in model.named_modules():
-        for name, value in vars(module).items():
-            is_noise = any(word in name for word in ("dropout", "layerdrop", "jitter"))
-            is_noise |= name == "p" and isinstance(module, nn.modules.dropout._DropoutNd)
-            if is_noise and isinstance(value, float) and value > 0:
-                noise.append(f"{path}.{name}={value}")
+    noise += sources_of_noise(model)
     if noise:
         raise ValueError(
             "the model must be without noise where gradient_accumulation_steps > 1, since PAEC's threshold then comes "

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from paec_kernels.differing_fields import differing_fields
+
 
 class OtherConfigError(ValueError):
     """The checkpoint was made with another configuration."""
@@ -33,21 +35,9 @@ def load(path: Path, config: dict[str, Any]) -> dict[str, Any]:
         OtherConfigError: its ``config`` differs from ``config``; the message names each field and both values.
     """
     state = read(path)
-    if differing := differences(state["config"], config):
+    if differing := differing_fields(state["config"], config):
         raise OtherConfigError(
             f"{path} was made with another configuration: {'; '.join(differing)}. "
             "Use those values again, or another --out."
         )
     return state
-
-
-def differences(saved: dict[str, Any], current: dict[str, Any], prefix: str = "") -> list[str]:
-    """Each field that differs, with both values; nested fields by their dotted names."""
-    found = []
-    for name in sorted(saved.keys() | current.keys()):
-        old, new = (config.get(name, "absent") for config in (saved, current))
-        if isinstance(old, dict) and isinstance(new, dict):
-            found += differences(old, new, f"{prefix}{name}.")
-        elif old != new:
-            found.append(f"{prefix}{name} was {old!r}, is {new!r}")
-    return found

@@ -191,8 +191,8 @@ def test_another_config_is_refused(config):
     other = replace(config, temperature=0.5, method=replace(config.method, clip_high=0.3))
     with pytest.raises(checkpoint.OtherConfigError) as refused:
         loop.train(other)
-    assert "temperature was 1.0, is 0.5" in str(refused.value)
-    assert "method.clip_high was 0.28, is 0.3" in str(refused.value)
+    assert "temperature: checkpoint 1.0, here 0.5" in str(refused.value)
+    assert "method.clip_high: checkpoint 0.28, here 0.3" in str(refused.value)
     assert "steps" not in str(refused.value)
     assert files == {path: path.read_bytes() for path in config.out.iterdir() if path.is_file()}
     loop.train(replace(config, steps=2))  # more steps of the same run are no other run
