@@ -15,7 +15,7 @@ state: parameters, optimiser, anchor and step are all there is to a run.
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -139,7 +139,7 @@ def train(config: TrainConfig, on_step: Callable[[Row], None] = lambda row: None
         run.load_state_dict(checkpoint.load(path, config.identity()))
     log = RunLog(config.out, plain(config), run.steps_done) if rank == 0 else None
 
-    with _sigint_after_step() as interrupted:
+    with _sigint_after_step() as interrupted, closing(log) if log else nullcontext():
         while run.steps_done < config.steps:
             row = train_step(run, tasks, rank, world)
             if log:
