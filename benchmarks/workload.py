@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks import logits, smollm2
+from benchmarks import logits
 
 TOP_P = 0.95
 PLANTED, SMOLLM2 = "planted", "SmolLM2"
@@ -48,6 +48,8 @@ def build(case: Case) -> Inputs:
     """The same inputs every time, on the case's device. Large tensors are made a slice at a time."""
     generator = torch.Generator(case.device).manual_seed(0)
     if case.kind == SMOLLM2:
+        from benchmarks import smollm2  # transformers, which nothing else here needs
+
         rows, head, token_ids = (value.to(case.device) for value in smollm2.hidden_states(case.n))
     elif case.d:
         rows, head, token_ids = logits.hidden_states(case.n, case.d, case.v, case.dtype, generator)
