@@ -135,17 +135,25 @@ def _over_steps(axes: Axes, runs: Sequence[Run], column: str) -> dict[str, Style
     """A line for each arm, named at its end; the arms' styles, without those that have no such column."""
     lines = {}
     drawn = {}
+    seen: list[np.ndarray] = []
     window = 1
     for arm, style in styles(sort_arms(run.arm for run in runs)).items():
         steps, values = _aligned([run for run in runs if run.arm == arm], column)
         if np.isnan(values).all():
             continue
         window = max(1, len(steps) // 40)
-        mean, low, high = mean_with_band([smooth(row, window) for row in values])
+        smoothed = [smooth(row, window) for row in values]
+        seen += smoothed
+        mean, low, high = mean_with_band(smoothed)
         axes.fill_between(steps, low, high, color=style.colour, alpha=_band_alpha(runs), lw=0)
         axes.plot(steps, mean, color=style.colour, lw=style.width, ls=(0, style.dashes) if style.dashes else "-")
         lines[arm] = float(mean[-1])
         drawn[arm] = style
+    if seen:
+        # The axis spans the runs: with two or three seeds a t interval is many times as wide.
+        low, high = np.nanmin(seen), np.nanmax(seen)
+        margin = 0.05 * (high - low) or 0.05
+        axes.set_ylim(low - margin, high + margin)
     _label_ends(axes, lines, drawn)
     axes.set_xlabel("step" if window == 1 else f"step (running mean of {window})")
     _plain(axes)

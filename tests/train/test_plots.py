@@ -52,6 +52,11 @@ def test_arms_that_select_nothing_are_left_out(runs: list[Run]) -> None:
     assert "floor" not in selected.get_title()
 
 
+def test_the_axis_spans_the_runs_however_wide_the_bands(runs: list[Run]) -> None:
+    all_tokens, _ = plots.entropy_figure(runs).axes
+    assert all_tokens.get_ylim() == pytest.approx((0.1 - 0.025, 0.6 + 0.025))
+
+
 def test_bands_are_t_intervals() -> None:
     mean, low, high = plots.mean_with_band([np.array([1.0, 2.0]), np.array([3.0, 2.0])])
     assert mean.tolist() == [2.0, 2.0]
