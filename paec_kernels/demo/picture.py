@@ -1,6 +1,5 @@
 """The report as a picture: some answers with their tokens on the soft mask's colours, and the figures."""
 
-import os
 from pathlib import Path
 
 from matplotlib import ft2font
@@ -11,6 +10,7 @@ from matplotlib.font_manager import FontProperties, findfont
 from matplotlib.patches import Rectangle
 
 from paec_kernels.demo.report import Answer, Report
+from paec_kernels.whole_file import whole_file
 
 COLUMNS = 120  # characters in a line of answer text
 MAX_LINES = 14
@@ -37,9 +37,8 @@ def save_png(report: Report, path: Path) -> None:
         c.eager.peak_bytes / 2**20,
         c.operator.peak_bytes / 2**20,
     )
-    partial = path.with_name(path.name + ".partial")
-    figure.savefig(partial, dpi=130, format="png")
-    os.replace(partial, path)
+    with whole_file(path) as partial:
+        figure.savefig(partial, dpi=130, format="png")
 
 
 def _answers(report: Report, axes: Axes) -> None:

@@ -1,7 +1,6 @@
 """What a run found, as plain values: the terminal, the JSON file and the picture all show this."""
 
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from paec_kernels.demo.comparison import Comparison
 from paec_kernels.demo.questions import Question
 from paec_kernels.demo.rollout import Rollout
 from paec_kernels.demo.step import Scored, StepResult
+from paec_kernels.whole_file import whole_file
 
 
 @dataclass(frozen=True)
@@ -146,9 +146,8 @@ def logp_change(before: Tensor, after: Tensor, valid: Tensor, rewards: Tensor) -
 
 def save_json(report: Report, path: Path) -> None:
     """Whole or not at all: an interrupted run leaves no half-written file."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(asdict(report), indent=1, allow_nan=False) + "\n")
-    os.replace(partial, path)
+    with whole_file(path) as partial:
+        partial.write_text(json.dumps(asdict(report), indent=1, allow_nan=False) + "\n")
 
 
 def versions() -> dict[str, str]:

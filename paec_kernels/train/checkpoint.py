@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from paec_kernels.differing_fields import differing_fields
+from paec_kernels.whole_file import whole_file
 
 
 class OtherConfigError(ValueError):
@@ -15,12 +16,10 @@ class OtherConfigError(ValueError):
 
 def save(state: dict[str, Any], path: Path) -> None:
     """Replace ``path`` in one step: whoever is killed meanwhile leaves the old file."""
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "wb") as file:
+    with whole_file(path) as partial, open(partial, "wb") as file:
         torch.save(state, file)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(partial, path)
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """Greedy and sampled answers of a policy to evaluation problems, kept raw, and the scores that they give."""
 
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from paec_kernels.train.config import seed_of
 from paec_kernels.train.metrics import Estimate
 from paec_kernels.train.policy import Policy
 from paec_kernels.train.problem import Problem, Task
+from paec_kernels.whole_file import whole_file
 
 Summary = dict[str, Estimate]  # by metric; see `summarise`
 
@@ -54,9 +54,8 @@ class Evaluation:
     def save(self, path: Path) -> None:
         """JSON with the summary beside the raw results; whole or not at all."""
         document = asdict(self) | {"summary": summarise(self)}
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
-        os.replace(partial, path)
+        with whole_file(path) as partial:
+            partial.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
 
     @classmethod
     def load(cls, path: Path) -> "Evaluation":

@@ -1,6 +1,5 @@
 """The comparison's pictures: what happened over the steps, and what came of it."""
 
-import os
 from collections.abc import Callable, Sequence
 from itertools import cycle
 from pathlib import Path
@@ -14,6 +13,7 @@ from paec_kernels.train.compare import Comparison, run_scores, sort_arms
 from paec_kernels.train.evaluate import pass_ks
 from paec_kernels.train.metrics import Estimate, t_interval
 from paec_kernels.train.run_folder import Run
+from paec_kernels.whole_file import whole_file
 
 
 class Style(NamedTuple):
@@ -55,9 +55,8 @@ def save_plots(comparison: Comparison, runs: Sequence[Run], out: Path) -> list[P
     paths = []
     for name, figure in figures.items():
         path = out / f"{name}.png"
-        partial = path.with_name(path.name + ".partial")
-        figure.savefig(partial, dpi=130, format="png")
-        os.replace(partial, path)
+        with whole_file(path) as partial:
+            figure.savefig(partial, dpi=130, format="png")
         paths.append(path)
     return paths
 
