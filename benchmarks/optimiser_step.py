@@ -4,8 +4,8 @@ Forward through the model, loss, backward, AdamW, in one batch. The learning rat
 same step. The losses are held against `paec_kernels.reference` in float64 before anything is timed.
 """
 
-import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -14,14 +14,14 @@ from transformers import PreTrainedModel
 
 import paec_kernels as pk
 from benchmarks import smollm2
-from benchmarks.harness import MAX_TURNS, Run
+from benchmarks.harness import Run
 from benchmarks.rivals.eager import by_sort
-from benchmarks.rows import Row, percentile
+from benchmarks.rows import Row
+from benchmarks.step_turns import Way, rows_in_turns
 from benchmarks.workload import ADVANTAGE, CLIP_HIGH, RATIO_NOISE, Case
 from paec_kernels.demo.rollout import Rollout, answer_hidden
 
 CONFIG = pk.PAECConfig(anchor_steps=1)
-TOLERANCE = 1e-4  # of the loss, relative
 
 
 class Batch(NamedTuple):
@@ -76,45 +76,23 @@ WAYS: dict[str, tuple[str, Loss]] = {
 }
 
 
+SOURCES = {name: source for name, (source, _) in WAYS.items()}
+KIND = "SmolLM2-135M"
+
+
 def step_rows(run: Run, device: str, answers: int, on_step: Callable[[str], None] = lambda _: None) -> Iterator[Row]:
     """A row for each way; GRPO by log_softmax is the anchor of the ratios."""
     policy, sampled = smollm2.sampled(device, answers)
     batch = make_batch(policy, sampled)
-    case = Case(int(sampled.valid.sum()), policy.lm_head.out_features, torch.float32, "SmolLM2-135M", device)
+    case = Case(int(sampled.valid.sum()), policy.lm_head.out_features, torch.float32, KIND, device)
     on_step("check the losses")
     errors = errors_of_losses(policy, batch)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=0.0, weight_decay=0.0)
-    seconds: dict[str, list[float]] = {name: [] for name, error in errors.items() if error <= TOLERANCE}
-    end = time.perf_counter() + run.seconds
-    turn = 0
-    while turn <= len(WAYS) or (turn <= MAX_TURNS and time.perf_counter() < end):
-        on_step(f"turn {turn}")
-        order = list(seconds)
-        for name in order[turn % len(order) :] + order[: turn % len(order)]:  # each comes first in its turn
-            elapsed = take_step(policy, optimizer, batch, WAYS[name][1])
-            if turn > 0:  # the first turn warms up
-                seconds[name].append(elapsed)
-        turn += 1
-    anchor = next(iter(seconds), None)
-    for name, (source, _) in WAYS.items():
-        if name not in seconds:
-            reason = f"its loss is off by {errors[name]:.1e}, relative; allowed {TOLERANCE:.1e}"
-            yield run.row(case, name, source, "step", status="wrong", reason=reason)
-            continue
-        own = seconds[name]
-        yield run.row(
-            case,
-            name,
-            source,
-            "step",
-            p20=percentile(own, 20),
-            p50=percentile(own, 50),
-            p80=percentile(own, 80),
-            turns=len(own),
-            anchor=anchor,
-            relative=percentile([a / b for a, b in zip(own, seconds[anchor], strict=True)], 50),
-            value_error=errors[name],
-        )
+    ways = {
+        name: Way(source, errors[name], partial(take_step, policy, optimizer, batch, loss))
+        for name, (source, loss) in WAYS.items()
+    }
+    yield from rows_in_turns(run, case, ways, on_step)
 
 
 @torch.no_grad()
@@ -149,17 +127,7 @@ def errors_of_losses(policy: PreTrainedModel, batch: Batch) -> dict[str, float]:
     return errors
 
 
-def take_step(policy: PreTrainedModel, optimizer: torch.optim.Optimizer, batch: Batch, loss: Loss) -> float:
-    """Seconds of one step, to its end on the device."""
-    synchronize(policy.device)
-    start = time.perf_counter()
+def take_step(policy: PreTrainedModel, optimizer: torch.optim.Optimizer, batch: Batch, loss: Loss) -> None:
     loss(policy.lm_head(answer_hidden(policy, batch.answers)), batch).backward()
     optimizer.step()
     optimizer.zero_grad()
-    synchronize(policy.device)
-    return time.perf_counter() - start
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -19,6 +19,7 @@ SECTIONS = {
     "rivals": "From logits, beside everything else",
     "linear": "From hidden states, beside four bare products",
     "step": "A whole optimiser step",
+    "loop": "An optimiser step of the reference loop",
     "vocabulary": "Against the vocabulary",
     "rows": "Against the number of rows",
     "kinds": "Kinds of logits, and what the nucleus costs",
@@ -186,7 +187,7 @@ def sweep(rows: list[Row]) -> Iterator[str]:
             yield _cells([*where, *times, times_over(row.relative), shares, mebibytes(row)])
 
 
-TABLES = {"rivals": comparison, "linear": comparison, "step": step}
+TABLES = {"rivals": comparison, "linear": comparison, "step": step, "loop": step}
 TABLES |= dict.fromkeys(("vocabulary", "rows", "kinds"), sweep)
 
 

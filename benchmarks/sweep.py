@@ -13,10 +13,9 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks import page
+from benchmarks import loop_step, optimiser_step, page
 from benchmarks.harness import Run, rows_of_case
 from benchmarks.implementations import all_implementations
-from benchmarks.optimiser_step import WAYS, step_rows
 from benchmarks.rows import PASSES, RESULTS, Row, RowFile, path_of
 from benchmarks.workload import PLANTED, SMOLLM2, Case
 
@@ -27,7 +26,7 @@ OURS = ["token_stats", "token_stats in place", "token_stats, no nucleus"]
 
 @dataclass(frozen=True)
 class Part:
-    """One case of a section; ``case`` is None for the optimiser step, which makes its own."""
+    """One case of a section; ``case`` is None for the optimiser steps, which make their own."""
 
     section: str
     case: Case | None
@@ -54,6 +53,7 @@ def parts_on_cpu() -> Iterator[Part]:
     yield Part("rivals", Case(288, 49_152, F32, "real", cpu), names_of(linear=False), 50, with_memory=True)
     yield Part("linear", Case(512, 49_152, F32, SMOLLM2, cpu, d=576), names_of(linear=True), 30, with_memory=True)
     yield Part("step", None, (), 60)
+    yield Part("loop", None, (), 15)
     for v in VOCABULARIES:
         yield Part("vocabulary", Case(64, v, F32, "real", cpu), eager, 3, with_memory=True)
     for n in (1, 8, 64, 512):
@@ -81,6 +81,7 @@ def parts_on_gpu() -> Iterator[Part]:
     for n in (1, 16, 128, 1024, 8192, 65_536):
         yield Part("rows", Case(n, 49_152, BF16, "real", gpu), ("token_stats", "token_stats in place", "TRL, fused"), 3)
     yield Part("step", None, (), 20)
+    yield Part("loop", None, (), 5)
     for v in VOCABULARIES:
         yield Part("vocabulary", Case(4096, v, F32, "real", gpu), fast, 2)
 
@@ -95,7 +96,7 @@ class Options:
     minutes: float = 8.0
     """After this no other case is begun; those left get a row that says so."""
     sections: tuple[str, ...] = ()
-    """Only these: rivals, linear, step, vocabulary, rows, kinds."""
+    """Only these: rivals, linear, step, loop, vocabulary, rows, kinds."""
     threads: int = 2
     """On a CPU."""
 
@@ -140,16 +141,18 @@ def measure(parts: list[Part], device: str, options: Options, console: Console) 
 def rows_of_part(part: Part, run: Run, device: str, too_late: bool, tell: Callable[[str], None]) -> Iterator[Row]:
     if not too_late:
         tell("inputs")
-        if part.case is None:
-            yield from step_rows(run, device, answers=1 if device == "cpu" else 16, on_step=tell)
+        if part.section == "step":
+            yield from optimiser_step.step_rows(run, device, answers=1 if device == "cpu" else 16, on_step=tell)
+        elif part.section == "loop":
+            yield from loop_step.loop_rows(run, device, on_step=tell)
         else:
             yield from rows_of_case(run, part.case, list(part.names), on_step=tell)
         return
     skipped = {"status": "skipped", "reason": "the sweep's time was spent"}
     if part.case is None:
-        case = Case(0, 0, F32, "SmolLM2-135M", device)
-        for name, (source, _) in WAYS.items():
-            yield run.row(case, name, source, "step", **skipped)
+        module = {"step": optimiser_step, "loop": loop_step}[part.section]
+        for name, source in module.SOURCES.items():
+            yield run.row(Case(0, 0, F32, module.KIND, device), name, source, "step", **skipped)
         return
     for name in part.names:
         for passes in PASSES:
