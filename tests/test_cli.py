@@ -24,6 +24,15 @@ def paec(*args) -> int:
     return ended.value.code
 
 
+def torchrun(*args) -> None:
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    # Without "--" torchrun takes our --run for an abbreviation of its --run-path.
+    command = [*launch, "-m", "paec_kernels.cli", "--", *map(str, args)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.count("macro-average") == 1
+
+
 def test_train_then_eval(tmp_path, cache, capsys):
     run = tmp_path / "run"
     assert paec("train", "--out", run, "--cache", cache, *TINY, "--algo", "paec", "--method.paec.lam", "0.5") in (
@@ -36,6 +45,17 @@ def test_train_then_eval(tmp_path, cache, capsys):
     assert "macro-average" in capsys.readouterr().out
     assert paec("eval", "--run", run, "--out", tmp_path / "again", "--max-new-tokens", 12, *TINY[-4:]) == 0
     assert json.loads((tmp_path / "again" / "eval.json").read_text()) == first
+
+
+@pytest.mark.slow
+def test_two_processes_evaluate_as_one(tmp_path, cache):
+    run = tmp_path / "run"
+    torchrun("train", "--out", run, "--cache", cache, *TINY)
+    trained = (run / "eval.json").read_bytes()
+    options = ["--max-new-tokens", 12, *TINY[-4:]]
+    torchrun("eval", "--run", run, "--out", tmp_path / "two", *options)
+    assert paec("eval", "--run", run, "--out", tmp_path / "one", *options) == 0
+    assert trained == (tmp_path / "two" / "eval.json").read_bytes() == (tmp_path / "one" / "eval.json").read_bytes()
 
 
 def test_compare(tmp_path, cache, capsys):

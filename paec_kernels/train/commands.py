@@ -44,8 +44,7 @@ def train(config: TrainConfig) -> int:
     except loop.Interrupted as stopped:
         console.print(f"{stopped}; the same command goes on from there ({config.out / 'checkpoint.pt'})")
         return INTERRUPTED
-    if not console.quiet:
-        _evaluate_run(config, run.policy, console)
+    _evaluate_run(config, run.policy, console)
     return 0
 
 
@@ -155,6 +154,8 @@ def _evaluate(
             seed=options.seed,
             on_progress=lambda done, total: progress.update(bar, completed=done, total=total),
         )
+    if not _is_first_process():
+        return
     out.mkdir(parents=True, exist_ok=True)
     evaluation.save(out / "eval.json")
     console.print(format_table(evaluation))
@@ -162,7 +163,11 @@ def _evaluate(
 
 
 def _console() -> Console:
-    return Console(highlight=False, quiet=dist.is_initialized() and dist.get_rank() > 0)
+    return Console(highlight=False, quiet=not _is_first_process())
+
+
+def _is_first_process() -> bool:
+    return not dist.is_initialized() or dist.get_rank() == 0
 
 
 def _progress(console: Console) -> Progress:

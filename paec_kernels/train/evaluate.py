@@ -4,10 +4,11 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
@@ -72,6 +73,14 @@ class Evaluation:
             raise ValueError(f"path must be a file that Evaluation.save wrote, got {path}: {error}") from error
 
 
+class _Batch(NamedTuple):
+    """Problems of one task that are answered together."""
+
+    task: Task
+    problems: list[Problem]
+    seeds: list[int]  # one for each
+
+
 @torch.no_grad()
 def evaluate(
     policy: Policy,
@@ -90,41 +99,30 @@ def evaluate(
     Each problem is sampled with a seed of its own, made from ``seed``, its task's name and its place, so that a
     problem's answers do not depend on which other tasks or problems are evaluated.
 
+    With more than one rank each takes its share of the batches, which are those of a single process, and all ranks
+    return all results. Every rank must call it, with the same arguments and weights.
+
     Args:
         problems: of each task; all where it has fewer.
         batch_size: responses sampled at once; at least a problem's ``samples`` are.
-        on_progress: called with the responses done and their total.
+        on_progress: called with this rank's responses done and their total.
     Raises:
         ValueError: a number below 1, a temperature that is not positive, no task, or one name twice.
     """
     settings = Settings(problems, samples, max_new_tokens, temperature, seed)
     _check(settings, tasks, batch_size)
-    asked = {task.name: task.eval_problems(problems) for task in tasks}
-    done, total = 0, (1 + samples) * sum(map(len, asked.values()))
+    batches = [batch for task in tasks for batch in _batches(task, settings, max(1, batch_size // samples))]
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    ours = batches[rank::world]
+    done, total = 0, (1 + samples) * sum(len(batch.problems) for batch in ours)
+    found = []
+    for batch in ours:
+        found.append(_results(policy, batch, settings))
+        done += (1 + samples) * len(batch.problems)
+        on_progress(done, total)
     results: dict[str, list[ProblemResult]] = {task.name: [] for task in tasks}
-    for task in tasks:
-        seeded = [(problem, seed_of(seed, "evaluate", task.name, i)) for i, problem in enumerate(asked[task.name])]
-        for chunk in _chunks(seeded, max(1, batch_size // samples)):
-            greedy = _respond(policy, chunk, 1, max_new_tokens, 0.0)
-            sampled = _respond(policy, chunk, samples, max_new_tokens, temperature)
-            for (problem, _), (greedy_texts, greedy_lengths), (texts, lengths) in zip(
-                chunk, greedy, sampled, strict=True
-            ):
-                judged = {text: _judge(task, problem, text) for text in {*greedy_texts, *texts}}
-                answers, correct = zip(*(judged[text] for text in texts), strict=True)
-                results[task.name].append(
-                    ProblemResult(
-                        problem.prompt,
-                        problem.answer,
-                        *judged[greedy_texts[0]],
-                        greedy_lengths[0],
-                        list(answers),
-                        list(correct),
-                        lengths,
-                    )
-                )
-            done += (1 + samples) * len(chunk)
-            on_progress(done, total)
+    for batch, of_batch in zip(batches, _of_all_ranks(found, len(batches)), strict=True):
+        results[batch.task.name] += of_batch
     return Evaluation(settings, results)
 
 
@@ -207,16 +205,54 @@ def _values(results: Sequence[ProblemResult]) -> np.ndarray:
     return np.stack(columns, axis=1)
 
 
+def _batches(task: Task, settings: Settings, size: int) -> Iterator[_Batch]:
+    problems = task.eval_problems(settings.problems)
+    for start in range(0, len(problems), size):
+        places = range(start, min(start + size, len(problems)))
+        seeds = [seed_of(settings.seed, "evaluate", task.name, place) for place in places]
+        yield _Batch(task, [problems[place] for place in places], seeds)
+
+
+def _results(policy: Policy, batch: _Batch, settings: Settings) -> list[ProblemResult]:
+    greedy = _respond(policy, batch, 1, settings.max_new_tokens, 0.0)
+    sampled = _respond(policy, batch, settings.samples, settings.max_new_tokens, settings.temperature)
+    results = []
+    for problem, (greedy_texts, greedy_lengths), (texts, lengths) in zip(batch.problems, greedy, sampled, strict=True):
+        judged = {text: _judge(batch.task, problem, text) for text in {*greedy_texts, *texts}}
+        answers, correct = zip(*(judged[text] for text in texts), strict=True)
+        results.append(
+            ProblemResult(
+                problem.prompt,
+                problem.answer,
+                *judged[greedy_texts[0]],
+                greedy_lengths[0],
+                list(answers),
+                list(correct),
+                lengths,
+            )
+        )
+    return results
+
+
+def _of_all_ranks(found: list[Any], count: int) -> list[Any]:
+    """``count`` items in order, of which each rank found every world-th from its own rank on."""
+    if not dist.is_initialized():
+        return found
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, found)
+    return [parts[i % len(parts)][i // len(parts)] for i in range(count)]
+
+
 def _respond(
-    policy: Policy, chunk: Sequence[tuple[Problem, int]], answers: int, max_new_tokens: int, temperature: float
+    policy: Policy, batch: _Batch, answers: int, max_new_tokens: int, temperature: float
 ) -> Iterator[tuple[list[str], list[int]]]:
     """For each problem its responses, and their lengths in tokens."""
     rollout = policy.sample(
-        [problem.prompt for problem, _ in chunk],
+        [problem.prompt for problem in batch.problems],
         answers,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
-        seeds=[seed for _, seed in chunk],
+        seeds=batch.seeds,
     )
     texts, lengths = policy.texts(rollout), rollout.valid.sum(dim=1).tolist()
     for start in range(0, len(texts), answers):
@@ -225,11 +261,6 @@ def _respond(
 
 def _judge(task: Task, problem: Problem, text: str) -> tuple[str | None, bool]:
     return task.extract(text), task.reward(problem, text) == 1.0
-
-
-def _chunks(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
-    for start in range(0, len(items), size):
-        yield items[start : start + size]
 
 
 def _check(settings: Settings, tasks: Sequence[Task], batch_size: int) -> None:

@@ -1,72 +1,15 @@
 """Evaluation of a policy that answers by rote: who is asked what, and what is kept of it."""
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-import torch
+import torch.multiprocessing as mp
 from rich.console import Console
-from torch import Tensor
+from train import evaluate_rank_worker
+from train.rote import SETTINGS, Counting, Rote
 
 from paec_kernels.train.evaluate import Evaluation, Settings, evaluate, format_table, pass_ks, summarise
-from paec_kernels.train.policy import Rollout
-from paec_kernels.train.problem import Problem
-
-
-class Rote:
-    """Greedy says the problem's own number; the i-th of its samples the number + (i + seed) % 3, or nothing."""
-
-    module = torch.nn.Linear(1, 1)
-    head = torch.zeros(1, 1)
-
-    def __init__(self) -> None:
-        self.calls: list[tuple[int, int, float]] = []
-        self.seeds: dict[tuple[str, float], int] = {}
-        self._texts: list[str] = []
-
-    def sample(
-        self, prompts: Sequence[str], answers: int, *, max_new_tokens: int, temperature: float, seeds: Sequence[int]
-    ) -> Rollout:
-        assert not torch.is_grad_enabled()
-        self.calls.append((len(prompts), answers, temperature))
-        self._texts = []
-        for prompt, seed in zip(prompts, seeds, strict=True):
-            self.seeds[prompt, temperature] = seed
-            offsets = [0] if temperature == 0 else [(i + seed) % 3 for i in range(answers)]
-            self._texts += ["hm" if offset == 2 else str(int(prompt) + offset) for offset in offsets]
-        length = torch.tensor([min(len(text), max_new_tokens) for text in self._texts])
-        valid = torch.arange(max_new_tokens) < length[:, None]
-        sequences = torch.zeros(len(length), 1 + max_new_tokens, dtype=torch.int64)
-        return Rollout(sequences, torch.ones_like(sequences), 1, valid)
-
-    def texts(self, rollout: Rollout) -> list[str]:
-        return self._texts
-
-    def hidden(self, rollout: Rollout) -> Tensor:
-        raise NotImplementedError
-
-
-class Counting:
-    """Problems "start", "start + 1", ...: the answer is the prompt."""
-
-    def __init__(self, name: str, start: int, size: int) -> None:
-        self.name, self._start, self._size = name, start, size
-
-    def train_problem(self, index: int) -> Problem:
-        raise NotImplementedError
-
-    def eval_problems(self, count: int) -> list[Problem]:
-        return [Problem(self.name, str(self._start + i), str(self._start + i)) for i in range(min(count, self._size))]
-
-    def extract(self, text: str) -> str | None:
-        return text if text.isdigit() else None
-
-    def reward(self, problem: Problem, text: str) -> float:
-        return float(self.extract(text) == problem.answer)
-
-
-SETTINGS = {"problems": 3, "samples": 6, "max_new_tokens": 4, "temperature": 0.7, "seed": 5}
 
 
 def run(policy: Rote, *tasks: Counting, **changed) -> Evaluation:
@@ -120,6 +63,18 @@ def test_a_problem_is_answered_the_same_whatever_else_is_asked() -> None:
     alone = run(Rote(), Counting("b", 500, 9), problems=2)
     among = run(Rote(), Counting("a", 10, 2), Counting("b", 500, 9), batch_size=1)
     assert among.tasks["b"][:2] == alone.tasks["b"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [2, 4])  # more ranks than batches: one has nothing to do
+def test_ranks_share_the_problems_and_all_have_the_whole(tmp_path: Path, world: int) -> None:
+    mp.spawn(evaluate_rank_worker.run, (world, str(tmp_path)), nprocs=world)
+    alone = evaluate(Rote(), evaluate_rank_worker.TASKS, **SETTINGS | {"problems": 9}, batch_size=12)
+    asked = [json.loads((tmp_path / f"{rank}.asked").read_text()) for rank in range(world)]
+    assert sum(asked) == sum(map(len, alone.tasks.values()))
+    assert max(asked) <= 4
+    for rank in range(world):
+        assert Evaluation.load(tmp_path / f"{rank}.json") == alone
 
 
 def test_seeds_differ_by_seed_task_and_place() -> None:
