@@ -39,7 +39,9 @@ def test_train_then_eval(tmp_path, cache, capsys):
         0,
         None,
     )
-    assert json.loads((run / "config.json").read_text())["method"]["paec"]["lam"] == 0.5
+    config = json.loads((run / "config.json").read_text())
+    assert config["method"]["paec"]["lam"] == 0.5
+    assert config["chat"] is None
     first = json.loads((run / "eval.json").read_text())
     assert set(first["tasks"]) == {"parity", "count"}
     assert "macro-average" in capsys.readouterr().out
@@ -85,6 +87,9 @@ def test_help_lists_the_options_of_the_algorithm(algo, capsys):
         ("train --tasks nonsense", "nonsense"),
         ("train --algo nonsense", "nonsense"),
         ("train --preset nonsense", "nonsense"),
+        ("train --chat True", "chat must not be True for the tiny model"),
+        ("eval --chat True", "chat must not be True for the tiny model"),
+        ("eval --run nowhere --chat True", "chat must be None for a run"),
         ("compare --seeds 0", "seeds must be at least 1, got 0"),
         ("eval --run nowhere", "nowhere"),
         ("compare --runs nowhere", "nowhere"),

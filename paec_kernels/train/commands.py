@@ -56,7 +56,7 @@ def evaluate(config: EvalConfig) -> int:
         trained = json.loads((config.run / "config.json").read_text())
         _, tasks = load_tasks(trained["tasks"], config.tasks or trained["eval_tasks"])
     else:
-        start = TrainConfig(model=config.model)
+        start = TrainConfig(model=config.model, chat=config.chat)
         _, tasks = load_tasks((), config.tasks or start.tasks)
         with _progress(_console()) as progress:
             _make_start(start, progress)

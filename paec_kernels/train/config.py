@@ -37,6 +37,8 @@ class TrainConfig:
     where it was."""
     model: str = "tiny"
     """tiny, smollm2, or a Hugging Face id or folder."""
+    chat: bool | None = None
+    """Put each prompt into the tokenizer's chat template. None: where it has one. False suits most base models."""
     tasks: tuple[str, ...] = tuple(FAMILIES)
     """Families of the tiny model, gym:NAME for a reasoning-gym dataset, or JSONL files; they take turns."""
     eval_tasks: tuple[str, ...] = ()
@@ -94,11 +96,15 @@ class TrainConfig:
             raise TypeError(f"method must be {ALGORITHMS[self.algo].__name__} for {self.algo!r}, got {self.method!r}")
         if not self.tasks:
             raise ValueError("tasks must name at least one, got none")
+        _refuse_tiny_chat(self.model, self.chat)
 
     def identity(self) -> dict[str, Any]:
-        """What two runs must share to be the same run: all but where it is written, how long, and how it is judged."""
+        """What two runs must share to be the same run: all but where it is written, how long, and how it is judged.
+
+        An option left open (None) is no part of it, so that a run from before there was such an option goes on.
+        """
         elsewhere = ("preset", "out", "steps", "checkpoint_every", "evaluate", "eval_tasks", "cache")
-        return {name: value for name, value in plain(self).items() if name not in elsewhere}
+        return {name: value for name, value in plain(self).items() if name not in elsewhere and value is not None}
 
 
 @dataclass(frozen=True)
@@ -109,6 +115,8 @@ class EvalConfig:
     """Folder of a training run; its last checkpoint is evaluated, on its own tasks unless others are named."""
     model: str = "tiny"
     """Without a run: tiny (its start), smollm2, or a Hugging Face id or folder."""
+    chat: bool | None = None
+    """Without a run: as in `paec train`."""
     tasks: tuple[str, ...] = ()
     """As in `paec train`; by default the run's, or the tiny model's families."""
     out: Path | None = None
@@ -120,6 +128,12 @@ class EvalConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: a GPU where there is one."""
     evaluate: EvalOptions = field(default_factory=EvalOptions)
+
+    def __post_init__(self) -> None:
+        if self.run is None:
+            _refuse_tiny_chat(self.model, self.chat)
+        elif self.chat is not None:
+            raise ValueError(f"chat must be None for a run, which is evaluated as it was trained, got {self.chat}")
 
 
 @dataclass(frozen=True)
@@ -145,6 +159,11 @@ class CompareConfig:
         for name in ("seeds", "jobs"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+
+def _refuse_tiny_chat(model: str, chat: bool | None) -> None:
+    if model == "tiny" and chat:
+        raise ValueError(f"chat must not be True for the tiny model, which has no chat template, got {chat}")
 
 
 def plain(config: Any) -> dict[str, Any]:

@@ -30,24 +30,28 @@ def starting_policy(
     """
     if config.model == "tiny":
         return TinyPolicy(warm_start(config.warm_start, config.cache, on_warm_step).to(device))
-    return _hugging_face(config.model, device)
+    return _hugging_face(config.model, config.chat, device)
 
 
 def trained_policy(run: Path, device: torch.device) -> Policy:
-    """The last checkpoint of a training run.
+    """The last checkpoint of a training run, which reads its prompts as it did in training.
 
     Raises:
         FileNotFoundError: the folder holds no checkpoint.
     """
     state = checkpoint.read(run / "checkpoint.pt")
-    model = json.loads((run / "config.json").read_text())["model"]
-    policy: Policy = TinyPolicy(TinyModel().to(device)) if model == "tiny" else _hugging_face(model, device)
+    config = json.loads((run / "config.json").read_text())
+    policy: Policy
+    if config["model"] == "tiny":
+        policy = TinyPolicy(TinyModel().to(device))
+    else:
+        policy = _hugging_face(config["model"], config.get("chat"), device)  # a run may be older than the option
     policy.module.load_state_dict(state["model"])
     return policy
 
 
-def _hugging_face(name: str, device: torch.device) -> Policy:
+def _hugging_face(name: str, chat: bool | None, device: torch.device) -> Policy:
     from paec_kernels.train import hf_policy  # transformers takes seconds to import, and the tiny model needs none
 
     on_bf16_gpu = device.type == "cuda" and torch.cuda.is_bf16_supported()
-    return hf_policy.load(name, device, sampling_dtype=torch.bfloat16 if on_bf16_gpu else None)
+    return hf_policy.load(name, device, chat=chat, sampling_dtype=torch.bfloat16 if on_bf16_gpu else None)

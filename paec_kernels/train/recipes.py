@@ -18,6 +18,7 @@ DATA = Path("data")  # relative to where the command is started
 
 PAPER: dict[str, Any] = {
     "model": "Qwen/Qwen2.5-Math-1.5B",  # [reported]
+    "chat": True,  # [ours], as verl, in which DAPO was trained, does with every prompt
     "tasks": (str(DATA / "dapo-math-17k.jsonl"),),  # [reported]
     "eval_tasks": tuple(  # [reported]
         str(DATA / f"{name}.jsonl") for name in ("aime24", "aime25", "aime26", "math500", "amc23")

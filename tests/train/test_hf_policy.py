@@ -1,5 +1,6 @@
 """The policy on tiny random models of Hugging Face: sampling, hidden states, head, and what is refused."""
 
+import json
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -9,8 +10,10 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 
-from paec_kernels.train import hf_policy
+from paec_kernels.train import checkpoint, hf_policy
+from paec_kernels.train.config import TrainConfig, plain
 from paec_kernels.train.hf_policy import HFPolicy, load
+from paec_kernels.train.models import starting_policy, trained_policy
 from paec_kernels.train.policy import Policy, Rollout
 
 WORDS = ["<pad>", "<bos>", "<end>", "<turn>", *"abcdefghijklmnop"]
@@ -231,6 +234,27 @@ def test_a_folder_is_loaded_in_float32(tmp_path: Path) -> None:
     assert {parameter.dtype for parameter in policy.module.parameters()} == {torch.float32}
     assert policy.chat
     assert policy.texts(draw(policy)) == policy.texts(draw(HFPolicy(model.float(), make_tokenizer(CHAT_TEMPLATE))))
+
+
+@pytest.mark.parametrize(("chat", "expected"), [(None, True), (True, True), (False, False)])
+def test_a_run_and_its_checkpoint_use_the_chat_template_alike(
+    tmp_path: Path, chat: bool | None, expected: bool
+) -> None:
+    make_model().save_pretrained(tmp_path / "model")
+    make_tokenizer(CHAT_TEMPLATE).save_pretrained(tmp_path / "model")
+    config = TrainConfig(model=str(tmp_path / "model"), chat=chat)
+    policy = starting_policy(config, torch.device("cpu"))
+    assert policy.chat is expected
+    checkpoint.save({"model": policy.module.state_dict()}, tmp_path / "checkpoint.pt")
+    (tmp_path / "config.json").write_text(json.dumps(plain(config)))
+    assert trained_policy(tmp_path, torch.device("cpu")).chat is expected
+
+
+def test_a_chat_without_a_template_is_refused(tmp_path: Path) -> None:
+    make_model().save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="chat must be False for a tokenizer without a chat template, got True"):
+        starting_policy(TrainConfig(model=str(tmp_path), chat=True), torch.device("cpu"))
 
 
 def test_a_name_of_nothing_is_refused(tmp_path: Path) -> None:

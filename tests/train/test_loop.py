@@ -199,6 +199,14 @@ def test_another_config_is_refused(config):
     loop.train(replace(config, steps=2))  # more steps of the same run are no other run
 
 
+def test_a_run_from_before_an_option_goes_on(config):
+    loop.train(replace(config, steps=1))
+    state = checkpoint.read(config.out / "checkpoint.pt")
+    state["config"].pop("chat", None)
+    checkpoint.save(state, config.out / "checkpoint.pt")
+    assert loop.train(replace(config, steps=2, chat=None)).steps_done == 2
+
+
 def test_a_gradient_that_is_not_finite_stops_the_run(config, monkeypatch):
     loop.train(replace(config, steps=2))
     saved = weights(config.out)
