@@ -11,6 +11,7 @@ from paec_kernels.train.evaluate import summarise
 from paec_kernels.train.metrics import Estimate
 from paec_kernels.train.run_folder import Run
 
+OF_TRAINING = ("training reward", "final entropy", "operator share")
 FINAL_SHARE = 0.1  # the last tenth of the steps gives the final entropy
 
 
@@ -62,13 +63,17 @@ def compare(runs: Sequence[Run], *, baseline: str = "grpo", arm_fields: Sequence
 
 
 def run_scores(run: Run) -> dict[str, float]:
-    """A run's macro-averages; "final entropy", the mean over the last tenth of its steps, nats; "operator share", of
-    the time that the steps took."""
+    """A run's macro-averages, and OF_TRAINING: "training reward", the mean over all its steps, which is the higher the
+    sooner the policy learns; "final entropy", the mean over the last tenth of them, nats; "operator share", of the
+    time that they took."""
     final = run.log["entropy"][-max(1, round(FINAL_SHARE * len(run.log["step"]))) :]
-    return {name: estimate.mean for name, estimate in summarise(run.evaluation)["macro"].items()} | {
-        "final entropy": float(final.mean()),
-        "operator share": float(run.log["operator_seconds"].sum() / run.log["seconds"].sum()),
-    }
+    of_training = (
+        float(run.log["reward"].mean()),
+        float(final.mean()),
+        float(run.log["operator_seconds"].sum() / run.log["seconds"].sum()),
+    )
+    macro = {name: estimate.mean for name, estimate in summarise(run.evaluation)["macro"].items()}
+    return macro | dict(zip(OF_TRAINING, of_training, strict=True))
 
 
 def sort_arms(arms: Iterable[str]) -> list[str]:

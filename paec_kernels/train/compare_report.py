@@ -11,7 +11,7 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from paec_kernels.train.compare import Comparison, Row, run_scores
+from paec_kernels.train.compare import OF_TRAINING, Comparison, Row, run_scores
 from paec_kernels.train.evaluate import format_number, summarise
 from paec_kernels.train.metrics import Estimate
 from paec_kernels.train.run_folder import Run
@@ -33,7 +33,7 @@ def save(comparison: Comparison, runs: Sequence[Run], out: Path) -> list[Path]:
     for run in runs:
         for task, scores in summarise(run.evaluation).items():
             raw += [[run.arm, run.seed, task, name, estimate.mean] for name, estimate in scores.items()]
-        raw += [[run.arm, run.seed, "", name, run_scores(run)[name]] for name in ("final entropy", "operator share")]
+        raw += [[run.arm, run.seed, "", name, run_scores(run)[name]] for name in OF_TRAINING]
     text = {
         "comparison.json": json.dumps(document, indent=1, allow_nan=False) + "\n",
         "comparison.md": to_markdown(comparison),
@@ -63,11 +63,12 @@ def format_tables(comparison: Comparison) -> list[Table]:
     """The same for a terminal."""
     tables = []
     for title, header, lines in _tables(comparison):
-        table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
-        for i, name in enumerate(header):
-            table.add_column(name, justify="right" if i else "left", no_wrap=i == 0)
+        # All of it fits 80 columns: an interval is below its mean, and only an arm's name may be folded.
+        table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+        table.add_column(header[0], overflow="fold", min_width=7)
+        for name in header[1:]:
+            table.add_column(name.replace(" ", "\n"), justify="right", no_wrap=True)
         for line in lines:
-            # The interval goes below the mean: that many columns do not fit side by side.
             table.add_row(line[0], *(cell.replace(" ", "\n", 1) for cell in line[1:]))
         tables.append(table)
     return tables
@@ -82,11 +83,11 @@ def _tables(comparison: Comparison) -> Iterator[tuple[str, list[str], list[list[
     differences = []
     for arm in comparison.arms:
         rows = [comparison.row(arm, name) for name in shown]
-        means.append([arm, str(rows[0].seeds), *(_cell(row.metric, row.estimate) for row in rows)])
+        means.append([f"{arm} ({rows[0].seeds})", *(_cell(row.metric, row.estimate) for row in rows)])
         if arm != comparison.baseline:
             differences.append([arm, *(_cell(row.metric, row.difference, signed=True) for row in rows)])
     title = "Macro-averages over tasks with 95 % t intervals over seeds; scores in per cent, entropy in nats"
-    yield title, ["arm", "seeds", *shown], means
+    yield title, ["arm (seeds)", *shown], means
     if any(row.difference for row in comparison.rows):
         title = f"Differences from {comparison.baseline}, paired by seed, with 95 % t intervals"
         yield title, ["arm", *shown], differences

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 from train import made_runs
-from train.made_runs import write_run
+from train.made_runs import evaluation, write_run
 
 from paec_kernels.train.compare import Comparison, compare, sort_arms
 from paec_kernels.train.compare_report import format_tables, save, to_markdown
@@ -32,7 +32,7 @@ def test_means_and_paired_differences(runs: list[Run]) -> None:
     assert found.arms == ["grpo", "paec"]
     assert found.metrics == [
         *("greedy", "mean@4", "maj@4", "pass@1", "pass@2", "pass@4", "distinct", "length"),
-        *("final entropy", "operator share"),
+        *("training reward", "final entropy", "operator share"),
     ]
     grpo, paec = found.row("grpo", "mean@4"), found.row("paec", "mean@4")
     assert (grpo.seeds, paec.seeds) == (2, 3)
@@ -47,6 +47,7 @@ def test_means_and_paired_differences(runs: list[Run]) -> None:
 def test_what_the_log_gives(runs: list[Run]) -> None:
     found = compare(runs)
     assert found.row("grpo", "final entropy").estimate.mean == pytest.approx((0.3 + (0.2 + 0.1) / 2) / 2)
+    assert found.row("grpo", "training reward").estimate.mean == pytest.approx(0.5 + 0.01 * (1.5 + 10.5) / 2)
     assert found.row("paec", "operator share").estimate.mean == pytest.approx(0.25)
 
 
@@ -112,14 +113,14 @@ def test_one_seed_is_written_without_intervals(runs: list[Run], tmp_path: Path) 
     (row,) = [r for r in document["rows"] if (r["arm"], r["metric"]) == ("paec", "mean@4")]
     assert row["estimate"] == {"mean": 0.625, "low": None, "high": None}
     assert "nan" not in (tmp_path / "out" / "comparison.csv").read_text()
-    assert "| paec | 1 | 70.0 | 62.5 |" in (tmp_path / "out" / "comparison.md").read_text()
+    assert "| paec (1) | 70.0 | 62.5 |" in (tmp_path / "out" / "comparison.md").read_text()
 
 
 def test_tables(runs: list[Run]) -> None:
     lines = to_markdown(compare(runs)).splitlines()
-    header = "| arm | seeds | greedy | mean@4 | maj@4 | pass@4 | distinct | length | final entropy |"
+    header = "| arm (seeds) | greedy | mean@4 | maj@4 | pass@4 | distinct | length | training reward | final entropy |"
     assert lines[2] == header
-    paec = next(line for line in lines if line.startswith("| paec | 3 |"))
+    paec = next(line for line in lines if line.startswith("| paec (3) |"))
     assert "| 41.7 ± 89.6 |" in paec  # 4.303 * 0.3608 / sqrt(3)
     assert "| 0.300 ± 0.000 |" in paec
     assert "| +18.8 ± 79.4 |" in lines[-1]
@@ -131,6 +132,22 @@ def test_tables(runs: list[Run]) -> None:
         console.print(*format_tables(compare(runs)))
     assert "± 89.6" in capture.get()
     assert "+18.8" in capture.get()
+
+
+def test_eighty_columns_hold_every_number(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        write_run(tmp_path / f"g{seed}", "grpo", seed, evaluated=evaluation((1.0, 1.0), samples=16), entropy=[0.5])
+        write_run(tmp_path / f"p{seed}", "paec-no-penalty", seed, evaluated=evaluation((0.5 * seed, 0), samples=16))
+    found = compare([read_run(folder) for folder in find_runs([tmp_path])])
+    console = Console(width=80)
+    with console.capture() as capture:
+        console.print(*format_tables(found))
+    printed = capture.get().split()
+    markdown = to_markdown(found)
+    cells = [cell.split() for line in markdown.splitlines() for cell in line.strip("| ").split(" | ")[1:]]
+    numbers = [number for cell in cells for number in cell if number[-1:].isdigit() and "@" not in number]
+    assert len(numbers) == 2 * 2 * 8 + 2 * 8
+    assert [number for number in numbers if number not in printed] == []
 
 
 def test_runs_are_found_below_a_folder(tmp_path: Path) -> None:
