@@ -30,7 +30,7 @@ INTERRUPTED = 130  # the shell's status for SIGINT
 def train(config: TrainConfig) -> int:
     """Train with a progress bar, then evaluate."""
     console = _console()
-    load_tasks(config.tasks, config.eval_tasks)  # a wrong name is found before anything is made
+    tasks, eval_tasks = load_tasks(config.tasks, config.eval_tasks)  # a wrong name is found before anything is made
     try:
         with _progress(console) as progress:
             _make_start(config, progress)
@@ -40,11 +40,11 @@ def train(config: TrainConfig) -> int:
                 shown = "reward {reward:.2f}  entropy {entropy:.3f}  selected {selected_entropy:.2f}  floor {floor:.2f}"
                 progress.update(bar, completed=row["step"], description=shown.format(**row))
 
-            run = loop.train(config, show)
+            run = loop.train(config, show, tasks=tasks)
     except loop.Interrupted as stopped:
         console.print(f"{stopped}; the same command goes on from there ({config.out / 'checkpoint.pt'})")
         return INTERRUPTED
-    _evaluate_run(config, run.policy, console)
+    _evaluate_run(config, run.policy, eval_tasks, console)
     return 0
 
 
@@ -118,18 +118,17 @@ def _make_start(config: TrainConfig, progress: Progress) -> None:
 
 def _train_one(config: TrainConfig, threads: int) -> bool:
     torch.set_num_threads(threads)
-    quiet = Console(quiet=True)
     try:
-        run = loop.train(config)
+        tasks, eval_tasks = load_tasks(config.tasks, config.eval_tasks)
+        run = loop.train(config, tasks=tasks)
     except (loop.Interrupted, KeyboardInterrupt):
         return False
     if not (config.out / "eval.json").exists():
-        _evaluate_run(config, run.policy, quiet)
+        _evaluate_run(config, run.policy, eval_tasks, Console(quiet=True))
     return True
 
 
-def _evaluate_run(config: TrainConfig, policy: Policy, console: Console) -> None:
-    _, tasks = load_tasks(config.tasks, config.eval_tasks)
+def _evaluate_run(config: TrainConfig, policy: Policy, tasks: Sequence[Task], console: Console) -> None:
     _evaluate(policy, tasks, config.evaluate, config.max_new_tokens, config.temperature, config.out, console)
 
 

@@ -112,11 +112,14 @@ class Run:
         return torch.autocast(device.type, torch.bfloat16) if wanted else nullcontext()
 
 
-def train(config: TrainConfig, on_step: Callable[[Row], None] = lambda row: None) -> Run:
+def train(
+    config: TrainConfig, on_step: Callable[[Row], None] = lambda row: None, *, tasks: Sequence[Task] | None = None
+) -> Run:
     """Train to ``config.steps``, from the checkpoint in ``config.out`` if there is one.
 
     Args:
         on_step: called with each step's row of log.jsonl, on rank 0.
+        tasks: those that ``config`` names, where the caller has loaded them.
     Raises:
         checkpoint.OtherConfigError: the checkpoint belongs to another configuration; nothing is overwritten.
         FloatingPointError: a gradient is not finite; the last checkpoint stands.
@@ -128,7 +131,8 @@ def train(config: TrainConfig, on_step: Callable[[Row], None] = lambda row: None
             f"prompts must be a multiple of updates * processes = {config.updates * world}, got {config.prompts}"
         )
     device = pick_device(config.device)
-    tasks, _ = load_tasks(config.tasks, config.eval_tasks)
+    if tasks is None:
+        tasks, _ = load_tasks(config.tasks, config.eval_tasks)
     policy = starting_policy(config, device)
     model = DistributedDataParallel(policy.module) if world > 1 else policy.module
     optimizer = torch.optim.AdamW(policy.module.parameters(), config.learning_rate, weight_decay=config.weight_decay)
