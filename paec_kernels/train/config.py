@@ -54,8 +54,9 @@ class TrainConfig:
     """Prompts in a batch, over all processes."""
     answers: int = 16
     """Answers sampled for each prompt: a group."""
-    updates: int = 1
-    """Optimiser steps for each batch, each on its own part of the prompts."""
+    updates: int = 2
+    """Optimiser steps for each batch, each on its own part of the prompts. With 1 every ratio is 1: grpo, cispo and
+    kl-cov are then the same."""
     micro_batch: int = 64
     """Answers in a forward and backward pass; gradients are accumulated over as many as an optimiser step needs."""
     max_new_tokens: int = 32

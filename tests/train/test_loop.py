@@ -130,11 +130,23 @@ def test_bfloat16_trains_float32_weights(config, operator):
 
 def test_several_updates_move_away_from_the_sampling_policy(config):
     config = replace(config, steps=1, learning_rate=1e-2)
-    loop.train(replace(config, out=config.out / "1"))
+    loop.train(replace(config, out=config.out / "1", updates=1))
     loop.train(replace(config, out=config.out / "4", updates=4))
     one, four = (read_rows(config.out / name)[0] for name in "14")
     assert abs(one["approx_kl"]) < 1e-9
     assert four["approx_kl"] > 1e-4
+
+
+@pytest.mark.parametrize("algo", ["cispo", "kl-cov"])
+def test_one_update_leaves_ratios_nothing_to_do(config, algo):
+    """Why a comparison of all algorithms needs more than one."""
+
+    def weights(algo, updates):
+        here = with_algo(replace(config, steps=1, updates=updates, out=config.out / f"{algo}{updates}"), algo)
+        return torch.cat([p.flatten() for p in loop.train(here).policy.module.parameters()])
+
+    assert torch.allclose(weights(algo, 1), weights("grpo", 1), atol=1e-6)
+    assert not torch.allclose(weights(algo, 2), weights("grpo", 2), atol=1e-6)
 
 
 def test_an_interrupted_run_goes_on_to_the_bit(config):
