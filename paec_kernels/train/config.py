@@ -40,7 +40,8 @@ class TrainConfig:
     chat: bool | None = None
     """Put each prompt into the tokenizer's chat template. None: where it has one. False suits most base models."""
     tasks: tuple[str, ...] = tuple(FAMILIES)
-    """Families of the tiny model, gym:NAME for a reasoning-gym dataset, or JSONL files; they take turns."""
+    """Families of the tiny model, gym:NAME or gym:NAME,FIELD=VALUE,... for a reasoning-gym dataset, or JSONL files;
+    they take turns."""
     eval_tasks: tuple[str, ...] = ()
     """Tasks of the evaluation; by default those of the training, on problems it never sees."""
     algo: AlgoName = "paec"

@@ -33,7 +33,7 @@ class GymTask:
 
     Args:
         dataset: its name, such as ``basic_arithmetic``.
-        config: fields of the dataset's own configuration.
+        config: fields of the dataset's own configuration; they are part of the task's name.
     Raises:
         ValueError: the library has no such dataset, or refuses the configuration.
     """
@@ -41,7 +41,7 @@ class GymTask:
     def __init__(self, dataset: str, **config: Any) -> None:
         if dataset not in DATASETS:
             raise ValueError(f"dataset must be one of reasoning-gym's {', '.join(sorted(DATASETS))}, got {dataset!r}")
-        self.name = f"gym:{dataset}"
+        self.name = ",".join([f"gym:{dataset}", *(f"{field}={value}" for field, value in config.items())])
         self._dataset, self._config = dataset, config
         self._chunk = lru_cache(maxsize=4)(self._make)
         try:

@@ -1,6 +1,12 @@
-"""Tasks by name: a family of the tiny model, ``gym:NAME`` for a reasoning-gym dataset, or a .jsonl file."""
+"""Tasks by name: a family of the tiny model, ``gym:NAME`` for a reasoning-gym dataset, or a .jsonl file.
 
+Fields of a dataset's configuration may follow its name, as in ``gym:chain_sum,max_terms=2,max_digits=1``; a value is a
+Python number, True, False or text.
+"""
+
+import ast
 from collections.abc import Sequence
+from typing import Any
 
 from paec_kernels.train.families import FAMILIES
 from paec_kernels.train.problem import Task
@@ -32,5 +38,16 @@ def _generated(name: str) -> Task:
     if name.startswith("gym:"):
         from paec_kernels.train.gym_tasks import GymTask
 
-        return GymTask(name.removeprefix("gym:"))
+        dataset, *fields = name.removeprefix("gym:").split(",")
+        pairs = [field.partition("=") for field in fields]
+        if not all(equals for _, equals, _ in pairs):
+            raise ValueError(f"tasks of reasoning-gym must be gym:NAME,FIELD=VALUE,..., got {name!r}")
+        return GymTask(dataset, **{field: _value(text) for field, _, text in pairs})
     raise ValueError(f"tasks must be among {', '.join(FAMILIES)}, gym:NAME or a .jsonl file, got {name!r}")
+
+
+def _value(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text

@@ -41,7 +41,7 @@ def test_a_dataset_without_enough_problems_says_so() -> None:
     task = GymTask("chain_sum", min_terms=2, max_terms=2, min_digits=1, max_digits=1)
     seen = {task._problem(0, index).prompt for index in range(1000)}
     task.__dict__["_eval_prompts"] = seen  # as if all that there is were kept
-    with pytest.raises(ValueError, match=f"gym:chain_sum makes too few different problems to keep {EVAL_POOL}"):
+    with pytest.raises(ValueError, match=f"gym:chain_sum,.* makes too few different problems to keep {EVAL_POOL}"):
         task.train_problem(0)
     assert ATTEMPTS > 10
 
@@ -104,6 +104,7 @@ def test_the_librarys_scorer_judges() -> None:
 def test_a_configuration_of_ones_own() -> None:
     task = GymTask("chain_sum", min_terms=2, max_terms=2, min_digits=1, max_digits=1)
     assert all(problem.entry["metadata"]["num_terms"] == 2 for problem in task.eval_problems(20))
+    assert task.name == "gym:chain_sum,min_terms=2,max_terms=2,min_digits=1,max_digits=1"
 
 
 def test_bad_names_and_configurations_are_refused() -> None:

@@ -30,6 +30,17 @@ def test_a_gym_dataset():
     assert task.reward(problem, f"<answer>{problem.answer}</answer>") == 1.0
 
 
+def test_a_gym_dataset_of_another_difficulty():
+    name = "gym:chain_sum,max_terms=2,max_digits=1,allow_negation=True"
+    (easy, usual), _ = load_tasks([name, "gym:chain_sum"])
+    assert (easy.name, usual.name) == (name, "gym:chain_sum")  # an evaluation has both
+    assert easy.train_problem(0).task == name
+    terms = [problem.entry["metadata"]["num_terms"] for problem in easy.eval_problems(20)]
+    assert set(terms) == {2}
+    (text,), _ = load_tasks(["gym:basic_arithmetic,format_style=natural"])
+    assert not all(problem.prompt.startswith("Calculate") for problem in text.eval_problems(20))
+
+
 def test_one_file_is_split(tmp_path):
     path = write(tmp_path / "all.jsonl", range(100))
     (train,), (evaluation,) = load_tasks([path])
@@ -57,7 +68,16 @@ def test_evaluation_alone_takes_the_whole_file(tmp_path):
     assert len(task.eval_problems(100)) == 40
 
 
-@pytest.mark.parametrize("name", ["nonsense", "gym:nonsense", "nowhere.jsonl"])
-def test_a_name_of_none_is_named(name):
-    with pytest.raises(ValueError, match=name.removeprefix("gym:")):
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("nonsense", "'nonsense'"),
+        ("gym:nonsense", "'nonsense'"),
+        ("nowhere.jsonl", "nowhere.jsonl"),
+        ("gym:chain_sum,max_terms", r"gym:NAME,FIELD=VALUE.*, got 'gym:chain_sum,max_terms'"),
+        ("gym:chain_sum,colour=3", r"reasoning-gym's chain_sum takes, got \{'colour': 3\}"),
+    ],
+)
+def test_a_name_of_none_is_named(name, message):
+    with pytest.raises(ValueError, match=message):
         load_tasks([name])
