@@ -45,7 +45,7 @@ def test_train_then_eval(tmp_path, cache, capsys):
     first = json.loads((run / "eval.json").read_text())
     assert set(first["tasks"]) == {"parity", "count"}
     assert "macro-average" in capsys.readouterr().out
-    assert paec("eval", "--run", run, "--out", tmp_path / "again", "--max-new-tokens", 12, *TINY[-4:]) == 0
+    assert paec("eval", "--run", run, "--out", tmp_path / "again", *TINY[-4:]) == 0
     assert json.loads((tmp_path / "again" / "eval.json").read_text()) == first
 
 
@@ -73,9 +73,8 @@ def test_two_processes_evaluate_as_one(tmp_path, cache):
     run = tmp_path / "run"
     torchrun("train", "--out", run, "--cache", cache, *TINY)
     trained = (run / "eval.json").read_bytes()
-    options = ["--max-new-tokens", 12, *TINY[-4:]]
-    torchrun("eval", "--run", run, "--out", tmp_path / "two", *options)
-    assert paec("eval", "--run", run, "--out", tmp_path / "one", *options) == 0
+    torchrun("eval", "--run", run, "--out", tmp_path / "two", *TINY[-4:])
+    assert paec("eval", "--run", run, "--out", tmp_path / "one", *TINY[-4:]) == 0
     assert trained == (tmp_path / "two" / "eval.json").read_bytes() == (tmp_path / "one" / "eval.json").read_bytes()
 
 

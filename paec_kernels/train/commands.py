@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from paec_kernels.train import compare_report, loop, plots
 from paec_kernels.train.compare import compare as compare_runs
-from paec_kernels.train.config import CompareConfig, EvalConfig, EvalOptions, TrainConfig
+from paec_kernels.train.config import CompareConfig, EvalConfig, EvalOptions, TrainConfig, plain
 from paec_kernels.train.evaluate import evaluate as evaluate_policy
 from paec_kernels.train.evaluate import format_table
 from paec_kernels.train.models import pick_device, starting_policy, trained_policy
@@ -53,16 +53,19 @@ def evaluate(config: EvalConfig) -> int:
     device = pick_device(config.device)
     if config.run is not None:
         policy = trained_policy(config.run, device)
-        trained = json.loads((config.run / "config.json").read_text())
-        _, tasks = load_tasks(trained["tasks"], config.tasks or trained["eval_tasks"])
+        options = json.loads((config.run / "config.json").read_text())
+        _, tasks = load_tasks(options["tasks"], config.tasks or options["eval_tasks"])
     else:
         start = TrainConfig(model=config.model, chat=config.chat)
+        options = plain(start)
         _, tasks = load_tasks((), config.tasks or start.tasks)
         with _progress(_console()) as progress:
             _make_start(start, progress)
         policy = starting_policy(start, device)
+    max_new_tokens = config.max_new_tokens or options["max_new_tokens"]
+    temperature = config.temperature or options["temperature"]
     out = config.out or config.run or Path("runs/eval")
-    _evaluate(policy, tasks, config.evaluate, config.max_new_tokens, config.temperature, out, _console())
+    _evaluate(policy, tasks, config.evaluate, max_new_tokens, temperature, out, _console())
     return 0
 
 

@@ -123,10 +123,10 @@ class EvalConfig:
     """As in `paec train`; by default the run's, or the tiny model's families."""
     out: Path | None = None
     """Folder for eval.json; by default the run's, or runs/eval."""
-    max_new_tokens: int = 32
-    """Where an answer is cut off."""
-    temperature: float = 1.0
-    """Of the sampling."""
+    max_new_tokens: int | None = None
+    """Where an answer is cut off; by default where the run does, or `paec train`."""
+    temperature: float | None = None
+    """Of the sampling; by default the run's, or that of `paec train`."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: a GPU where there is one."""
     evaluate: EvalOptions = field(default_factory=EvalOptions)
