@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from paec_kernels.train.algorithms import ALGORITHMS, Method
 from paec_kernels.train.families import FAMILIES
+from paec_kernels.train.ranges import above_zero, at_least
 from paec_kernels.train.warm_start import WarmStart
 
 AlgoName = Literal[
@@ -24,6 +25,10 @@ class EvalOptions:
     """Answers sampled for each, besides the greedy one."""
     seed: int = 0
     """Of the sampling."""
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "problems", "samples")
+        at_least(self, 0, "seed")
 
 
 @dataclass(frozen=True)
@@ -84,14 +89,9 @@ class TrainConfig:
     """Where the tiny model's start is kept."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "prompts", "answers", "updates", "micro_batch", "max_new_tokens", "checkpoint_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("temperature", "learning_rate", "max_grad_norm"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be > 0, got {getattr(self, name)}")
-        if not self.weight_decay >= 0:
-            raise ValueError(f"weight_decay must be >= 0, got {self.weight_decay}")
+        at_least(self, 1, "steps", "prompts", "answers", "updates", "micro_batch", "max_new_tokens", "checkpoint_every")
+        at_least(self, 0, "seed", "weight_decay")
+        above_zero(self, "temperature", "learning_rate", "max_grad_norm")
         if self.prompts % self.updates:
             raise ValueError(f"prompts must be a multiple of updates = {self.updates}, got {self.prompts}")
         if type(self.method) is not ALGORITHMS[self.algo]:
@@ -132,6 +132,10 @@ class EvalConfig:
     evaluate: EvalOptions = field(default_factory=EvalOptions)
 
     def __post_init__(self) -> None:
+        if self.max_new_tokens is not None:
+            at_least(self, 1, "max_new_tokens")
+        if self.temperature is not None:
+            above_zero(self, "temperature")
         if self.run is None:
             _refuse_tiny_chat(self.model, self.chat)
         elif self.chat is not None:
@@ -158,9 +162,7 @@ class CompareConfig:
     """Of every run, except out, seed, algo and method."""
 
     def __post_init__(self) -> None:
-        for name in ("seeds", "jobs"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        at_least(self, 1, "seeds", "jobs")
 
 
 def _refuse_tiny_chat(model: str, chat: bool | None) -> None:

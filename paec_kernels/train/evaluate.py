@@ -17,6 +17,7 @@ from paec_kernels.train.config import seed_of
 from paec_kernels.train.metrics import Estimate
 from paec_kernels.train.policy import Policy
 from paec_kernels.train.problem import Problem, Task
+from paec_kernels.train.ranges import above_zero, at_least
 from paec_kernels.whole_file import whole_file
 
 Summary = dict[str, Estimate]  # by metric; see `summarise`
@@ -264,13 +265,11 @@ def _judge(task: Task, problem: Problem, text: str) -> tuple[str | None, bool]:
 
 
 def _check(settings: Settings, tasks: Sequence[Task], batch_size: int) -> None:
-    for name, number in (*asdict(settings).items(), ("batch_size", batch_size)):
-        if name == "temperature" and not number > 0:
-            raise ValueError(f"temperature must be > 0, got {number!r}; the greedy responses come by themselves")
-        if name == "seed" and number < 0:
-            raise ValueError(f"seed must be >= 0, got {number!r}")
-        if name not in ("temperature", "seed") and number < 1:
-            raise ValueError(f"{name} must be at least 1, got {number!r}")
+    at_least(settings, 1, "problems", "samples", "max_new_tokens")
+    at_least(settings, 0, "seed")
+    above_zero(settings, "temperature")  # the greedy responses come by themselves
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     names = [task.name for task in tasks]
     if not names or len(set(names)) < len(names) or "macro" in names:
         raise ValueError(f"tasks must be at least one, with names that differ and are not 'macro', got {names}")

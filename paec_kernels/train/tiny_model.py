@@ -113,6 +113,12 @@ class TinyPolicy:
     ) -> Rollout:
         device = self.head.device
         prompt_ids, prompt_mask = (x.to(device).repeat_interleave(answers, dim=0) for x in encode(prompts))
+        known = MAX_POSITIONS - prompt_ids.shape[1]
+        if max_new_tokens > known:
+            raise ValueError(
+                f"max_new_tokens must be at most {known} after a prompt of {prompt_ids.shape[1]} letters, "
+                f"as the tiny model knows {MAX_POSITIONS} positions, got {max_new_tokens}"
+            )
         # Numbers of a prompt's own seed: a row's samples do not depend on the other rows of the batch.
         uniform = torch.stack(
             [
@@ -147,7 +153,15 @@ class TinyPolicy:
 
 
 def encode(texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """Token ids and attention mask, int64 [B, P], padded on the left."""
+    """Token ids and attention mask, int64 [B, P], padded on the left.
+
+    Raises:
+        ValueError: a letter that the tiny model does not have.
+    """
+    if unknown := {letter for text in texts for letter in text} - TOKEN.keys():
+        raise ValueError(
+            f"prompts must be of the letters {ALPHABET} for the tiny model, got {''.join(sorted(unknown))!r}"
+        )
     width = max(map(len, texts))
     ids = torch.tensor([[PAD_ID] * (width - len(text)) + [TOKEN[letter] for letter in text] for text in texts])
     return ids, (ids != PAD_ID).long()

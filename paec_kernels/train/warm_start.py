@@ -13,6 +13,7 @@ import torch
 from torch.nn import functional as F
 
 from paec_kernels.train.families import END, FAMILIES, Family, Habits
+from paec_kernels.train.ranges import above_zero, at_least
 from paec_kernels.train.tiny_model import PAD_ID, TinyModel, encode
 
 
@@ -29,6 +30,11 @@ class WarmStart:
     learning_rate: float = 2e-3
     """Of AdamW; falls to a tenth by cosine over the skill steps and stays there."""
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "skill_steps", "batch")
+        at_least(self, 0, "habit_steps")
+        above_zero(self, "learning_rate")
 
 
 def batch_loss(model: TinyModel, families: Sequence[Family], options: WarmStart, step: int) -> torch.Tensor:

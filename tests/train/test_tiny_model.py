@@ -87,6 +87,14 @@ def test_hidden_states_predict_the_answers_tokens(policy):
     assert torch.equal(logits.argmax(-1)[rollout.valid], rollout.token_ids[rollout.valid])
 
 
+def test_what_the_model_cannot_read_or_write_is_refused(policy):
+    with pytest.raises(ValueError, match=r"prompts must be of the letters .* got ' A'"):
+        sample(policy, ["a4 7:A"], seeds=[1])
+    with pytest.raises(ValueError, match=r"max_new_tokens must be at most 55 after a prompt of 9 letters.* got 56"):
+        sample(policy, max_new_tokens=56)
+    sample(policy, answers=1, max_new_tokens=55)
+
+
 def test_rows_are_cut_to_the_longest_answer(policy):
     rollout = sample(policy)
     shorter = rollout.valid.clone()
