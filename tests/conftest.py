@@ -1,6 +1,7 @@
-"""What every test shares: Triton's interpreter where there is no GPU, the `gpu` marker, and real logits."""
+"""What every test shares: where Triton's kernels run, the `gpu` marker, and real logits."""
 
 import os
+import re
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import NamedTuple
@@ -13,19 +14,30 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in the Makefile
 import pytest
 import torch
 
-# Triton reads this while it is imported, which `import torch` does not do.
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
-
 DATA = Path(__file__).parent / "data"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """A run that selects `-m gpu` compiles the kernels. Any other is the same everywhere: interpreted, on the CPU.
+
+    Triton reads its variable while it is imported, which neither `import torch` nor pytest does.
+    """
+    selects_gpu = re.search(r"(?<!not )\bgpu\b", config.getoption("markexpr"))
+    os.environ.setdefault("TRITON_INTERPRET", "0" if selects_gpu else "1")
+    if _interpreted():
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # else what takes a GPU by itself would interpret kernels for it
+
+
+def _interpreted() -> bool:
+    return os.environ["TRITON_INTERPRET"] == "1"
 
 
 def _gpu_skip_reason() -> str | None:
     """Why tests marked `gpu` cannot run here, or None where they can."""
+    if _interpreted():
+        return "needs compiled kernels on a GPU: make test-gpu, or pytest -m gpu"
     if not torch.cuda.is_available():
         return f"needs a GPU: torch {torch.__version__} finds no CUDA or ROCm device"
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        return "needs compiled kernels: TRITON_INTERPRET=1 runs them on the CPU"
     return None
 
 
@@ -42,8 +54,8 @@ def pytest_report_header() -> str:
         triton = f"triton {version('triton')}"
     except PackageNotFoundError:
         triton = "no triton"
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        triton += ", interpreted"
+    if _interpreted():
+        return f"torch {torch.__version__}; {triton}, interpreted; on the CPU"
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     return f"torch {torch.__version__}; {triton}; {device}"
 
@@ -55,9 +67,11 @@ def _seed() -> None:
 
 @pytest.fixture(params=["triton", "torch"])
 def backend(request: pytest.FixtureRequest) -> str:
-    """Both backends of `token_stats`; Triton's is interpreted where there is no GPU."""
+    """Both backends of `token_stats`, for tensors on the CPU."""
     if request.param == "triton":
         pytest.importorskip("triton", reason="the triton package is not installed")
+        if not _interpreted():
+            pytest.skip("compiled kernels take no CPU tensors: needs TRITON_INTERPRET=1")
     return request.param
 
 

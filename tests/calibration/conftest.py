@@ -1,4 +1,4 @@
-"""Tests here run where Triton's kernels do: on the GPU, or interpreted on the CPU."""
+"""Tests here run where Triton's kernels do: interpreted on the CPU, or with TRITON_INTERPRET=0 on the GPU."""
 
 import os
 from collections.abc import Iterator
