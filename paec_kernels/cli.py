@@ -12,7 +12,6 @@ import tyro
 
 from paec_kernels.train import commands
 from paec_kernels.train.algorithms import ALGORITHMS
-from paec_kernels.train.checkpoint import OtherConfigError
 from paec_kernels.train.config import CompareConfig, EvalConfig, TrainConfig
 from paec_kernels.train.presets import PRESETS, with_algo
 
@@ -46,7 +45,7 @@ def main(args: Sequence[str] | None = None) -> None:
         status = tyro.extras.subcommand_cli_from_dict(
             {"train": train, "eval": evaluate, "compare": compare}, prog="paec", args=args
         )
-    except (ValueError, TypeError, FileNotFoundError, OtherConfigError) as error:
+    except (ValueError, TypeError, FileNotFoundError) as error:
         print(f"paec: {error}", file=sys.stderr)
         status = 2
     finally:

@@ -82,9 +82,6 @@ class HFPolicy:
         kept = [[token for token in answer if token not in self._end_ids] for answer in answers]
         return self.tokenizer.batch_decode(kept, skip_special_tokens=True)
 
-    def hidden(self, rollout: Rollout) -> Tensor:
-        return self.module(rollout.sequences, rollout.attention_mask, rollout.prompt_length)
-
     def _shown(self, prompt: str) -> str:
         if not self.chat:
             return prompt

@@ -34,7 +34,8 @@ class Policy(Protocol):
 
     @property
     def module(self) -> nn.Module:
-        """All parameters. Called with a rollout's (sequences, attention_mask, prompt_length) it gives ``hidden``."""
+        """All parameters. Called with a rollout's (sequences, attention_mask, prompt_length), it gives the last hidden
+        states that each answer token is predicted from, ``[B, T, D]``."""
         ...
 
     def sample(
@@ -49,10 +50,6 @@ class Policy(Protocol):
 
     def texts(self, rollout: Rollout) -> list[str]:
         """Each answer without its end token."""
-        ...
-
-    def hidden(self, rollout: Rollout) -> Tensor:
-        """The last hidden states that each answer token is predicted from, ``[B, T, D]``."""
         ...
 
     @property

@@ -11,8 +11,7 @@ import numpy as np
 from paec_kernels.train.evaluate import Evaluation
 from paec_kernels.train.run_log import read_rows
 
-LOGGED = "step reward entropy seconds operator_seconds".split()
-SOMETIMES_LOGGED = "selected_entropy floor".split()  # some algorithms select no positions or have no floor
+LOGGED = "step reward entropy selected_entropy floor seconds operator_seconds".split()
 
 
 @dataclass(frozen=True)
@@ -23,7 +22,7 @@ class Run:
     arm: str
     seed: int
     config: dict[str, Any]
-    log: dict[str, np.ndarray]  # of LOGGED and SOMETIMES_LOGGED, float64 [steps]; NaN where a step has no value
+    log: dict[str, np.ndarray]  # of LOGGED, float64 [steps]; NaN where a step has no value
     evaluation: Evaluation
 
 
@@ -89,5 +88,5 @@ def _log(folder: Path) -> dict[str, np.ndarray]:
         missing = [name for name in LOGGED if name not in row]
         if missing:
             raise ValueError(f"{path}, line {number}: a step must have {', '.join(LOGGED)}; {missing[0]} is missing")
-    columns = {name: [row.get(name) for row in rows] for name in (*LOGGED, *SOMETIMES_LOGGED)}
+    columns = {name: [row[name] for row in rows] for name in LOGGED}
     return {name: np.array(values, dtype=float) for name, values in columns.items()}  # None becomes NaN

@@ -98,9 +98,6 @@ class TinyPolicy:
     def head(self) -> Tensor:
         return self.model.embedding.weight
 
-    def hidden(self, rollout: Rollout) -> Tensor:
-        return self.model(rollout.sequences, rollout.attention_mask, rollout.prompt_length)
-
     def texts(self, rollout: Rollout) -> list[str]:
         return [
             "".join(LETTERS[i] for i in row[keep].tolist() if i != END_ID)

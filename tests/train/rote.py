@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 from paec_kernels.train.policy import Rollout
 from paec_kernels.train.problem import Problem
@@ -37,9 +36,6 @@ class Rote:
 
     def texts(self, rollout: Rollout) -> list[str]:
         return self._texts
-
-    def hidden(self, rollout: Rollout) -> Tensor:
-        raise NotImplementedError
 
 
 class Counting:

@@ -83,7 +83,8 @@ def test_valid_ends_with_the_end_token(policy):
 
 def test_hidden_states_predict_the_answers_tokens(policy):
     rollout = sample(policy, answers=1, temperature=0.0)
-    logits = policy.hidden(rollout) @ policy.head.T  # [B, T, V]
+    hidden = policy.module(rollout.sequences, rollout.attention_mask, rollout.prompt_length)
+    logits = hidden @ policy.head.T  # [B, T, V]
     assert torch.equal(logits.argmax(-1)[rollout.valid], rollout.token_ids[rollout.valid])
 
 
