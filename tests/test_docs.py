@@ -1,45 +1,31 @@
-"""The code of docs/in_your_trainer.md and of the README, run as it stands there."""
+"""The code of docs/in_your_trainer.md, run as it stands there."""
 
 import copy
-import re
+import socket
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from integrations import docs_rank_worker
+from integrations.docs_rank_worker import ON, RANKS, STEPS, ragged_batches, tiny_model
 
 import paec_kernels as pk
-
-PAGE = Path(__file__).parents[1] / "docs" / "in_your_trainer.md"
-B, L, V, D = 4, 12, 50, 8
 
 
 @pytest.fixture
 def page() -> dict:
-    """The names that the page's code defines, in one namespace."""
-    names: dict = {}
-    for block in re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL):
-        exec(block, names)
-    return names
+    return docs_rank_worker.page()
 
 
 @pytest.fixture
 def model() -> torch.nn.Module:
-    torch.manual_seed(0)
-    return torch.nn.Sequential(torch.nn.Embedding(V, D), torch.nn.Linear(D, V, bias=False))
+    return tiny_model()
 
 
 @pytest.fixture
-def batches(model) -> list[SimpleNamespace]:
-    torch.manual_seed(1)
-    made = []
-    for _ in range(2):
-        input_ids = torch.randint(V, (B, L))
-        valid = torch.rand(B, L - 1) < 0.7
-        with torch.no_grad():
-            old_logp = pk.token_stats(model(input_ids)[:, :-1], input_ids[:, 1:], valid=valid).logp
-        made.append(SimpleNamespace(input_ids=input_ids, valid=valid, advantages=torch.randn(B), old_logp=old_logp))
-    return made
+def batches() -> list[SimpleNamespace]:
+    return ragged_batches(2)
 
 
 def whole(batches) -> SimpleNamespace:
@@ -86,22 +72,25 @@ def test_hidden_states_give_the_same_statistics(page, model, batches):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
-def test_accelerate(page, model, batches):
-    accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed: pip install accelerate")
-    accelerator = accelerate.Accelerator(cpu=True)
-    bare = trained(model, lambda m, o: page["accumulated_step"](m, batches, o))
-    page["paec"].load_state_dict(pk.PAEC(pk.PAECConfig()).state_dict())
+@pytest.mark.parametrize("library", ["accelerate", "lightning_fabric"])
+def test_two_ranks_take_the_step_of_one_process_for_all(page, model, library: str, tmp_path: Path):
+    name = library.replace("_", "-")
+    pytest.importorskip(library, reason=f"{name} is not installed: pip install {name}")
+    batches = ragged_batches(4)
+    page["paec"] = pk.PAEC(ON)
+    optimizer = torch.optim.SGD(model.parameters(), lr=20.0)
+    for _ in range(STEPS):
+        plan = page["accumulated_step"](model, batches, optimizer)
+    assert plan.penalty > 0.01
 
-    def step(m, o):
-        m, o = accelerator.prepare(m, o)
-        page["accelerate_step"](accelerator, m, batches, o)
-
-    assert_alike(bare, trained(model, step))
-
-
-def test_tokens_of_all_ranks(page, batches):
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    try:
-        assert page["tokens_per_rank"](batches) == sum(int(batch.valid.sum()) for batch in batches)
-    finally:
-        torch.distributed.destroy_process_group()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(docs_rank_worker.run, (port, library, str(tmp_path)), nprocs=RANKS)
+    for rank in range(RANKS):
+        found = torch.load(tmp_path / str(rank), weights_only=True)
+        for value, expected in zip(found["weights"], model.parameters(), strict=True):
+            torch.testing.assert_close(value, expected.detach(), rtol=1e-4, atol=1e-5)
+        assert found["tokens"] == sum(int(batch.valid.sum()) for batch in batches) / RANKS
+        before, after = found["anchors"]
+        assert before == after == pytest.approx(page["paec"].anchor_sum.item(), rel=1e-6)
