@@ -7,7 +7,6 @@ call, and everything around it (vision inputs, MoE's auxiliary loss, soft-caps, 
 
 import functools
 import inspect
-import os
 import types
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
@@ -22,9 +21,10 @@ from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 from paec_kernels.calibration import PAEC, PAECConfig
 from paec_kernels.calibration.paec import Plan
-from paec_kernels.integrations.noise import sources_of_noise
+from paec_kernels.integrations.common import numbers, sources_of_noise
 from paec_kernels.linear_token_stats import linear_token_stats
 from paec_kernels.reference import TokenStats
+from paec_kernels.whole_file import whole_file
 
 STATE_NAME = "paec.pt"
 KERNEL_NAMES = ("_ChunkedLogProbFunction", "_use_triton")  # globals that TRL's forward reads
@@ -87,6 +87,7 @@ class PAECGRPOTrainer(GRPOTrainer):
         ValueError: several micro-batches a step with dropout or other noise on, since two passes would then see
             different scores; with ``steps_per_generation`` not a multiple of ``gradient_accumulation_steps``, since
             later micro-batches would not be generated yet; or a model whose forward is not TRL's.
+        RuntimeError: ``train`` once more after it was left within an optimiser step, by an exception.
     """
 
     def __init__(self, model: Any, reward_funcs: Any = None, args: Any = None, *others: Any, **options: Any) -> None:
@@ -102,6 +103,7 @@ class PAECGRPOTrainer(GRPOTrainer):
         if args.gradient_accumulation_steps > 1:
             _refuse_noise(self.model, args)
         self.paec = PAEC(args.paec_config())
+        self._within_step = False
         self._plan: Plan | None = None  # of the optimiser step under way
         self._scored: list[tuple[Tensor, TokenStats]] = []  # log-probs and statistics of the policy's last passes
         self._head = _Head(args.paec_top_p)
@@ -147,20 +149,29 @@ class PAECGRPOTrainer(GRPOTrainer):
             self._plan = self._new_plan()
         return loss + self.paec.term(stats, valid, self._plan)
 
+    def train(self, *args, **options):
+        if self._within_step:
+            raise RuntimeError(
+                "train() was left within an optimiser step, of which PAEC has seen tokens that no step will take; "
+                "construct the trainer again, and resume_from_checkpoint=True goes on from its last checkpoint"
+            )
+        return super().train(*args, **options)
+
     def training_step(self, *args, **options):
+        self._within_step = True
         loss = super().training_step(*args, **options)
         if self.accelerator.sync_gradients:
             self.paec.step()
             self._plan = None
+            self._within_step = False
         return loss
 
     def _save_optimizer_and_scheduler(self, output_dir):
         # Among the files that come before trainer_state.json, without which a checkpoint is not resumed from.
         super()._save_optimizer_and_scheduler(output_dir)
         if self.args.should_save:
-            path = Path(output_dir) / STATE_NAME
-            torch.save(self.paec.state_dict(), path.with_suffix(".tmp"))
-            os.replace(path.with_suffix(".tmp"), path)
+            with whole_file(Path(output_dir) / STATE_NAME) as partial:
+                torch.save(self.paec.state_dict(), partial)
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -190,13 +201,10 @@ class PAECGRPOTrainer(GRPOTrainer):
         return self._scored.pop()[1]
 
     def _new_plan(self) -> Plan:
-        """The plan of what was observed, its numbers and the loss that they make in the trainer's log."""
+        """The plan of what was observed; its numbers are then in the trainer's log."""
         plan = self.paec.plan()
-        loss = self.paec.config.lam * plan.penalty - self.paec.config.beta * plan.mean_entropy
-        metrics = plan._asdict() | {"loss": loss}
-        for name, value in zip(metrics, torch.stack(list(metrics.values())).tolist(), strict=True):
-            if value == value:  # the anchor is NaN until it is set; TRL's log knows only numbers
-                self._metrics["train"][f"paec/{name}"].append(value)
+        for name, value in numbers(plan, self.paec.config).items():
+            self._metrics["train"][f"paec/{name}"].append(value)
         return plan
 
 

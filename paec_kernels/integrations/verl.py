@@ -31,7 +31,7 @@ from verl.workers.utils.padding import no_padding_2_padding
 
 from paec_kernels.calibration import PAEC, PAECConfig
 from paec_kernels.calibration.paec import Plan
-from paec_kernels.integrations.noise import sources_of_noise
+from paec_kernels.integrations.common import numbers, sources_of_noise
 from paec_kernels.reference import TokenStats
 from paec_kernels.token_stats import token_stats
 
@@ -153,11 +153,7 @@ class _LossWithPAEC:
 
     def make_plan(self) -> None:
         self.plan = self.paec.plan()
-        loss = self.paec.config.lam * self.plan.penalty - self.paec.config.beta * self.plan.mean_entropy
-        numbers = self.plan._asdict() | {"loss": loss}
-        values = torch.stack(list(numbers.values())).tolist()
-        # The anchor is NaN until it is set; the others are numbers.
-        self.metrics = {f"paec/{name}": v for name, v in zip(numbers, values, strict=True) if v == v}
+        self.metrics = {f"paec/{name}": value for name, value in numbers(self.plan, self.paec.config).items()}
 
     def __call__(
         self,

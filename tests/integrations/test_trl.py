@@ -23,12 +23,15 @@ from transformers import (
     LlamaForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
+    TrainerCallback,
 )
 from trl import GRPOConfig, TrlParser
+from trl.trainer import utils
 
 from paec_kernels.calibration import PAECConfig
 from paec_kernels.integrations import trl as integration
 from paec_kernels.integrations.trl import PAECGRPOConfig, PAECGRPOTrainer
+from paec_kernels.linear_token_stats import linear_token_stats
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # transformers' own, of options that TRL sets
 
@@ -200,6 +203,43 @@ def count_passes(run: PAECGRPOTrainer) -> list[str]:
 
     run.model.register_forward_pre_hook(note, with_kwargs=True)
     return passes
+
+
+def test_a_scoring_pass_is_one_call_of_the_operator_and_no_logits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows: list[int] = []
+    longest: list[int] = []  # logits of a sequence, which generation alone asks of the head
+
+    def counted(hidden, *arguments, **options):
+        rows.append(len(hidden))
+        return linear_token_stats(hidden, *arguments, **options)
+
+    monkeypatch.setattr(integration, "linear_token_stats", counted)
+    recorder = Recorder()
+    run = recorder.run = trainer(tmp_path, callbacks=[recorder], max_steps=1, **PAEC_ON)
+    passes = count_passes(run)
+    run.model.lm_head.register_forward_hook(lambda _, __, logits: longest.append(logits.shape[1]))
+    run.train()
+    tokens = [int(piece.completion_mask.sum()) for piece in recorder.steps[0].pieces]
+    assert passes == ["0 no-grad"] * 2 + ["0 training"] * 2
+    assert rows == tokens * 2
+    assert set(longest) == {1}
+
+
+@pytest.mark.parametrize("biased", [True, False])
+def test_the_head_gives_what_trls_kernel_gives(biased: bool) -> None:
+    """With all that a model may do to its logits at once; no model at hand does."""
+    inputs = [torch.randn(7, 8), torch.randn(11, 8)] + [torch.randn(11)] * biased
+    token_ids = torch.randint(11, (7,))
+    found = []
+    for kernel in (integration._Head(0.95), utils._ChunkedLogProbFunction):
+        leaves = [value.clone().requires_grad_() for value in inputs]
+        hidden, weight, bias = leaves if biased else [*leaves, None]
+        logp, entropy, *_ = kernel.apply(hidden, weight, bias, token_ids, 0.7, 256, 2.0, 0.5, ("log_probs", "entropy"))
+        found.append([logp, entropy, *torch.autograd.grad((logp + 2 * entropy).sum(), leaves)])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
 TWO_TRAINING_PASSES = ["training"] * 2
@@ -403,7 +443,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_anchor_is_written_whole_and_before_what_makes_a_checkpoint_one(checkpoint: Path) -> None:
     state, mark = checkpoint / "paec.pt", checkpoint / "trainer_state.json"
     assert state.stat().st_mtime_ns <= mark.stat().st_mtime_ns
-    assert not list(checkpoint.glob("*.tmp"))
+    assert not list(checkpoint.glob("*.partial"))
     assert torch.load(state, weights_only=True)["anchor_count"] == 2
 
 
@@ -440,13 +480,29 @@ def test_metrics_reach_a_reporting_backend(tmp_path: Path) -> None:
 def test_yaml_sets_the_fields(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(
-        "output_dir: out\nuse_cpu: true\nbf16: false\npaec_rho: 0.9\npaec_lam: 1e-3\npaec_anchor_steps: 2\n"
+        "output_dir: out\nuse_cpu: true\nbf16: false\nreport_to: [tensorboard, wandb]\n"
+        "paec_rho: 0.9\npaec_lam: 1e-3\npaec_anchor_steps: 2\n"
     )
     (config,) = TrlParser(PAECGRPOConfig).parse_args_and_config(["--config", str(path), "--paec_beta", "0.25"])
+    assert config.report_to == ["tensorboard", "wandb"]
     found = config.paec_config()
     assert (found.rho, found.lam, found.anchor_steps, found.beta) == (0.9, 0.001, 2, 0.25)
     assert found == PAECConfig(rho=0.9, lam=0.001, anchor_steps=2, beta=0.25)
     assert (config.beta, config.top_p) == (0.0, 1.0)  # TRL's own
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("paec_roh: 0.9", "Unknown arguments from config file: .*paec_roh"),
+        ("paec_rho: [0.9]", r"PAECConfig.rho must be a number, got \[0.9\]"),
+    ],
+)
+def test_yaml_that_does_not_fit_is_refused(tmp_path: Path, line: str, message: str) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(f"output_dir: out\nuse_cpu: true\nbf16: false\n{line}\n")
+    with pytest.raises((TypeError, ValueError), match=message):
+        TrlParser(PAECGRPOConfig).parse_args_and_config(["--config", str(path)])
 
 
 def test_every_field_of_paec_is_a_field_of_the_config_with_its_default() -> None:
@@ -509,6 +565,18 @@ def test_a_forward_replaced_later_is_refused_at_its_first_use(tmp_path: Path) ->
     run = trainer(tmp_path)
     trainer(tmp_path, stock=True, model=run.model)  # gives the model TRL's own forward again
     with pytest.raises(RuntimeError, match=r"model.forward was replaced after PAECGRPOTrainer was constructed"):
+        run.train()
+
+
+def test_training_that_was_left_within_an_optimiser_step_is_not_taken_up(tmp_path: Path) -> None:
+    class Interrupt(TrainerCallback):
+        def on_substep_end(self, args, state, control, **_):
+            raise KeyboardInterrupt
+
+    run = trainer(tmp_path, callbacks=[Interrupt()], **PAEC_ON)
+    with pytest.raises(KeyboardInterrupt):
+        run.train()
+    with pytest.raises(RuntimeError, match=r"left within an optimiser step.* construct the trainer again"):
         run.train()
 
 

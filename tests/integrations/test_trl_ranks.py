@@ -41,6 +41,7 @@ def test_the_plan_is_that_of_all_pieces(ranks: list[dict], exact: list[Truth]) -
     for rank in ranks:
         for name, values in rank["metrics"].items():
             assert values == pytest.approx([step.metrics[name].item() for step in exact], rel=1e-5), name
+        assert rank["loss"] == pytest.approx([step.loss.item() for step in exact], abs=1e-5)
     assert ranks[0]["metrics"] == ranks[1]["metrics"]
     assert ranks[0]["anchor"] == ranks[1]["anchor"]
 
@@ -59,8 +60,9 @@ def test_a_plan_of_each_piece_would_be_seen(ranks: list[dict], exact: list[Truth
         assert max(abs(threshold - step.metrics["threshold"]) for threshold in step.thresholds) > 1e-2
 
 
-def test_a_model_in_fsdp2_shards_gets_the_same_gradient(ranks: list[dict]) -> None:
+@pytest.mark.parametrize("sharding", ["sharded", "head apart"])
+def test_a_model_in_fsdp2_shards_gets_the_same_gradient(ranks: list[dict], sharding: str) -> None:
     for rank in ranks:
         assert max(value.abs().max() for value in rank["whole"].values()) > 1
         for name, value in rank["whole"].items():
-            torch.testing.assert_close(rank["sharded"][name], value, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(rank[sharding][name], value, rtol=1e-5, atol=1e-5)

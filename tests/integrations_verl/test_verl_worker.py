@@ -207,6 +207,13 @@ def test_what_cannot_work_is_refused(folder: Path, options: dict, named: str) ->
         worker(folder, **options)
 
 
+def test_an_engine_without_logits_is_refused(folder: Path) -> None:
+    one = worker(folder, PolicyLossConfig())
+    one.engine_config.strategy = "megatron"  # only its name: its own engine needs a GPU
+    with pytest.raises(ValueError, match=r"actor.strategy fsdp or fsdp2, got 'megatron'"):
+        one.set_loss_fn(worker(folder, OFF).loss_fn.loss_fn)
+
+
 def test_distillation_is_refused(folder: Path) -> None:
     with pytest.raises(ValueError, match="distillation"):
         worker(folder, loss_fn=partial(distillation_ppo_loss, distillation_config=object()))
