@@ -1,7 +1,8 @@
 """Checks, then times in turns, then memory: the rows of one case.
 
 Every turn runs the floor and each implementation once, so that whatever else the machine does slows all alike;
-ratios are taken within a turn. Before each run the caches are overwritten. What was not right is never timed.
+ratios are taken within a turn. Before each run the caches are filled with something else. What was not right is
+never timed.
 """
 
 import multiprocessing
@@ -27,6 +28,7 @@ from benchmarks.workload import Case, Inputs, build, checked_rows, only, take
 from paec_kernels.demo import peak_memory
 
 FLUSH_BYTES = {"cpu": 64 << 20, "cuda": 256 << 20}  # beyond the last cache of either
+SLEEP_CYCLES = 2_000_000  # of a GPU, about 1 ms
 MIN_TURNS, MAX_TURNS = 3, 40
 
 
@@ -161,13 +163,13 @@ def take_turns(
     on_step: Callable[[str], None],
 ) -> list[Seconds]:
     """Fills the contenders' seconds, and returns the floor's, turn by turn."""
-    flush = torch.empty(FLUSH_BYTES[case.device], dtype=torch.int8, device=case.device)
+    flush = flusher(case.device)
     floor_seconds: list[Seconds] = []
     end = time.perf_counter() + run.seconds
     turn = 0
     while turn <= MIN_TURNS or (turn <= MAX_TURNS and time.perf_counter() < end):
         on_step(f"turn {turn}")
-        flush.zero_()
+        flush()
         of_floor = clock(case.device, lambda: floor.forward(inputs, spare), lambda _: floor.backward(inputs, spare))
         if turn > 0:  # the first turn warms up
             floor_seconds.append(of_floor)
@@ -175,7 +177,7 @@ def take_turns(
             if contender.failure:
                 continue
             ready = fresh(contender.implementation, inputs, spare)
-            flush.zero_()
+            flush()
             if case.device == "cuda":
                 torch.cuda.reset_peak_memory_stats()
                 before = torch.cuda.memory_allocated()
@@ -204,10 +206,18 @@ def run_once(contender: Contender, device: str, inputs: Inputs) -> Seconds:
     return clock(device, lambda: contender.function(inputs), backward)
 
 
+def flusher(device: str) -> Callable[[], object]:
+    """What evicts all that the caches hold. It reads: lines it wrote would be written back in the timed run."""
+    buffer = torch.ones(FLUSH_BYTES[device] // 4, device=device)  # zeros may all be one page of a CPU's memory
+    total = torch.empty((), device=device)
+    return lambda: torch.sum(buffer, dim=0, out=total)
+
+
 def clock(device: str, forward: Callable[[], Any], backward: Callable[[Any], object]) -> Seconds:
     """Seconds of the two in a row: the GPU's own by events, the wall's on a CPU."""
     if device == "cuda":
         start, middle, end = (torch.cuda.Event(enable_timing=True) for _ in range(3))
+        torch.cuda._sleep(SLEEP_CYCLES)  # until the host has launched it all, whose own time is not the GPU's
         start.record()
         found = forward()
         middle.record()

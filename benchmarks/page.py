@@ -50,7 +50,7 @@ def text(rows: dict[str, dict[str, list[Row]]], drawn: dict[str, list[str]], com
             "Written by `python -m benchmarks.sweep` from the rows in this folder, one JSON object a measurement;",
             "`python -m benchmarks.page` writes it again. Every implementation's outputs and gradients are held",
             "against float64 before it is timed, and one that is wrong, missing or skipped has a reason and no number.",
-            "Implementations take turns with the floor in one process and the caches are overwritten before each run.",
+            "Implementations take turns with the floor in one process and the caches are flushed before each run.",
             "Times are medians (20th to 80th percentile); ratios and shares are medians over the turns. The share of",
             "bandwidth, of forward, backward and both, is that of reading or copying a tensor of the logits' size in",
             "the same turn. Peak memory is what forward and backward hold beyond the inputs: for logits with their",

@@ -145,6 +145,41 @@ def test_every_check_comes_before_any_time_and_all_take_turns(monkeypatch):
     assert calls == ["a", "b"] + turn * (harness.MIN_TURNS + 1)
 
 
+def test_a_gpu_begins_when_the_host_has_launched_both_passes(monkeypatch):
+    calls = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            calls.append("record")
+
+        def synchronize(self):
+            calls.append("synchronize")
+
+        def elapsed_time(self, later):
+            return 2000.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: calls.append("sleep"))
+    found = harness.clock("cuda", lambda: calls.append("forward"), lambda _: calls.append("backward"))
+    assert found == harness.Seconds(2.0, 2.0)
+    assert calls == ["sleep", "record", "forward", "record", "backward", "record", "synchronize"]
+
+
+def test_caches_are_flushed_without_a_write(monkeypatch):
+    made = []
+    ones = torch.ones
+    monkeypatch.setattr(torch, "ones", lambda *size, **options: made.append(ones(*size, **options)) or made[-1])
+    flush = harness.flusher("cpu")
+    (buffer,) = made
+    version = buffer._version
+    assert buffer.nbytes == harness.FLUSH_BYTES["cpu"]
+    assert flush() == buffer.numel()
+    assert buffer._version == version
+
+
 def test_nucleus_sizes_are_held_to_rounding(monkeypatch):
     """Another implementation's may be off by a token of a hundred, an exact one's only in few rows."""
 
