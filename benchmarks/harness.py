@@ -138,13 +138,11 @@ def admit(
     except WrongResult as wrong:
         return "wrong", str(wrong)
     except Exception as error:  # whatever a rival raises, the others are still measured
-        return "failed", described(error, case.device)
+        return "failed", described(error)
 
 
-def described(error: Exception, device: str) -> str:
-    """In a line; what the failed run held goes back to the device."""
-    if device == "cuda":
-        torch.cuda.empty_cache()
+def described(error: Exception) -> str:
+    """In a line."""
     return f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"
 
 
@@ -184,7 +182,7 @@ def take_turns(
             try:
                 seconds = run_once(contender, case.device, ready)
             except Exception as error:
-                contender.failure = described(error, case.device)
+                contender.failure = described(error)
                 continue
             if turn > 0:
                 contender.seconds.append(seconds)

@@ -39,7 +39,8 @@ def figures(rows: dict[str, list[Row]]) -> Iterator[tuple[str, Figure]]:
         yield "time_against_n", time_against_n(by_n)
     if rivals := timed(rows.get("rivals", [])):
         yield "time_of_rivals", bars(rivals, "From logits")
-        yield "roofline", roofline(rivals, timed(rows.get("linear", [])))
+        if _contenders(rivals):
+            yield "roofline", roofline(rivals, timed(rows.get("linear", [])))
     if linear := timed(rows.get("linear", [])):
         yield "time_of_linear", bars(linear, "From hidden states")
 

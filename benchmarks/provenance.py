@@ -26,8 +26,14 @@ def provenance() -> dict[str, str]:
 def device_name(device: str) -> str:
     """The GPU's name, or the processor's with the number of threads that PyTorch uses."""
     if device == "cuda":
-        return torch.cuda.get_device_name()
+        return _gpu()
     return f"{_processor()}, {torch.get_num_threads()} threads"
+
+
+@functools.cache
+def _gpu() -> str:
+    """Asked once: after an illegal access CUDA answers nothing more, and the rows that say so still name the device."""
+    return torch.cuda.get_device_name()
 
 
 @functools.cache

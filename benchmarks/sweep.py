@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from benchmarks import loop_step, optimiser_step, page
-from benchmarks.harness import Run, rows_of_case
+from benchmarks.harness import Run, described, rows_of_case
 from benchmarks.implementations import all_implementations
 from benchmarks.rows import PASSES, RESULTS, Row, RowFile, path_of
 from benchmarks.workload import PLANTED, SMOLLM2, Case
@@ -115,9 +115,11 @@ def main() -> None:
     if not parts:
         raise SystemExit(f"no such section: {', '.join(options.sections)}")
     console = Console()
-    measure(parts, device, options, console)
-    for path in page.write(options.out):
-        console.print(f"wrote {path}")
+    try:
+        measure(parts, device, options, console)
+    finally:  # however the sweep ends, what it measured is shown
+        for path in page.write(options.out):
+            console.print(f"wrote {path}")
 
 
 def measure(parts: list[Part], device: str, options: Options, console: Console) -> None:
@@ -139,24 +141,42 @@ def measure(parts: list[Part], device: str, options: Options, console: Console) 
 
 
 def rows_of_part(part: Part, run: Run, device: str, too_late: bool, tell: Callable[[str], None]) -> Iterator[Row]:
-    if not too_late:
-        tell("inputs")
-        if part.section == "step":
-            yield from optimiser_step.step_rows(run, device, answers=1 if device == "cpu" else 16, on_step=tell)
-        elif part.section == "loop":
-            yield from loop_step.loop_rows(run, device, on_step=tell)
-        else:
-            yield from rows_of_case(run, part.case, list(part.names), on_step=tell)
+    """A part that is too late, or that raises, has rows that say so, and the sweep goes on."""
+    if too_late:
+        yield from rows_without(part, run, device, "skipped", "the sweep's time was spent")
         return
-    skipped = {"status": "skipped", "reason": "the sweep's time was spent"}
+    found: set[tuple[str, str]] = set()
+    try:
+        for row in measured(part, run, device, tell):
+            found.add((row.implementation, row.passes))
+            yield row
+    except Exception as error:
+        for row in rows_without(part, run, device, "failed", described(error)):
+            if (row.implementation, row.passes) not in found:
+                yield row
+
+
+def measured(part: Part, run: Run, device: str, tell: Callable[[str], None]) -> Iterator[Row]:
+    tell("inputs")
+    if part.section == "step":
+        yield from optimiser_step.step_rows(run, device, answers=1 if device == "cpu" else 16, on_step=tell)
+    elif part.section == "loop":
+        yield from loop_step.loop_rows(run, device, on_step=tell)
+    else:
+        yield from rows_of_case(run, part.case, list(part.names), on_step=tell)
+
+
+def rows_without(part: Part, run: Run, device: str, status: str, reason: str) -> Iterator[Row]:
+    """Of everything that the part would measure."""
     if part.case is None:
         module = {"step": optimiser_step, "loop": loop_step}[part.section]
         for name, source in module.SOURCES.items():
-            yield run.row(Case(0, 0, F32, module.KIND, device), name, source, "step", **skipped)
+            yield run.row(Case(0, 0, F32, module.KIND, device), name, source, "step", status=status, reason=reason)
         return
     for name in part.names:
         for passes in PASSES:
-            yield run.row(part.case, name, all_implementations()[name].source, passes, **skipped)
+            source = all_implementations()[name].source
+            yield run.row(part.case, name, source, passes, status=status, reason=reason)
 
 
 def line(row: Row) -> str:

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict, replace
+from itertools import product
 
 import numpy as np
 import pytest
@@ -253,6 +254,40 @@ def test_what_the_time_did_not_reach_is_said():
         assert_no_number(only(rows, implementation=name), "skipped", "the sweep's time was spent")
     step = sweep.Part("step", None, (), 1.0)
     assert {row.status for row in sweep.rows_of_part(step, RUN, "cpu", too_late=True, tell=print)} == {"skipped"}
+
+
+def test_a_part_that_raises_leaves_the_others_and_the_page(monkeypatch, tmp_path):
+    """The floor of the first part is out of memory; while the third is measured, somebody stops the sweep."""
+    take_turns = harness.take_turns
+
+    def fail(run, case, *args):
+        if case.v == 4:
+            raise KeyboardInterrupt
+        if case.v == 3:
+            raise MemoryError("too large\nand more")
+        return take_turns(run, case, *args)
+
+    monkeypatch.setattr(harness, "take_turns", fail)
+    cases = [replace(CASE, v=3), CASE, replace(CASE, v=4)]
+    names = ("token_stats", "eager, sort", "TRL, fused")
+    parts = [sweep.Part("kinds", case, names, 1.0) for case in cases]
+    monkeypatch.setattr(sweep, "parts_on_cpu", lambda: iter(parts))
+    monkeypatch.setattr(sweep.page.plots, "write", lambda *_: [])
+    threads = f"--threads={torch.get_num_threads()}"
+    monkeypatch.setattr("sys.argv", ["sweep", "--device", "cpu", "--out", str(tmp_path), threads])
+    with pytest.raises(KeyboardInterrupt):
+        sweep.main()
+
+    rows = read(tmp_path / "cpu" / "kinds.jsonl")
+    first = only(rows, v=3)
+    assert sorted((row.implementation, row.passes) for row in first) == sorted(product(names, PASSES))
+    for row in first:
+        reason = "needs cuda, this is cpu" if row.status == "skipped" else "MemoryError: too large"
+        assert (row.status == "skipped", row.reason) == (row.implementation == "TRL, fused", reason)
+    assert {row.status for row in only(rows, v=CASE.v, implementation="token_stats")} == {"ok"}
+    page = (tmp_path / "README.md").read_text()
+    assert "failed: MemoryError: too large" in page
+    assert "| 9 | 300 |" in page
 
 
 @pytest.mark.parametrize("q", [0, 20, 50, 80, 100])
