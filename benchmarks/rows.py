@@ -8,7 +8,8 @@ from typing import Any
 
 RESULTS = Path(__file__).parents[1] / "bench_results"
 PASSES = ("forward", "backward", "both")
-STATUSES = ("ok", "wrong", "missing", "skipped", "failed")
+RESULT = ("ok", "wrong")
+STATUSES = (*RESULT, "missing", "skipped", "failed")
 
 
 @dataclass(frozen=True)
@@ -89,17 +90,32 @@ def plain(value: float) -> str:
 
 
 class RowFile:
-    """A section's file, begun anew with the first row. Each is on disk before the next is made, whatever comes then."""
+    """A section's file. Each row is on disk before the next is made, whatever comes then.
+
+    It is begun anew with the first row that holds a result; rows without one wait until then, so that a sweep that
+    comes too late for a section, or fails in it, leaves what an earlier one measured.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._mode = "w"
+        self._waiting: list[Row] = []
+        self._begun = False
 
     def write(self, row: Row) -> None:
+        self._waiting.append(row)
+        if self._begun or row.status in RESULT:
+            self._flush()
+
+    def close(self) -> None:
+        """At the sweep's end: rows without a result are better than no file."""
+        if self._waiting and not self._path.exists():
+            self._flush()
+
+    def _flush(self) -> None:
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        with self._path.open(self._mode) as file:
-            file.write(json.dumps(asdict(row)) + "\n")
-        self._mode = "a"
+        with self._path.open("a" if self._begun else "w") as file:
+            file.writelines(json.dumps(asdict(row)) + "\n" for row in self._waiting)
+        self._begun, self._waiting = True, []
 
 
 def path_of(folder: Path, device: str, section: str) -> Path:

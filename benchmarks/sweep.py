@@ -4,6 +4,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -92,7 +93,7 @@ class Options:
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     out: Path = RESULTS
-    """Folder of the rows. A section's are replaced when it is measured again."""
+    """Folder of the rows. A section's are replaced as soon as something of it is measured again."""
     minutes: float = 8.0
     """After this no other case is begun; those left get a row that says so."""
     sections: tuple[str, ...] = ()
@@ -125,9 +126,11 @@ def main() -> None:
 def measure(parts: list[Part], device: str, options: Options, console: Console) -> None:
     command = " ".join(["python -m benchmarks.sweep", *sys.argv[1:]])
     end = time.monotonic() + 60 * options.minutes
-    files = {p.section: RowFile(path_of(options.out, device, p.section)) for p in parts}
     columns = (BarColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, console=console) as progress:
+    with Progress(*columns, console=console) as progress, ExitStack() as closing:
+        files = {section: RowFile(path_of(options.out, device, section)) for section in {p.section for p in parts}}
+        for file in files.values():
+            closing.callback(file.close)
         task = progress.add_task("", total=len(parts))
         for part in parts:
             run = Run(part.section, command, part.with_memory, part.seconds)
