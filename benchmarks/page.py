@@ -11,7 +11,7 @@ from typing import Any
 from benchmarks import plots
 from benchmarks.floors import LINEAR, ON_LOGITS
 from benchmarks.implementations import STATISTICS, all_implementations
-from benchmarks.rows import RESULTS, Row, only, path_of, plain, read
+from benchmarks.rows import RESULTS, Row, only, path_of, plain, read, span_of_dates
 
 DEVICES = {"cuda": "On a GPU", "cpu": "On a CPU"}
 COMMANDS = {"cuda": "make bench-gpu", "cpu": "make bench"}
@@ -109,14 +109,12 @@ def of_device(device: str, rows: dict[str, list[Row]], drawn: list[str]) -> Iter
 
 def origin(rows: list[Row]) -> str:
     """Where the figures come from: all that the section's rows say of it."""
-    dates = sorted({row.date for row in rows})
-    span = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
     versions = {name: version for row in rows for name, version in row.versions.items() if name != "machine"}
     return "  \n".join(
         [
             f"Device: {', '.join(sorted({row.device for row in rows}))}.",
             f"Command: {', '.join(f'`{c}`' for c in sorted({row.command for row in rows}))}.",
-            f"Commit {', '.join(sorted({row.commit for row in rows}))}, {span}.",
+            f"Commit {', '.join(sorted({row.commit for row in rows}))}, {span_of_dates(rows)}.",
             f"Versions: {', '.join(f'{name} {version}' for name, version in versions.items())}.",
         ]
     )

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from benchmarks.floors import LINEAR, ON_LOGITS
-from benchmarks.rows import Row, only, plain
+from benchmarks.rows import Row, only, plain, span_of_dates
 
 OURS = "#1f5fa8"
 COLOURS = ("#d1662b", "#3a8f5c", "#8a5fb0", "#b8912a", "#b0446a", "#4a4a55", "#7a7a85", "#a86b4a")
@@ -221,8 +221,8 @@ def _plain_log_ticks(axes: Axes) -> None:
 
 
 def _title(figure: Figure, what: str, rows: list[Row]) -> None:
-    commits, dates = sorted({r.commit for r in rows}), sorted({r.date for r in rows})
-    origin = f"{rows[0].device}; commit {', '.join(commits)}; {dates[0]}"
+    devices, commits = (sorted({getattr(row, name) for row in rows}) for name in ("device", "commit"))
+    origin = f"{', '.join(devices)}; commit {', '.join(commits)}; {span_of_dates(rows)}"
     figure.suptitle(f"{what}\n{origin}", x=0.01, ha="left", fontsize=11)
 
 

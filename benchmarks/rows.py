@@ -89,6 +89,11 @@ def plain(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
+def span_of_dates(rows: Iterable[Row]) -> str:
+    dates = sorted({row.date for row in rows})
+    return dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
+
+
 class RowFile:
     """A section's file. Each row is on disk before the next is made, whatever comes then.
 
