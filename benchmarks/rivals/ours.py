@@ -23,7 +23,7 @@ def token_stats() -> Callable[[Inputs], Outputs]:
 
 def in_place() -> Callable[[Inputs], Outputs]:
     def run(inputs: Inputs) -> Outputs:
-        logits = inputs.rows.view_as(inputs.rows)  # a leaf cannot be overwritten; in a model the logits are none
+        logits = inputs.rows.view_as(inputs.rows)  # no copy, and no leaf, which would be refused; a model's are none
         return outputs(pk.token_stats(logits, inputs.token_ids, top_p=TOP_P, inplace_backward=True))
 
     return run
