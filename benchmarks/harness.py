@@ -5,6 +5,7 @@ ratios are taken within a turn. Before each run the caches are filled with somet
 never timed.
 """
 
+import gc
 import multiprocessing
 import os
 import tempfile
@@ -19,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.check import Errors, Truth, WrongResult, check, leaves, weighted_sum
+from benchmarks.check import Errors, Truth, WrongResult, backward, check, leaves
 from benchmarks.floors import Floor, bytes_moved, floor_of, operations
 from benchmarks.implementations import Implementation, Outputs, all_implementations
 from benchmarks.provenance import device_name, provenance
@@ -131,14 +132,16 @@ def admit(
         tried = leaves(fresh(implementation, only(inputs, truth.rows), spare))
         found = function(tried)
         if implementation.gradients:
-            weighted_sum({name: found[name] for name in implementation.gradients}, tried.weights).backward()
+            backward(found, implementation.gradients, tried.weights)
         with torch.no_grad():
             found = {name: value.detach() for name, value in found.items()}
         return Contender(implementation, function, check(implementation, case, tried, found, truth))
     except WrongResult as wrong:
         return "wrong", str(wrong)
     except Exception as error:  # whatever a rival raises, the others are still measured
-        return "failed", described(error)
+        reason = described(error)
+    gc.collect()  # frames that the error's traceback keeps, often in a cycle, hold the run's tensors
+    return "failed", reason
 
 
 def described(error: Exception) -> str:
@@ -183,6 +186,8 @@ def take_turns(
                 seconds = run_once(contender, case.device, ready)
             except Exception as error:
                 contender.failure = described(error)
+            if contender.failure:
+                gc.collect()  # as in `admit`
                 continue
             if turn > 0:
                 contender.seconds.append(seconds)
@@ -197,11 +202,11 @@ def run_once(contender: Contender, device: str, inputs: Inputs) -> Seconds:
     inputs = leaves(inputs)
     names = contender.implementation.gradients
 
-    def backward(found: Outputs) -> None:
+    def second(found: Outputs) -> None:
         if names:
-            weighted_sum({name: found[name] for name in names}, inputs.weights).backward()
+            backward(found, names, inputs.weights)
 
-    return clock(device, lambda: contender.function(inputs), backward)
+    return clock(device, lambda: contender.function(inputs), second)
 
 
 def flusher(device: str) -> Callable[[], object]:

@@ -1,6 +1,7 @@
 """What is wrong, missing or fails gets a row that says so and no number; what is right is timed in turns."""
 
 import json
+import weakref
 from dataclasses import asdict, replace
 from itertools import product
 
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import harness, sweep
+from benchmarks import check, harness, sweep
 from benchmarks.floors import bytes_moved, operations
 from benchmarks.implementations import Implementation
 from benchmarks.rivals import ours
@@ -179,6 +180,37 @@ def test_caches_are_flushed_without_a_write(monkeypatch):
     assert buffer.nbytes == harness.FLUSH_BYTES["cpu"]
     assert flush() == buffer.numel()
     assert buffer._version == version
+
+
+def test_what_a_failed_run_held_is_free_before_the_next(monkeypatch):
+    held = []
+
+    def fail(inputs, outputs):
+        try:
+            raise MemoryError("too large")
+        except MemoryError as error:
+            cycle = [error, inputs]
+            cycle.append(cycle)
+            held.append(weakref.ref(inputs.rows))
+            raise
+
+    def note(inputs, outputs):
+        assert all(rows() is None for rows in held)
+        return outputs
+
+    rows = rows_of(monkeypatch, altered("failing", fail), altered("next", note))
+    assert held
+    assert_no_number(only(rows, implementation="failing"), "failed", "MemoryError: too large")
+    assert {row.status for row in only(rows, implementation="next")} == {"ok"}
+
+
+def test_backward_is_that_of_the_weighted_sum():
+    x = torch.randn(5, dtype=torch.float64, requires_grad=True)
+    weights = {"logp": torch.randn(6), "mean_policy_loss": None}
+    outputs = {"logp": (x * x).bfloat16(), "mean_policy_loss": x.mean()}
+    (expected,) = torch.autograd.grad(check.weighted_sum(outputs, weights), x, retain_graph=True)
+    check.backward(outputs, ("logp", "mean_policy_loss"), weights)
+    assert torch.equal(x.grad, expected)
 
 
 def test_nucleus_sizes_are_held_to_rounding(monkeypatch):
