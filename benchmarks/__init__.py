@@ -5,7 +5,8 @@ implementations, rivals     what is measured: this package, and what a user woul
 floors                      what cannot be beaten, in the same turns
 check, harness              right first, then time and memory
 rows, provenance            one row a measurement
-sweep, optimiser_step       which measurements
+sweep                       which measurements
+optimiser_step, loop_step   whole steps, by step_turns
 page, plots                 bench_results/README.md and its pictures, from the rows alone
 compiled_code               registers and instructions, with no GPU
 """

@@ -30,7 +30,6 @@ from paec_kernels.demo import peak_memory
 
 FLUSH_BYTES = {"cpu": 64 << 20, "cuda": 256 << 20}  # beyond the last cache of either
 SLEEP_CYCLES = 2_000_000  # of a GPU, about 1 ms
-MIN_TURNS, MAX_TURNS = 3, 40
 
 
 class Seconds(NamedTuple):
@@ -60,7 +59,7 @@ class Run:
     section: str
     command: str
     with_memory: bool
-    seconds: float  # that the turns of one case may take
+    turns: int  # of each case, that are timed
 
     def row(self, case: Case, implementation: str, source: str, passes: str, **found: Any) -> Row:
         empty = dict.fromkeys(
@@ -166,10 +165,8 @@ def take_turns(
     """Fills the contenders' seconds, and returns the floor's, turn by turn."""
     flush = flusher(case.device)
     floor_seconds: list[Seconds] = []
-    end = time.perf_counter() + run.seconds
-    turn = 0
-    while turn <= MIN_TURNS or (turn <= MAX_TURNS and time.perf_counter() < end):
-        on_step(f"turn {turn}")
+    for turn in range(run.turns + 1):
+        on_step(f"turn {turn} of {run.turns}")
         flush()
         of_floor = clock(case.device, lambda: floor.forward(inputs, spare), lambda _: floor.backward(inputs, spare))
         if turn > 0:  # the first turn warms up
@@ -194,7 +191,6 @@ def take_turns(
                 if case.device == "cuda":
                     held = torch.cuda.max_memory_allocated() - before
                     contender.peak_bytes = held - _gradients_not_counted(case, inputs)
-        turn += 1
     return floor_seconds
 
 

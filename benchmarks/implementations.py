@@ -74,8 +74,7 @@ class Implementation:
 
 
 def compiled(function: Callable[..., Outputs]) -> Callable[..., Outputs]:
-    """`torch.compile` as a user would write it, for this one shape; nothing compiled before stays in its way."""
-    torch._dynamo.reset()
+    """`torch.compile` as a user would write it, for one shape."""
     return torch.compile(function, dynamic=False)
 
 

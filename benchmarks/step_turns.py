@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from benchmarks.harness import MAX_TURNS, Run
+from benchmarks.harness import Run
 from benchmarks.rows import Row, percentile
 from benchmarks.workload import Case
 
@@ -25,17 +25,14 @@ class Way(NamedTuple):
 def rows_in_turns(run: Run, case: Case, ways: dict[str, Way], on_step: Callable[[str], None]) -> Iterator[Row]:
     """A row for each way; the first that is right is the anchor of the ratios. What is not right is not timed."""
     seconds: dict[str, list[float]] = {name: [] for name, way in ways.items() if way.error <= TOLERANCE}
-    end = time.perf_counter() + run.seconds
-    turn = 0
     order = deque(seconds)
-    while turn <= len(ways) or (turn <= MAX_TURNS and time.perf_counter() < end):
-        on_step(f"turn {turn}")
+    for turn in range(run.turns + 1):
+        on_step(f"turn {turn} of {run.turns}")
         for name in order:
             elapsed = _seconds(ways[name].take, case.device)
             if turn > 0:  # the first turn warms up
                 seconds[name].append(elapsed)
         order.rotate(-1)  # each comes first in its turn
-        turn += 1
     anchor = next(iter(seconds), None)
     for name, way in ways.items():
         if name not in seconds:

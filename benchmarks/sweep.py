@@ -17,12 +17,16 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from benchmarks import loop_step, optimiser_step, page
 from benchmarks.harness import Run, described, rows_of_case
 from benchmarks.implementations import all_implementations
+from benchmarks.logits import KINDS
 from benchmarks.rows import PASSES, RESULTS, Row, RowFile, path_of
 from benchmarks.workload import PLANTED, SMOLLM2, Case
 
 VOCABULARIES = (32_000, 49_152, 128_256, 151_936, 201_088, 262_144)
 F32, BF16 = torch.float32, torch.bfloat16
-OURS = ["token_stats", "token_stats in place", "token_stats, no nucleus"]
+IN_AND_OUT_OF_PLACE = ("token_stats", "token_stats in place")
+WITH_AND_WITHOUT_NUCLEUS = ("token_stats", "token_stats, no nucleus")
+OURS = (*IN_AND_OUT_OF_PLACE, "token_stats, no nucleus")
+EAGER = "eager, sort"
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,7 @@ class Part:
     section: str
     case: Case | None
     names: tuple[str, ...]
-    seconds: float  # that its turns may take
+    turns: int
     with_memory: bool = False
 
     @property
@@ -48,43 +52,44 @@ def names_of(linear: bool) -> tuple[str, ...]:
 
 
 def parts_on_cpu() -> Iterator[Part]:
-    """Smallest useful set first: against everything else at one size, then the linear form, then the sweeps."""
+    """Smallest useful set first: against everything else at one size, then the linear form, then the sweeps.
+
+    Turns go where medians are compared most. What eager takes, and what it holds, is shown once for each vocabulary.
+    """
     cpu = "cpu"
-    eager = ("token_stats", "token_stats in place", "eager, sort")
-    yield Part("rivals", Case(288, 49_152, F32, "real", cpu), names_of(linear=False), 50, with_memory=True)
-    yield Part("linear", Case(512, 49_152, F32, SMOLLM2, cpu, d=576), names_of(linear=True), 30, with_memory=True)
-    yield Part("step", None, (), 60)
-    yield Part("loop", None, (), 15)
+    yield Part("rivals", Case(192, 49_152, F32, "real", cpu), names_of(linear=False), 12, with_memory=True)
+    yield Part("linear", Case(256, 49_152, F32, SMOLLM2, cpu, d=576), names_of(linear=True), 8, with_memory=True)
+    yield Part("step", None, (), 10)
+    yield Part("loop", None, (), 12)
     for v in VOCABULARIES:
-        yield Part("vocabulary", Case(64, v, F32, "real", cpu), eager, 3, with_memory=True)
-    for n in (1, 8, 64, 512):
-        yield Part("rows", Case(n, 49_152, F32, "real", cpu), eager, 4)
-    for dtype in (F32, BF16):
-        for kind in ("real", "peaked", "flat", "collapsed"):
-            names = ("token_stats", "token_stats, no nucleus", "eager, sort")
-            yield Part("kinds", Case(64, 49_152, dtype, kind, cpu), names, 2.5)
+        yield Part("vocabulary", Case(32, v, F32, "real", cpu), (*IN_AND_OUT_OF_PLACE, EAGER), 3, with_memory=True)
+    for n in (1, 8, 64, 256):
+        yield Part("rows", Case(n, 49_152, F32, "real", cpu), (*IN_AND_OUT_OF_PLACE, EAGER), 4)
+    for kind in KINDS:
+        yield Part("kinds", Case(64, 49_152, F32, kind, cpu), (*WITH_AND_WITHOUT_NUCLEUS, EAGER), 4)
+    for kind in KINDS:
+        yield Part("kinds", Case(64, 49_152, BF16, kind, cpu), WITH_AND_WITHOUT_NUCLEUS, 6)
     for v in VOCABULARIES:
-        yield Part("vocabulary", Case(64, v, BF16, "real", cpu), eager, 2, with_memory=True)
+        yield Part("vocabulary", Case(32, v, BF16, "real", cpu), IN_AND_OUT_OF_PLACE, 6)
 
 
 def parts_on_gpu() -> Iterator[Part]:
     """As on the CPU, at sizes that a GPU is bought for."""
     gpu = "cuda"
     fast = (*OURS, "TRL, fused", "Liger, GRPO loss", "quack, cross_entropy")
-    yield Part("rivals", Case(4096, 151_936, BF16, "real", gpu), names_of(linear=False), 25)
+    yield Part("rivals", Case(4096, 151_936, BF16, "real", gpu), names_of(linear=False), 20)
     for v in VOCABULARIES:
-        yield Part("vocabulary", Case(4096, v, BF16, "real", gpu), fast, 3)
-    yield Part("linear", Case(16_384, 151_936, BF16, PLANTED, gpu, d=2048), names_of(linear=True), 40)
+        yield Part("vocabulary", Case(4096, v, BF16, "real", gpu), fast, 20)
+    yield Part("linear", Case(16_384, 151_936, BF16, PLANTED, gpu, d=2048), names_of(linear=True), 20)
     for dtype in (BF16, F32):
-        for kind in ("real", "peaked", "flat", "collapsed"):
-            names = ("token_stats", "token_stats, no nucleus", "eager, sort")
-            yield Part("kinds", Case(4096, 151_936, dtype, kind, gpu), names, 3)
+        for kind in KINDS:
+            yield Part("kinds", Case(4096, 151_936, dtype, kind, gpu), (*WITH_AND_WITHOUT_NUCLEUS, EAGER), 12)
     for n in (1, 16, 128, 1024, 8192, 65_536):
-        yield Part("rows", Case(n, 49_152, BF16, "real", gpu), ("token_stats", "token_stats in place", "TRL, fused"), 3)
+        yield Part("rows", Case(n, 49_152, BF16, "real", gpu), (*IN_AND_OUT_OF_PLACE, "TRL, fused"), 20)
     yield Part("step", None, (), 20)
-    yield Part("loop", None, (), 5)
+    yield Part("loop", None, (), 12)
     for v in VOCABULARIES:
-        yield Part("vocabulary", Case(4096, v, F32, "real", gpu), fast, 2)
+        yield Part("vocabulary", Case(4096, v, F32, "real", gpu), fast, 20)
 
 
 @dataclass(frozen=True)
@@ -133,7 +138,7 @@ def measure(parts: list[Part], device: str, options: Options, console: Console) 
             closing.callback(file.close)
         task = progress.add_task("", total=len(parts))
         for part in parts:
-            run = Run(part.section, command, part.with_memory, part.seconds)
+            run = Run(part.section, command, part.with_memory, part.turns)
             tell = lambda step, p=part: progress.update(task, description=f"{p.label}: {step}")  # noqa: E731
             for row in rows_of_part(part, run, device, time.monotonic() > end, tell):
                 files[part.section].write(row)
@@ -162,7 +167,7 @@ def rows_of_part(part: Part, run: Run, device: str, too_late: bool, tell: Callab
 def measured(part: Part, run: Run, device: str, tell: Callable[[str], None]) -> Iterator[Row]:
     tell("inputs")
     if part.section == "step":
-        yield from optimiser_step.step_rows(run, device, answers=1 if device == "cpu" else 16, on_step=tell)
+        yield from optimiser_step.step_rows(run, device, answers=2 if device == "cpu" else 64, on_step=tell)
     elif part.section == "loop":
         yield from loop_step.loop_rows(run, device, on_step=tell)
     else:

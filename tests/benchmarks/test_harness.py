@@ -20,7 +20,7 @@ from paec_kernels import reference
 
 CASE = Case(9, 300, torch.float32, "flat", "cpu")
 LINEAR = Case(9, 300, torch.float32, PLANTED, "cpu", d=32)
-RUN = harness.Run("test", "pytest", with_memory=False, seconds=0.0)
+RUN = harness.Run("test", "pytest", with_memory=False, turns=3)
 HONEST = ours.IMPLEMENTATIONS[0]
 
 
@@ -144,7 +144,7 @@ def test_every_check_comes_before_any_time_and_all_take_turns(monkeypatch):
     monkeypatch.setattr(harness, "clock", lambda *job: calls.append("clock") or clock(*job))
     rows_of(monkeypatch, *spies)
     turn = ["clock", "clock", "a", "clock", "b"]  # the floor, then each
-    assert calls == ["a", "b"] + turn * (harness.MIN_TURNS + 1)
+    assert calls == ["a", "b"] + turn * (1 + RUN.turns)
 
 
 def test_a_gpu_begins_when_the_host_has_launched_both_passes(monkeypatch):
@@ -298,11 +298,11 @@ def test_rows_that_hold_no_result_replace_none(monkeypatch, tmp_path):
 
 
 def test_what_the_time_did_not_reach_is_said():
-    part = sweep.Part("rivals", CASE, ("token_stats", "eager, sort"), 1.0)
+    part = sweep.Part("rivals", CASE, ("token_stats", "eager, sort"), 1)
     rows = list(sweep.rows_of_part(part, RUN, "cpu", too_late=True, tell=print))
     for name in part.names:
         assert_no_number(only(rows, implementation=name), "skipped", "the sweep's time was spent")
-    step = sweep.Part("step", None, (), 1.0)
+    step = sweep.Part("step", None, (), 1)
     assert {row.status for row in sweep.rows_of_part(step, RUN, "cpu", too_late=True, tell=print)} == {"skipped"}
 
 
@@ -320,7 +320,7 @@ def test_a_part_that_raises_leaves_the_others_and_the_page(monkeypatch, tmp_path
     monkeypatch.setattr(harness, "take_turns", fail)
     cases = [replace(CASE, v=3), CASE, replace(CASE, v=4)]
     names = ("token_stats", "eager, sort", "TRL, fused")
-    parts = [sweep.Part("kinds", case, names, 1.0) for case in cases]
+    parts = [sweep.Part("kinds", case, names, 1) for case in cases]
     monkeypatch.setattr(sweep, "parts_on_cpu", lambda: iter(parts))
     monkeypatch.setattr(sweep.page.plots, "write", lambda *_: [])
     threads = f"--threads={torch.get_num_threads()}"
@@ -342,6 +342,20 @@ def test_a_part_that_raises_leaves_the_others_and_the_page(monkeypatch, tmp_path
     assert "| 9 | 300 |" in page
 
 
+@pytest.mark.parametrize("parts", [sweep.parts_on_cpu, sweep.parts_on_gpu])
+def test_every_section_has_its_parts(parts):
+    found = list(parts())
+    known = harness.all_implementations()
+    assert {name for part in found for name in part.names} <= set(known)
+    assert {part.section for part in found} == set(sweep.page.SECTIONS)
+    for dtype in (torch.float32, torch.bfloat16):
+        of_dtype = [part for part in found if part.case is not None and part.case.dtype == dtype]
+        assert {p.case.kind for p in of_dtype if p.section == "kinds"} == set(sweep.KINDS)
+        assert {p.case.v for p in of_dtype if p.section == "vocabulary"} == set(sweep.VOCABULARIES)
+    turns = {part.section: part.turns for part in found}
+    assert (turns["rivals"] >= 12, turns["linear"] >= 8, turns["step"] >= 10) == (True, True, True)
+
+
 @pytest.mark.parametrize("q", [0, 20, 50, 80, 100])
 @pytest.mark.parametrize("n", [1, 2, 5, 40])
 def test_percentile(q, n):
@@ -361,7 +375,7 @@ def test_bytes_and_operations():
 
 def test_bandwidth_and_shares_are_of_the_times(monkeypatch):
     """Times given by hand: the floor takes 1 and 2 s, the implementation twice and four times as long."""
-    turns = iter([harness.Seconds(1.0, 3.0), harness.Seconds(2.0, 10.0)] * (harness.MIN_TURNS + 1))
+    turns = iter([harness.Seconds(1.0, 3.0), harness.Seconds(2.0, 10.0)] * (1 + RUN.turns))
     monkeypatch.setattr(harness, "clock", lambda *job: next(turns))
     rows = {row.passes: row for row in only(rows_of(monkeypatch, HONEST), implementation=HONEST.name)}
     logits = 9 * 300 * 4

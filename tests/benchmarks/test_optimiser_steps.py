@@ -12,7 +12,7 @@ from benchmarks.step_turns import Way, rows_in_turns
 from benchmarks.workload import Case
 from paec_kernels.train.tiny_model import TinyModel, TinyPolicy
 
-RUN = Run("loop", "python -m benchmarks.sweep", with_memory=False, seconds=0.0)
+RUN = Run("loop", "python -m benchmarks.sweep", with_memory=False, turns=3)
 CASE = Case(9, 43, torch.float32, "tiny model", "cpu")
 
 
