@@ -1,5 +1,6 @@
 """The page holds what the rows hold: every figure with a unit, and none where there is no row."""
 
+import json
 import re
 from dataclasses import replace
 
@@ -8,7 +9,7 @@ import torch
 
 from benchmarks import harness, page, plots
 from benchmarks.rivals import eager, ours
-from benchmarks.rows import RowFile, path_of
+from benchmarks.rows import RESULTS, RowFile, path_of, read
 from benchmarks.workload import Case
 
 RUN = harness.Run("rivals", "python -m benchmarks.sweep", with_memory=False, turns=3)
@@ -98,6 +99,15 @@ def test_a_plots_title_names_every_device_and_the_span_of_dates(rows):
         title = figure.get_suptitle()
         assert f"another, {rows[0].device}" in title or f"{rows[0].device}, another" in title
         assert f"2026-01-02 03:04 UTC to {max(row.date for row in rows)}" in title
+
+
+def test_the_committed_page_is_that_of_the_committed_rows():
+    """`python -m benchmarks.page` writes it."""
+    rows = {device: {s: read(path_of(RESULTS, device, s)) for s in page.SECTIONS} for device in page.DEVICES}
+    drawn = {device: [p.stem.removeprefix(f"{device}_") for p in (RESULTS / "plots").glob(f"{device}_*.png")]
+             for device in page.DEVICES}  # fmt: skip
+    compiled = json.loads((RESULTS / "compiled_code.json").read_text())
+    assert page.text(rows, drawn, compiled) == (RESULTS / "README.md").read_text()
 
 
 def test_plots_leave_out_rows_without_a_number(rows):
