@@ -104,7 +104,7 @@ def make_run(device: str) -> loop.Run:
 
 def sample_step(run: loop.Run) -> Step:
     tasks, _ = load_tasks(CONFIG.tasks, ())
-    (micro_batches,) = loop.split(CONFIG, *loop.sample(CONFIG, run.policy, tasks, 0, 0, 1), 1)
+    micro_batches, *_ = loop.split(CONFIG, *loop.sample(CONFIG, run.policy, tasks, 0, 0, 1), 1)  # the first step's
     # Where every answer is right, or every one wrong, the loss would be 0.
     micro_batches = [each._replace(advantages=torch.full_like(each.advantages, ADVANTAGE)) for each in micro_batches]
     torch.manual_seed(0)
