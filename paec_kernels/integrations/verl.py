@@ -121,19 +121,19 @@ class PAECTrainingWorker(TrainingWorker):
 
     def _refuse_what_cannot_work(self, distillation: bool) -> None:
         config = self.engine_config
-        for refused, reason in (
-            (config.strategy not in ("fsdp", "fsdp2"), f"needs actor.strategy fsdp or fsdp2, got {config.strategy!r}"),
-            (config.use_fused_kernels, "needs use_fused_kernels=False: verl's fused kernels leave no logits"),
-            (config.pad_to_length, "needs pad_to_length=False: verl offers no logits of padded batches"),
-            (distillation, "cannot be combined with distillation, which takes the logits for itself"),
-        ):
-            if refused:
-                raise ValueError(f"PAEC {reason}")
-        noise = sources_of_noise(self.engine.module)
-        if noise:
-            raise ValueError(
-                f"PAEC needs a model without noise, since it sees each token twice, got {', '.join(noise)}"
-            )
+        if config.strategy not in ("fsdp", "fsdp2"):
+            reason = f"needs actor.strategy fsdp or fsdp2, got {config.strategy!r}"
+        elif config.use_fused_kernels:
+            reason = "needs use_fused_kernels=False: verl's fused kernels leave no logits"
+        elif config.pad_to_length:
+            reason = "needs pad_to_length=False: verl offers no logits of padded batches"
+        elif distillation:
+            reason = "cannot be combined with distillation, which takes the logits for itself"
+        elif noise := sources_of_noise(self.engine.module):
+            reason = f"needs a model without noise, since it sees each token twice, got {', '.join(noise)}"
+        else:
+            return
+        raise ValueError(f"PAEC {reason}")
 
 
 class _LossWithPAEC:

@@ -17,6 +17,7 @@ from verl.utils import tensordict_utils as tu
 from verl.utils.metric import reduce_metrics
 from verl.utils.py_functional import rename_dict
 from verl.workers.config import PolicyLossConfig
+from verl.workers.config.engine import AutomodelEngineConfig, McoreEngineConfig
 from verl.workers.engine_workers import ActorRolloutRefWorker, TrainingWorker
 
 from paec_kernels import PAECConfig, reference
@@ -207,10 +208,11 @@ def test_what_cannot_work_is_refused(folder: Path, options: dict, named: str) ->
         worker(folder, **options)
 
 
-def test_an_engine_without_logits_is_refused(folder: Path) -> None:
+@pytest.mark.parametrize("kind", [McoreEngineConfig, AutomodelEngineConfig])
+def test_an_engine_without_logits_is_refused(folder: Path, kind: type) -> None:
     one = worker(folder, PolicyLossConfig())
-    one.engine_config.strategy = "megatron"  # only its name: its own engine needs a GPU
-    with pytest.raises(ValueError, match=r"actor.strategy fsdp or fsdp2, got 'megatron'"):
+    one.engine_config = kind()  # its own engine needs packages, or a GPU
+    with pytest.raises(ValueError, match=f"actor.strategy fsdp or fsdp2, got '{one.engine_config.strategy}'"):
         one.set_loss_fn(worker(folder, OFF).loss_fn.loss_fn)
 
 
