@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from paec_kernels.token_stats.operator import check_positive_int
+
 # 5 % of the logits of 16,384 tokens of a vocabulary of 151,936 in bfloat16.
 DEFAULT_CHUNK_BYTES = 224 << 20
 ALIGNMENT = 128  # rows and columns of a chunk, where it has that many: a product's tile
@@ -95,16 +97,14 @@ def prepare(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, chunk_rows: int | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The inputs checked, gathered if sharded, and cast if autocast is on."""
-    if chunk_rows is not None and not isinstance(chunk_rows, int):
-        raise TypeError(f"chunk_rows must be an int, got {chunk_rows!r}")
-    if chunk_rows is not None and chunk_rows < 1:
-        raise ValueError(f"chunk_rows must be at least 1, got {chunk_rows}")
+    check_positive_int("chunk_rows", chunk_rows)
     for name, value in (("hidden", hidden), ("weight", weight), ("bias", bias)):
         if not isinstance(value, Tensor) and not (name == "bias" and value is None):
             raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
-    if hidden.dim() == 0 or weight.dim() != 2 or hidden.shape[-1] != weight.shape[1]:
+    if hidden.dim() == 0 or weight.dim() != 2 or hidden.shape[-1] != weight.shape[1] or 0 in weight.shape:
         raise ValueError(
-            f"hidden must have shape [..., D] and weight [V, D], got {tuple(hidden.shape)} and {tuple(weight.shape)}"
+            "hidden must have shape [..., D] and weight [V, D], D and V at least 1, "
+            f"got {tuple(hidden.shape)} and {tuple(weight.shape)}"
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias must have shape [V], ({weight.shape[0]},), got {tuple(bias.shape)}")

@@ -205,6 +205,8 @@ def linear_token_stats(
     hidden, weight, bias = prepare(hidden, weight, bias, chunk_rows)
     logits_like = operator.check_head(hidden, weight, token_ids, valid, top_p, temperature, softcap, vocab_size)
     backend = operator.resolve_backend(backend, hidden.device)
+    operator.check_dtype("hidden", hidden, backend)
+    operator.check_inplace(inplace_backward)
     if backend == "reference":
         rows = operator.flat_rows(token_ids, valid, temperature, logits_like)
         operator.check_values(*rows, weight.shape[0] if vocab_size is None else vocab_size)
@@ -212,7 +214,6 @@ def linear_token_stats(
             hidden, weight, token_ids, bias=bias, valid=valid, top_p=top_p, temperature=temperature,
             softcap=softcap, vocab_size=vocab_size,
         )  # fmt: skip
-    operator.check_dtype("hidden", hidden)
     shape = hidden.shape[:-1]
     table, sizes = _LinearTokenStats.apply(
         hidden.reshape(-1, hidden.shape[-1]),

@@ -5,8 +5,9 @@ from torch import Tensor, nn
 
 from paec_kernels.calibration import PAEC, PAECConfig, PAECOutput
 from paec_kernels.calibration.ranks import mean_over_ranks
-from paec_kernels.policy_losses import grpo_loss
+from paec_kernels.policy_losses import check_numbers, grpo_loss
 from paec_kernels.token_stats import token_stats
+from paec_kernels.token_stats.operator import check_inplace, check_options
 
 
 class PAECLoss(nn.Module):
@@ -27,6 +28,9 @@ class PAECLoss(nn.Module):
         temperature, softcap, vocab_size, inplace_backward, backend: as in ``token_stats``; log-probabilities
             and entropies are those of the scaled logits.
         process_group: as in ``PAEC``.
+
+    Raises:
+        TypeError, ValueError: an option of the wrong type or range, by name, when the module is made.
     """
 
     def __init__(
@@ -45,6 +49,9 @@ class PAECLoss(nn.Module):
     ) -> None:
         super().__init__()
         self.paec = PAEC(config, process_group, backend=backend)
+        check_numbers(clip_low, clip_high, kl_coef=kl_coef)
+        check_options(config.top_p, temperature, softcap, vocab_size)
+        check_inplace(inplace_backward)
         self.clip_low = clip_low
         self.clip_high = clip_high
         self.kl_coef = kl_coef
@@ -74,6 +81,9 @@ class PAECLoss(nn.Module):
         Returns:
             PAECOutput; its metrics also hold ``policy_loss`` and ``paec_loss``, of this rank.
         """
+        for name, value in (("token_ids", token_ids), ("valid", valid)):
+            if value is None:  # which `token_stats` would take
+                raise TypeError(f"{name} must be a tensor, got None")
         stats = token_stats(
             logits,
             token_ids,
@@ -85,7 +95,7 @@ class PAECLoss(nn.Module):
             inplace_backward=self.inplace_backward,
             backend=self.backend,
         )
-        assert stats.logp is not None  # token_ids were given
+        assert stats.logp is not None
         policy_loss, metrics = grpo_loss(
             stats.logp,
             old_logp,

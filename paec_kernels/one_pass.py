@@ -114,7 +114,7 @@ def one_pass_loss(
     backend = operator.resolve_backend(backend, hidden.device)
     if backend == "reference":
         raise ValueError("backend must be 'auto', 'triton' or 'torch' here, got 'reference'")
-    operator.check_dtype("hidden", hidden)
+    operator.check_dtype("hidden", hidden, backend)
     # Asked here, since autograd is off inside the Function whatever it is outside.
     needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (hidden, weight, bias)]
     return _OnePass.apply(

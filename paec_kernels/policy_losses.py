@@ -6,6 +6,8 @@ Marks: [paper] the method's paper says so, [code] the implementation or recipe t
 
 import math
 from collections.abc import Sequence
+from numbers import Real
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,6 +27,8 @@ def group_advantages(rewards: Tensor) -> Tensor:
     Returns:
         ``[groups, samples]``, std with Bessel's correction as TRL and verl take it; 0 for a single sample.
     """
+    if not isinstance(rewards, Tensor):
+        raise TypeError(f"rewards must be a tensor, got {rewards!r}")
     if rewards.dim() != 2:
         raise ValueError(f"rewards must be [groups, samples], got shape {tuple(rewards.shape)}")
     if not rewards.is_floating_point():
@@ -72,7 +76,7 @@ def grpo_loss(
         TypeError, ValueError: a wrong type, shape, device or range.
     """
     check_tokens(logp=logp, old_logp=old_logp, advantages=advantages, valid=valid, ref_logp=ref_logp)
-    _check_numbers(clip_low, clip_high, normalizer, kl_coef=kl_coef)
+    check_numbers(clip_low, clip_high, normalizer, kl_coef=kl_coef)
     if kl_coef > 0 and ref_logp is None:
         raise ValueError(f"kl_coef = {kl_coef!r} needs ref_logp, got None")
     logp, log_ratio, advantages = _where_valid(logp, old_logp, advantages, valid)
@@ -113,7 +117,7 @@ def cispo_loss(
         TypeError, ValueError: a wrong type, shape, device or range.
     """
     check_tokens(logp=logp, old_logp=old_logp, advantages=advantages, valid=valid)
-    _check_numbers(clip_low, clip_high, normalizer)
+    check_numbers(clip_low, clip_high, normalizer)
     logp, log_ratio, advantages = _where_valid(logp, old_logp, advantages, valid)
     ratio = log_ratio.detach().exp()
     objective = ratio.clamp(1 - clip_low, 1 + clip_high) * advantages * logp
@@ -151,7 +155,7 @@ def clip_cov_loss(
         TypeError, ValueError: a wrong type, shape, device or range.
     """
     check_tokens(logp=logp, old_logp=old_logp, advantages=advantages, valid=valid, removed=removed)
-    _check_numbers(clip_low, clip_high, normalizer)
+    check_numbers(clip_low, clip_high, normalizer)
     _, log_ratio, advantages = _where_valid(logp, old_logp, advantages, valid)
     objective = torch.where(removed, 0.0, _clipped_surrogate(log_ratio, advantages, clip_low, clip_high))
     metrics = _ratio_metrics(log_ratio.detach(), advantages, valid, clip_low, clip_high)
@@ -188,7 +192,7 @@ def kl_cov_loss(
         TypeError, ValueError: a wrong type, shape, device or range.
     """
     check_tokens(logp=logp, old_logp=old_logp, advantages=advantages, valid=valid, penalised=penalised)
-    _check_numbers(normalizer=normalizer, kl_coef=kl_coef)
+    check_numbers(normalizer=normalizer, kl_coef=kl_coef)
     _, log_ratio, advantages = _where_valid(logp, old_logp, advantages, valid)
     objective = log_ratio.exp() * advantages - kl_coef * torch.where(penalised, log_ratio.abs(), 0.0)
     metrics = _ratio_metrics(log_ratio.detach(), advantages, valid, 1.0, math.inf)
@@ -231,7 +235,9 @@ def clip_cov_selection(
         TypeError, ValueError: a wrong type, shape, device or range.
     """
     _check_selection(fraction, logp=logp, old_logp=old_logp, advantages=advantages, valid=valid)
-    _check_numbers(clip_low, clip_high)
+    check_numbers(clip_low, clip_high)
+    _check_number("cov_low", cov_low, least=-math.inf)
+    _check_number("cov_high", cov_high, least=-math.inf)
     if not cov_low <= cov_high:
         raise ValueError(f"cov_low must be <= cov_high = {cov_high!r}, got {cov_low!r}")
     silenced = []
@@ -396,28 +402,35 @@ def check_tokens(**named: Tensor | None) -> None:
             raise ValueError(f"{name} must have {first_name}'s shape {expected}, got {got}")
 
 
-def _check_numbers(
+def check_numbers(
     clip_low: float = 0.0,
     clip_high: float = 0.0,
     normalizer: float | Tensor | None = None,
     *,
     kl_coef: float = 0.0,
 ) -> None:
-    if not 0 <= clip_low <= 1:
-        raise ValueError(f"clip_low must be in [0, 1], got {clip_low!r}")
-    for name, number in (("clip_high", clip_high), ("kl_coef", kl_coef)):
-        if not number >= 0:
-            raise ValueError(f"{name} must be >= 0, got {number!r}")
+    """The options of the losses here, which are named as they are there."""
+    _check_number("clip_low", clip_low, most=1)
+    _check_number("clip_high", clip_high)
+    _check_number("kl_coef", kl_coef)
     if isinstance(normalizer, Tensor):
         if normalizer.dim() != 0:
             raise ValueError(f"normalizer must be a number or 0-d, got shape {tuple(normalizer.shape)}")
-    elif normalizer is not None and not normalizer >= 0:
-        raise ValueError(f"normalizer must be >= 0, got {normalizer!r}")
+    elif normalizer is not None:
+        _check_number("normalizer", normalizer)
+
+
+def _check_number(name: str, value: Any, least: float = 0, most: float = math.inf) -> None:
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
+    if not is_number:
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if not least <= value <= most:
+        expected = f">= {least}" if most == math.inf else f"in [{least}, {most}]"
+        raise ValueError(f"{name} must be {expected}, got {value!r}")
 
 
 def _check_selection(fraction: float, **named: Sequence[Tensor]) -> None:
-    if not 0 <= fraction <= 1:
-        raise ValueError(f"fraction must be in [0, 1], got {fraction!r}")
+    _check_number("fraction", fraction, most=1)
     counts = {name: len(tensors) for name, tensors in named.items()}
     if len(set(counts.values())) > 1 or not counts["valid"]:
         raise ValueError(f"{', '.join(counts)} must have one tensor for each micro-batch, at least one, got {counts}")

@@ -353,6 +353,23 @@ BAD = {
         r"token_ids must be .*\[0, 20\), got 20",
         lambda h, w: ((h, w, torch.full((4,), 20)), {}),
     ),
+    "D = 0": (ValueError, r"D and V at least 1, got \(4, 0\) and \(20, 0\)", lambda h, w: ((h[:, :0], w[:, :0]), {})),
+    "V = 0": (ValueError, r"D and V at least 1, got \(4, 8\) and \(0, 8\)", lambda h, w: ((h, w[:0]), {})),
+    "reference, integers": (
+        TypeError,
+        "hidden must be float32.*got torch.int64",
+        lambda h, w: ((h.long(), w.long()), {"backend": "reference"}),
+    ),
+    "chunk_rows a bool": (
+        TypeError,
+        "chunk_rows must be an int, got True",
+        lambda h, w: ((h, w), {"chunk_rows": True}),
+    ),
+    "inplace_backward a word": (
+        TypeError,
+        "inplace_backward must be a bool, got 'yes'",
+        lambda h, w: ((h, w), {"inplace_backward": "yes"}),
+    ),
     "chunk_rows 2.5": (TypeError, "chunk_rows must be an int, got 2.5", lambda h, w: ((h, w), {"chunk_rows": 2.5})),
     "reference, out of range": (
         ValueError,

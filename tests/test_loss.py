@@ -100,6 +100,32 @@ def test_bad_input_changes_nothing():
         loss_fn.step()
 
 
+@pytest.mark.parametrize("name", ["token_ids", "valid"])
+def test_what_token_stats_may_lack_must_be_here(name):
+    names = ("logits", "token_ids", "advantages", "valid", "old_logp")
+    arguments = dict(zip(names, make_arguments(2, 20), strict=True)) | {name: None}
+    with pytest.raises(TypeError, match=f"{name} must be a tensor, got None"):
+        PAECLoss(CONFIG)(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"clip_low": "a"}, TypeError, "clip_low must be a number, got 'a'"),
+        ({"clip_low": -1}, ValueError, r"clip_low must be in \[0, 1\], got -1"),
+        ({"kl_coef": -1.0}, ValueError, "kl_coef must be >= 0, got -1.0"),
+        ({"temperature": -1.0}, ValueError, "temperature must be positive and finite, got -1.0"),
+        ({"softcap": 0.0}, ValueError, "softcap must be positive and finite, or None, got 0.0"),
+        ({"vocab_size": 0}, ValueError, "vocab_size must be at least 1, got 0"),
+        ({"inplace_backward": "yes"}, TypeError, "inplace_backward must be a bool, got 'yes'"),
+        ({"backend": "x"}, ValueError, "backend must be one of .*, got 'x'"),
+    ],
+)
+def test_a_wrong_option_is_named_when_it_is_made(options, error, message):
+    with pytest.raises(error, match=message):
+        PAECLoss(CONFIG, **options)
+
+
 def test_it_is_grpo_and_paec_of_the_same_statistics():
     logits, token_ids, advantages, valid, old_logp = make_arguments(3, 30)
     out = PAECLoss(CONFIG)(logits, token_ids, advantages, valid, old_logp)

@@ -139,6 +139,10 @@ def test_compiles_into_one_graph():
         ({"clip_low": 1.5}, ValueError, r"clip_low must be in \[0, 1\], got 1.5"),
         ({"clip_high": math.nan}, ValueError, "clip_high must be >= 0, got nan"),
         ({"kl_coef": -1.0}, ValueError, "kl_coef must be >= 0, got -1.0"),
+        ({"clip_low": "a"}, TypeError, "clip_low must be a number, got 'a'"),
+        ({"clip_high": None}, TypeError, "clip_high must be a number, got None"),
+        ({"kl_coef": True}, TypeError, "kl_coef must be a number, got True"),
+        ({"normalizer": "a"}, TypeError, "normalizer must be a number, got 'a'"),
         ({"kl_coef": 0.1}, ValueError, "kl_coef = 0.1 needs ref_logp, got None"),
         ({"normalizer": -3}, ValueError, "normalizer must be >= 0, got -3"),
         ({"normalizer": torch.ones(2)}, ValueError, r"normalizer must be a number or 0-d, got shape \(2,\)"),
@@ -162,6 +166,8 @@ def test_group_advantages():
 def test_group_advantages_of_bad_input():
     with pytest.raises(ValueError, match=r"rewards must be \[groups, samples\], got shape \(3,\)"):
         group_advantages(torch.zeros(3))
+    with pytest.raises(TypeError, match=r"rewards must be a tensor, got \[\[1.0, 2.0\]\]"):
+        group_advantages([[1.0, 2.0]])
     with pytest.raises(TypeError, match=r"rewards must be a floating tensor, got torch\.int64"):
         group_advantages(torch.zeros(3, 2, dtype=torch.int64))
 
@@ -419,6 +425,12 @@ def test_invalid_positions_do_not_change_the_selection():
         (lambda p, o, a, v: kl_cov_loss(p, o, a, v, v, normalizer=-1), ValueError, "normalizer must be >= 0, got -1"),
         (lambda p, o, a, v: kl_cov_selection([p], [a[:, 0]], [v]), ValueError, r"advantages must have .* got \(4,\)"),
         (lambda p, o, a, v: kl_cov_selection([p], [a], [v], fraction=2), ValueError, r"fraction must be in \[0, 1\]"),
+        (lambda p, o, a, v: kl_cov_selection([p], [a], [v], fraction="a"), TypeError, "fraction must be a number"),
+        (
+            lambda p, o, a, v: clip_cov_selection([p], [o], [a], [v], seed=0, cov_low="a"),
+            TypeError,
+            "cov_low must be a number, got 'a'",
+        ),
         (lambda p, o, a, v: kl_cov_selection([], [], []), ValueError, "at least one, got {'logp': 0"),
         (lambda p, o, a, v: kl_cov_selection([p], [a], [v, v]), ValueError, "'advantages': 1, 'valid': 2"),
         (

@@ -14,6 +14,7 @@ from paec_kernels.calibration.quantile import as_fraction, quantile
 from paec_kernels.calibration.ranks import gather_columns, world_size
 from paec_kernels.differing_fields import differing_fields
 from paec_kernels.reference import TokenStats
+from paec_kernels.token_stats.operator import check_backend
 
 
 class Plan(NamedTuple):
@@ -77,6 +78,7 @@ class PAEC(nn.Module):
         super().__init__()
         if not isinstance(config, PAECConfig):
             raise TypeError(f"config must be a PAECConfig, got {config!r}")
+        check_backend(backend)
         self.config = config
         self.process_group = process_group
         self.backend = backend
@@ -187,6 +189,15 @@ class PAEC(nn.Module):
         """The entropy that the loss is about, after checking the arguments."""
         if not isinstance(stats, TokenStats):
             raise TypeError(f"stats must be a TokenStats, got {type(stats).__name__}")
+        for name in ("entropy", "nucleus_entropy", "margin", "nucleus_size"):
+            value = getattr(stats, name)
+            if not isinstance(value, Tensor):
+                raise TypeError(f"stats.{name} must be a tensor, got {value!r}")
+            if value.shape != stats.entropy.shape:
+                expected, got = tuple(stats.entropy.shape), tuple(value.shape)
+                raise ValueError(f"stats.{name} must have the shape of stats.entropy, {expected}, got {got}")
+            if value.device != stats.entropy.device:
+                raise ValueError(f"stats.{name} must be on stats.entropy's {stats.entropy.device}, got {value.device}")
         entropy = stats.entropy if self.config.entropy_support == "full" else stats.nucleus_entropy
         if entropy.dtype not in (torch.float32, torch.float64):
             raise TypeError(f"stats must be float32 or float64, got {entropy.dtype}")

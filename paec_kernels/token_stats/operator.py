@@ -6,6 +6,7 @@ whatever gradients arrive for logp, H and H_p before a single backward pass, and
 
 import importlib.util
 import math
+import os
 from numbers import Real
 from typing import Any
 
@@ -18,15 +19,26 @@ from paec_kernels.token_stats import layout, torch_backend
 
 BACKENDS = ("auto", "triton", "torch", "reference")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# As Triton reads it. Here and not in a function: torch.compile need not trace it.
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
+
+
+def check_backend(backend: str) -> None:
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
 
 
 def resolve_backend(backend: str, device: torch.device) -> str:
     """The backend that ``"auto"`` stands for: Triton on a GPU where it is installed, torch anywhere else."""
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
+    check_backend(backend)
     has_triton = importlib.util.find_spec("triton") is not None
     if backend == "triton" and not has_triton:
         raise ValueError("backend='triton' needs the triton package, which is not installed")
+    if backend == "triton" and device.type != "cuda" and not INTERPRETED:
+        raise ValueError(
+            "backend='triton' needs tensors on a GPU, or Triton's interpreter (TRITON_INTERPRET=1 before paec_kernels "
+            f"is imported), got tensors on {device}"
+        )
     if backend == "auto":
         return "triton" if device.type == "cuda" and has_triton else "torch"
     return backend
@@ -72,25 +84,42 @@ def check_arguments(
         if not isinstance(valid, Tensor) or valid.dtype != torch.bool:
             raise TypeError(f"valid must be a bool tensor, got {getattr(valid, 'dtype', valid)}")
         _check_rows("valid", valid, logits)
+    check_options(top_p, temperature, softcap, vocab_size)
+    if isinstance(temperature, Tensor):
+        rows = temperature.expand(logits.shape[:-1]) if temperature.dim() == 0 else temperature
+        _check_rows("temperature", rows, logits)
+    if vocab_size is not None and vocab_size > logits.shape[-1]:
+        raise ValueError(f"vocab_size must be in [1, {logits.shape[-1]}], the columns of logits, got {vocab_size}")
+
+
+def check_options(top_p: float, temperature: float | Tensor, softcap: float | None, vocab_size: int | None) -> None:
+    """What can be said of them without the logits. Raises ValueError or TypeError."""
     for name, number in (("top_p", top_p), ("temperature", temperature), ("softcap", softcap)):
         optional = (name == "temperature" and isinstance(number, Tensor)) or (name == "softcap" and number is None)
         if not optional and (isinstance(number, bool) or not isinstance(number, Real)):
             raise TypeError(f"{name} must be a number, got {number!r}")
-    if vocab_size is not None and not isinstance(vocab_size, int):
-        raise TypeError(f"vocab_size must be an int, got {vocab_size!r}")
+    check_positive_int("vocab_size", vocab_size)
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p must be in (0, 1], got {top_p}")
     if isinstance(temperature, Tensor):
         if not temperature.is_floating_point():
             raise TypeError(f"temperature must be a float or a floating tensor, got {temperature.dtype}")
-        rows = temperature.expand(logits.shape[:-1]) if temperature.dim() == 0 else temperature
-        _check_rows("temperature", rows, logits)
     elif not (0 < temperature < math.inf):
         raise ValueError(f"temperature must be positive and finite, got {temperature}")
     if softcap is not None and not (0 < softcap < math.inf):
         raise ValueError(f"softcap must be positive and finite, or None, got {softcap}")
-    if vocab_size is not None and not 1 <= vocab_size <= logits.shape[-1]:
-        raise ValueError(f"vocab_size must be in [1, {logits.shape[-1]}], the columns of logits, got {vocab_size}")
+
+
+def check_positive_int(name: str, value: int | None) -> None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+        raise TypeError(f"{name} must be an int, got {value!r}")
+    if value is not None and value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+def check_inplace(inplace_backward: bool) -> None:
+    if not isinstance(inplace_backward, bool):
+        raise TypeError(f"inplace_backward must be a bool, got {inplace_backward!r}")
 
 
 def check_head(
@@ -145,9 +174,11 @@ def as_rows(logits: Tensor) -> Tensor:
     return logits.reshape(outer, inner, logits.shape[-1])
 
 
-def check_dtype(name: str, value: Tensor) -> None:
-    if value.dtype not in DTYPES:
-        raise TypeError(f"{name} must be float32, bfloat16 or float16, got {value.dtype}")
+def check_dtype(name: str, value: Tensor, backend: str) -> None:
+    if value.dtype not in DTYPES and not (backend == "reference" and value.dtype == torch.float64):
+        raise TypeError(
+            f"{name} must be float32, bfloat16 or float16 (with backend='reference' float64 too), got {value.dtype}"
+        )
 
 
 def flat_rows(
@@ -312,7 +343,7 @@ def token_stats(
         vocab_size: columns from here on are padding: not read, gradient 0.
         inplace_backward: write the gradient over ``logits`` instead of a new tensor. Whoever saved the logits for
             their own backward pass then gets autograd's "modified by an inplace operation" error, not wrong numbers.
-        backend: "auto", "triton" (a GPU, or Triton's interpreter), "torch" or "reference" (plain, any float dtype).
+        backend: "auto", "triton" (a GPU, or Triton's interpreter), "torch" or "reference" (plain; float64 too).
 
     Returns:
         `TokenStats`, its tensors shaped ``logits.shape[:-1]``, entropies in nats. A row that holds NaN or +inf, or
@@ -324,10 +355,11 @@ def token_stats(
     """
     check_arguments(logits, token_ids, valid, top_p, temperature, softcap, vocab_size)
     backend = resolve_backend(backend, logits.device)
+    check_dtype("logits", logits, backend)
+    check_inplace(inplace_backward)
     n_cols = logits.shape[-1] if vocab_size is None else vocab_size
     if backend == "reference":
         return _by_reference(logits, token_ids, valid, top_p, temperature, softcap, n_cols)
-    check_dtype("logits", logits)
     if inplace_backward and any(n > 1 and s == 0 for n, s in zip(logits.shape, logits.stride(), strict=True)):
         raise ValueError("inplace_backward needs logits of their own memory, got an expanded tensor (stride 0)")
 

@@ -356,6 +356,17 @@ def test_term_needs_a_plan():
     [
         (lambda s, v: (tuple(s), v), TypeError, "stats must be a TokenStats, got tuple"),
         (lambda s, v: (s._replace(entropy=s.entropy.half()), v), TypeError, "float32 or float64, got .*16"),
+        (lambda s, v: (s._replace(margin=None), v), TypeError, "stats.margin must be a tensor, got None"),
+        (
+            lambda s, v: (s._replace(margin=s.margin[:1]), v),
+            ValueError,
+            r"stats.margin must .* \(2, 10\), got \(1, 10\)",
+        ),
+        (
+            lambda s, v: (s._replace(nucleus_size=s.nucleus_size.to("meta")), v),
+            ValueError,
+            "stats.nucleus_size must .*meta",
+        ),
         (lambda s, v: (s, v.int()), TypeError, "valid must be a bool tensor, got torch.int32"),
         (lambda s, v: (s, None), TypeError, "valid must be a bool tensor, got None"),
         (lambda s, v: (s, v[:, :-1]), ValueError, r"shape \(2, 10\), got \(2, 9\)"),
@@ -377,6 +388,11 @@ def test_bad_input_is_named_and_changes_nothing(change, error, message):
 def test_config_is_a_config():
     with pytest.raises(TypeError, match=r"config must be a PAECConfig, got \{'rho': 0.8\}"):
         PAEC({"rho": 0.8})
+
+
+def test_the_backend_is_one_of_four():
+    with pytest.raises(ValueError, match=r"backend must be one of .*, got 'x'"):
+        PAEC(CONFIG, backend="x")
 
 
 # Compilation and the device

@@ -65,6 +65,22 @@ BAD = {
         "temperature must be on .*meta",
         lambda z, y: (z, y, {"temperature": torch.tensor(0.7, device="meta")}),
     ),
+    "vocab_size a bool": (TypeError, "vocab_size must be an int, got True", lambda z, y: (z, y, {"vocab_size": True})),
+    "reference, integer logits": (
+        TypeError,
+        "logits must be float32.*float64 too.*got torch.int64",
+        lambda z, y: (z.long(), y, {"backend": "reference"}),
+    ),
+    "reference, complex logits": (
+        TypeError,
+        "logits must be float32.*got torch.complex64",
+        lambda z, y: (z.to(torch.complex64), y, {"backend": "reference"}),
+    ),
+    "reference, float8 logits": (
+        TypeError,
+        "logits must be float32.*got torch.float8",
+        lambda z, y: (z.to(torch.float8_e5m2), y, {"backend": "reference"}),
+    ),
     "softcap 0": (ValueError, "softcap must be positive.*got 0", lambda z, y: (z, y, {"softcap": 0.0})),
     "vocab_size too large": (
         ValueError,
@@ -77,6 +93,11 @@ BAD = {
         ValueError,
         "inplace_backward needs .*expanded",
         lambda z, y: (z[:, :1].expand(2, 3, 40), y, {"inplace_backward": True}),
+    ),
+    "inplace_backward a word": (
+        TypeError,
+        "inplace_backward must be a bool, got 'yes'",
+        lambda z, y: (z, y, {"inplace_backward": "yes"}),
     ),
 }
 
@@ -96,6 +117,19 @@ def test_auto_is_torch_on_a_cpu_and_triton_on_a_gpu():
     assert operator.resolve_backend("auto", torch.device("cpu")) == "torch"
     assert operator.resolve_backend("auto", torch.device("mps")) == "torch"
     assert operator.resolve_backend("auto", torch.device("cuda")) == "triton"
+
+
+def test_compiled_triton_takes_no_cpu_tensors(monkeypatch):
+    monkeypatch.setattr(operator, "INTERPRETED", False)
+    logits, token_ids = logits_and_ids()
+    stats, valid = pk.token_stats(logits, token_ids), torch.ones(2, 3, dtype=torch.bool)
+    for call in (
+        lambda: pk.token_stats(logits, token_ids, backend="triton"),
+        lambda: pk.linear_token_stats(logits, torch.randn(50, 40), token_ids, backend="triton"),
+        lambda: pk.PAEC(pk.PAECConfig(), backend="triton")(stats, valid),
+    ):
+        with pytest.raises(ValueError, match=r"backend='triton' needs .* got tensors on cpu"):
+            call()
 
 
 def test_reference_backend_takes_float64():
