@@ -343,6 +343,7 @@ def token_stats(
         vocab_size: columns from here on are padding: not read, gradient 0.
         inplace_backward: write the gradient over ``logits`` instead of a new tensor. Whoever saved the logits for
             their own backward pass then gets autograd's "modified by an inplace operation" error, not wrong numbers.
+            A leaf, such as a parameter, is refused.
         backend: "auto", "triton" (a GPU, or Triton's interpreter), "torch" or "reference" (plain; float64 too).
 
     Returns:
@@ -362,6 +363,8 @@ def token_stats(
         return _by_reference(logits, token_ids, valid, top_p, temperature, softcap, n_cols)
     if inplace_backward and any(n > 1 and s == 0 for n, s in zip(logits.shape, logits.stride(), strict=True)):
         raise ValueError("inplace_backward needs logits of their own memory, got an expanded tensor (stride 0)")
+    if inplace_backward and torch.is_grad_enabled() and logits.requires_grad and _is_leaf(logits):
+        raise ValueError("inplace_backward needs logits that were computed, got a leaf, whose values would be lost")
 
     table, sizes = _TokenStats.apply(
         logits,
@@ -373,6 +376,10 @@ def token_stats(
         backend,
     )
     return as_token_stats(table, sizes, logits.shape[:-1], token_ids is not None)
+
+
+def _is_leaf(x: Tensor) -> bool:
+    return not torch.compiler.is_compiling() and x.is_leaf  # torch.compile cannot say
 
 
 def _by_reference(logits, token_ids, valid, top_p, temperature, softcap, n_cols) -> TokenStats:

@@ -94,6 +94,11 @@ BAD = {
         "inplace_backward needs .*expanded",
         lambda z, y: (z[:, :1].expand(2, 3, 40), y, {"inplace_backward": True}),
     ),
+    "a leaf in place": (
+        ValueError,
+        "inplace_backward needs logits that were computed, got a leaf",
+        lambda z, y: (z.requires_grad_(), y, {"inplace_backward": True}),
+    ),
     "inplace_backward a word": (
         TypeError,
         "inplace_backward must be a bool, got 'yes'",
@@ -117,6 +122,13 @@ def test_auto_is_torch_on_a_cpu_and_triton_on_a_gpu():
     assert operator.resolve_backend("auto", torch.device("cpu")) == "torch"
     assert operator.resolve_backend("auto", torch.device("mps")) == "torch"
     assert operator.resolve_backend("auto", torch.device("cuda")) == "triton"
+
+
+def test_a_leaf_in_place_is_scored_where_nothing_is_overwritten():
+    logits, token_ids = logits_and_ids()
+    with torch.no_grad():
+        stats = pk.token_stats(logits.requires_grad_(), token_ids, inplace_backward=True)
+    assert not stats.logp.requires_grad
 
 
 def test_compiled_triton_takes_no_cpu_tensors(monkeypatch):
