@@ -48,6 +48,7 @@ class _OnePass(torch.autograd.Function):
             if not any(needs) or not chunk.requires_grad:
                 continue
             (d_table,) = torch.autograd.grad(chunk, leaf)
+            d_table = d_table.contiguous()  # as the kernels read it
             implementation.backward(d_table, table.detach(), logits[None], ids, None, t, softcap, n_cols, logits[None])
             if d_hidden is not None:
                 d_hidden[rows] = logits @ weight
@@ -97,6 +98,9 @@ def one_pass_loss(
 
         one_pass_loss(hidden, weight, ids, chunk_loss, valid=valid).backward()
         last_plan = paec.plan()
+
+    The gradient is made before the loss is scaled: with float16 a GradScaler comes too late for what has underflowed.
+    Multiply by its scale inside ``chunk_loss`` there, or use bfloat16.
 
     Args:
         chunk_loss: takes `TokenStats` of some rows ``[r]`` and their numbers, int64 ``[r]``, among the N flattened
