@@ -183,8 +183,9 @@ def linear_token_stats(
     ones where some are not; at least an eighth of it is left to the logits. Rows that are not valid are dropped
     before the products; on a GPU counting them waits for the device once, and ``valid=None`` does not.
 
-    Under autocast the inputs are cast as a linear layer's. A sharded FSDP2 weight is gathered (``full_tensor()``);
-    under DeepSpeed ZeRO-3 call this, and backward, inside ``deepspeed.zero.GatheredParameters([weight])``.
+    Under autocast the inputs are cast as a linear layer's; the 16-bit copy of the weight is made in every call. A
+    sharded FSDP2 weight is gathered (``full_tensor()``); under DeepSpeed ZeRO-3 call this, and backward, inside
+    ``deepspeed.zero.GatheredParameters([weight])``.
 
     Args:
         hidden: ``[..., D]``, float32, bfloat16 or float16.
