@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import NamedTuple
@@ -68,11 +69,32 @@ def _seed() -> None:
 @pytest.fixture(params=["triton", "torch"])
 def backend(request: pytest.FixtureRequest) -> str:
     """Both backends of `token_stats`, for tensors on the CPU."""
-    if request.param == "triton":
+    return _on_the_cpu(request.param)
+
+
+@pytest.fixture(params=["triton", "torch", pytest.param("gpu", marks=pytest.mark.gpu)])
+def backend_anywhere(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Both backends on the CPU, and Triton's on a GPU, where the test's tensors are then made."""
+    if request.param == "gpu":
+        with torch.device("cuda"):
+            yield "triton"
+    else:
+        yield _on_the_cpu(request.param)
+
+
+def _on_the_cpu(backend: str) -> str:
+    if backend == "triton":
         pytest.importorskip("triton", reason="the triton package is not installed")
         if not _interpreted():
             pytest.skip("compiled kernels take no CPU tensors: needs TRITON_INTERPRET=1")
-    return request.param
+    return backend
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Where the test's tensors are made."""
+    with torch.device(request.param):
+        yield request.param
 
 
 class RealLogits(NamedTuple):

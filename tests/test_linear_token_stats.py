@@ -23,6 +23,11 @@ from paec_kernels.linear_chunks import choose_chunks
 module = importlib.import_module("paec_kernels.linear_token_stats")
 
 
+@pytest.fixture
+def backend(backend_anywhere):
+    return backend_anywhere
+
+
 def head(n=37, width=24, n_cols=530, dtype=torch.float32, bias=False):
     """Hidden states, a weight with logits of a language model's spread, ids with one ignored, and valid rows."""
     return SimpleNamespace(
@@ -138,7 +143,7 @@ def test_backward_sees_the_logits_that_forward_saw(sizes):
         assert torch.equal(seen["forward"], seen["backward"])
 
 
-def test_one_chunk_size_gives_one_result_and_others_round_differently():
+def test_one_chunk_size_gives_one_result_and_others_round_differently(device):
     case = head(n=64, width=96)
     first = run(pk.linear_token_stats, case, chunk_rows=16)
     again = run(pk.linear_token_stats, case, chunk_rows=16)
@@ -214,6 +219,36 @@ def test_peak_memory_is_a_chunk(monkeypatch, dtype, with_valid):
     assert growth < BUDGET + backend_scratch
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("with_valid", [False, True])
+def test_peak_memory_on_a_gpu_is_under_5_percent_of_the_logits(with_valid):
+    n, width, n_cols = 16_384, 2_048, 151_936
+    with torch.device("cuda"):
+        hidden = torch.randn(n, width, dtype=torch.bfloat16).requires_grad_()
+        weight = torch.randn(n_cols, width, dtype=torch.bfloat16).mul_(3 / math.sqrt(width)).requires_grad_()
+        token_ids = torch.randint(0, n_cols, (n,))
+        valid = torch.rand(n) > 0.1 if with_valid else None
+
+    def forward(n):
+        rows = {"valid": None if valid is None else valid[:n]}
+        stats = pk.linear_token_stats(hidden[:n], weight, token_ids[:n], **rows)
+        return (stats.logp - stats.entropy + stats.nucleus_entropy).sum()
+
+    def growth(function):
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        result = function()
+        return result, torch.cuda.max_memory_allocated() - before
+
+    torch.autograd.grad(forward(64), (hidden, weight))  # kernels are compiled, and cuBLAS has its workspaces
+    loss, in_forward = growth(lambda: forward(n))
+    gradients, in_backward = growth(lambda: torch.autograd.grad(loss, (hidden, weight)))
+    logits = 2 * n * n_cols
+    assert in_forward < 0.05 * logits
+    assert in_backward - sum(gradient.nbytes for gradient in gradients) < 0.05 * logits
+    assert all(gradient.isfinite().all() for gradient in gradients)
+
+
 def test_scoring_keeps_nothing(monkeypatch):
     monkeypatch.setenv("PAEC_CHUNK_BYTES", str(1 << 20))
     case = head(512, 32, 20_000)
@@ -227,7 +262,7 @@ def test_scoring_keeps_nothing(monkeypatch):
     assert len(products) == tiles
 
 
-def test_a_frozen_head_costs_no_product(monkeypatch):
+def test_a_frozen_head_costs_no_product(monkeypatch, device):
     case = head()
     monkeypatch.setattr(torch, "mm", lambda *a, out, mm=torch.mm: _not_into(case.weight.shape, mm, a, out))
     hidden = case.hidden.clone().requires_grad_()
@@ -242,7 +277,7 @@ def _not_into(shape, mm, arguments, out):
     return mm(*arguments, out=out)
 
 
-def test_frozen_body_trains_the_head_alone():
+def test_frozen_body_trains_the_head_alone(device):
     case = head()
     weight = case.weight.clone().requires_grad_()
     pk.linear_token_stats(case.hidden, weight).entropy.sum().backward()
@@ -276,9 +311,9 @@ def test_tied_embeddings():
     assert torch.allclose(*gradients, atol=1e-5)
 
 
-def test_autocast():
+def test_autocast(device):
     case = head()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(device, dtype=torch.bfloat16):
         stats, (d_hidden, d_weight) = run(pk.linear_token_stats, case)
     low = head()
     low.__dict__.update({k: v for k, v in vars(case).items() if k not in ("hidden", "weight")})

@@ -37,7 +37,7 @@ def relative(value, exact):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("chunk_rows", [None, 17, 1000])
-def test_a_sum_over_tokens_is_exact(dtype, chunk_rows):
+def test_a_sum_over_tokens_is_exact(device, dtype, chunk_rows):
     policy = Policy(dtype)
     hidden, weight = policy.leaves()
     loss = pk.one_pass_loss(hidden, weight, policy.token_ids, policy.grpo, valid=policy.valid, chunk_rows=chunk_rows)
@@ -52,7 +52,7 @@ def test_a_sum_over_tokens_is_exact(dtype, chunk_rows):
     assert relative(weight.grad, exact_weight.grad) < tolerance
 
 
-def test_bias_options_and_no_grad():
+def test_bias_options_and_no_grad(device):
     policy = Policy()
     bias = torch.randn(V)
 

@@ -66,18 +66,48 @@ def test_a_row_is_the_same_to_the_bit_whatever_batch_it_is_in(real_logits):
             assert torch.equal(value, expected[rows])
 
 
-def test_more_rows_than_a_grid_axis_and_more_elements_than_an_int32():
+@pytest.mark.parametrize("inplace", [False, True])
+def test_more_rows_than_a_grid_axis_and_more_elements_than_an_int32(inplace):
     n, width = 70_000, 32_768
     logits = torch.zeros(n, width, dtype=torch.bfloat16, device="cuda", requires_grad=True)
     with torch.no_grad():
         logits[-1, -1] = 9.0
     token_ids = torch.full((n,), width - 1, device="cuda")
-    stats = pk.token_stats(logits, token_ids, inplace_backward=False)
+    stats = pk.token_stats(logits * 1.0 if inplace else logits, token_ids, inplace_backward=inplace)
     expected = reference.token_stats(logits[-1:].detach().double(), token_ids[-1:])
     assert stats.logp[-1].item() == pytest.approx(expected.logp.item(), abs=1e-5)
     assert stats.logp[0].item() == pytest.approx(-torch.tensor(float(width)).log().item(), abs=1e-5)
     stats.logp.sum().backward()
     assert logits.grad[-1, -1].item() == pytest.approx(1 - expected.logp.exp().item(), rel=1e-2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_in_place_writes_the_same_gradient_over_the_logits(real_logits, dtype):
+    leaf, token_ids = real_logits.logits.to("cuda", dtype).requires_grad_(), real_logits.token_ids.cuda()
+    gradients = []
+    for inplace in (False, True):
+        logits = leaf * 1.0
+        stats = pk.token_stats(logits, token_ids, inplace_backward=inplace)
+        (gradient,) = torch.autograd.grad((stats.logp - stats.entropy + stats.nucleus_entropy).sum(), logits)
+        assert (gradient.data_ptr() == logits.data_ptr()) == inplace
+        gradients.append(gradient)
+    assert torch.equal(*gradients)
+
+
+def captured(step):
+    """What a replay of the step's CUDA graph gives, after a run in which nothing may wait for the host."""
+    step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = step()
+    graph.replay()
+    torch.cuda.synchronize()
+    return results
 
 
 def test_no_host_sync_and_capture_in_a_cuda_graph(real_logits):
@@ -89,19 +119,29 @@ def test_no_host_sync_and_capture_in_a_cuda_graph(real_logits):
         (gradient,) = torch.autograd.grad((stats.logp - stats.entropy + stats.nucleus_entropy).sum(), logits)
         return stats, gradient
 
-    expected = step()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
-    graph.replay()
-    torch.cuda.synchronize()
-    assert torch.equal(captured[0].entropy, expected[0].entropy)
-    assert torch.equal(captured[1], expected[1])
+    stats, gradient = captured(step)
+    expected_stats, expected_gradient = step()
+    assert torch.equal(stats.entropy, expected_stats.entropy)
+    assert torch.equal(gradient, expected_gradient)
+
+
+def test_no_host_sync_and_capture_of_a_step_with_paec(real_logits):
+    logits = real_logits.logits.cuda().requires_grad_()
+    token_ids, valid = real_logits.token_ids.cuda(), torch.arange(32, device="cuda") % 5 > 0
+    paec = pk.PAEC(pk.PAECConfig(anchor_steps=1, rho_min=1.5)).cuda()
+    paec(pk.token_stats(logits, valid=valid), valid)
+    paec.step()  # the anchor is set, below its floor: the penalty is active
+
+    def step():
+        stats = pk.token_stats(logits, token_ids, valid=valid)
+        out = paec(stats, valid)
+        (gradient,) = torch.autograd.grad(out.loss - stats.logp.sum(), logits)
+        paec.step()
+        return out.loss, out.mask, gradient
+
+    for value, expected in zip(captured(step), step(), strict=True):
+        assert torch.equal(value, expected)
+    assert paec.anchor_count == 1
 
 
 def test_peak_memory_in_place_is_the_logits():
