@@ -1,13 +1,16 @@
-"""Logits that look like users': real ones, and three kinds made to be like or unlike them."""
+"""Logits that look like users': real ones, harder real ones, and three kinds made to be like or unlike them."""
 
 import functools
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Generator, Tensor
 
-REAL_LOGITS = Path(__file__).parents[1] / "tests" / "data" / "real_logits.pt"
+DATA = Path(__file__).parents[1] / "tests" / "data"
+REAL_LOGITS, SHARES = DATA / "real_logits.pt", DATA / "real_logits_shares.json"  # by make_real_logits.py beside them
+GOLDEN = (5**0.5 - 1) / 2
 SLICE = 64  # rows made at a time, so that no temporary is as large as the logits
 JITTER = 0.02  # far below the spread of a row's logits, enough to break its ties in float32
 TAIL_OFFSET = 12.0  # nats by which columns beyond the real vocabulary lie lower: e^-12 of the mass, six times at most
@@ -20,12 +23,34 @@ def _fixture(device: torch.device) -> Tensor:
 
 
 def real(rows: range, width: int, generator: Generator) -> Tensor:
-    """The tests' 32 rows of SmolLM2-135M, over and over, with jitter. Nucleus sizes stay as measured.
+    """The tests' 32 rows of SmolLM2-135M with jitter, each as often as nuclei of its size were met in answers."""
+    return _of_fixture(by_share(rows), width, generator)
+
+
+def wide(rows: range, width: int, generator: Generator) -> Tensor:
+    """The same 32 rows in turn. They were chosen for sizes even on a log scale: hard, many nuclei are large."""
+    return _of_fixture(torch.tensor(rows) % 32, width, generator)
+
+
+def by_share(rows: range) -> Tensor:
+    """Of the 32 rows those that stand for these, int64 ``[len(rows)]``.
+
+    Row i takes the place u_i = (1/2 + i GOLDEN) mod 1 in the cumulated shares, in order of nucleus size. These places
+    fill [0, 1) evenly from any start, so that every batch has the right mix.
+    """
+    found = json.loads(SHARES.read_text())
+    order = torch.tensor(found["row_nuclei"]).argsort(stable=True)
+    ends = torch.tensor(found["row_shares"], dtype=torch.float64)[order].cumsum(0)
+    places = (0.5 + GOLDEN * torch.tensor(rows, dtype=torch.float64)) % 1
+    return order[torch.searchsorted(ends, places, right=True).clamp(max=len(order) - 1)]
+
+
+def _of_fixture(picks: Tensor, width: int, generator: Generator) -> Tensor:
+    """Nucleus sizes stay as measured.
 
     A wider vocabulary repeats a row's columns TAIL_OFFSET lower; a narrower one keeps its largest logits, in order.
     """
-    data = _fixture(generator.device)
-    picked = data[[row % len(data) for row in rows]].float()
+    picked = _fixture(generator.device)[picks.to(generator.device)].float()
     n_columns = picked.shape[1]
     if width < n_columns:
         kept = picked.topk(width, dim=1).indices.sort(dim=1).values
@@ -57,6 +82,7 @@ def collapsed(rows: range, width: int, generator: Generator) -> Tensor:
 
 KINDS: dict[str, Callable[[range, int, Generator], Tensor]] = {
     "real": real,
+    "wide": wide,
     "peaked": peaked,
     "flat": flat,
     "collapsed": collapsed,

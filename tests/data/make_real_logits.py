@@ -1,36 +1,56 @@
-"""Writes real_logits.pt: 32 rows of next-token logits of SmolLM2-135M-Instruct, for the tests.
+"""Writes rows of next-token logits of SmolLM2-135M-Instruct, for the tests, and how often each stands for the rest.
 
     .venv/bin/python tests/data/make_real_logits.py
 
-The model answers short maths questions at temperature 1; 32 of its 1,437 positions are kept so that the
-nucleus (top_p 0.95) ranges from one token to thousands, and many rows tie at the nucleus' threshold. The
-file holds ``logits`` (bfloat16 [32, 49152]) and ``token_ids`` (int64 [32], the tokens sampled there).
+The model answers short maths questions at temperature 1.
+
+real_logits.pt            ``logits`` (bfloat16 [32, 49152]) and ``token_ids`` (int64 [32], the tokens sampled there):
+                          positions kept so that the nucleus (top_p 0.95) ranges from one token to thousands, and many
+                          rows tie at its threshold. Tests know these rows, so that a file that is there is kept.
+real_logits_shares.json   for each row, the share of all sampled positions whose nucleus size is nearest to its own on
+                          a log scale (rows of one size halve theirs); and, of those positions, how many they are
+                          and what their nuclei are like.
 """
 
+import json
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from paec_kernels.demo import model as smollm2
 from paec_kernels.demo import questions, rollout
 
+HERE = Path(__file__).parent
+ROWS, SHARES = HERE / "real_logits.pt", HERE / "real_logits_shares.json"
 PROMPTS = (
     "What is 17 + 25?",
     "Tom has 12 apples and gives 5 away. How many are left? Think step by step.",
     "What is the sum of the first five odd numbers? Explain briefly.",
     "If 3x + 4 = 19, what is x?",
 )
+ANSWERS = 4  # to each
+TOP_P = 0.95
 ROWS_BY_SIZE, ROWS_BY_TIES, SMALL_NUCLEUS = 22, 10, 100
 
 
-def choose(logits: Tensor) -> Tensor:
-    """32 row indices: nucleus sizes even on a log scale, then the small nuclei with most tokens tied."""
-    sorted_logits = logits.float().sort(dim=-1, descending=True).values
-    size = (sorted_logits.softmax(-1).cumsum(-1) < 0.95).sum(-1) + 1  # [N]
-    threshold = sorted_logits.gather(-1, size[:, None] - 1)
-    n_tied = (sorted_logits == threshold).sum(-1)
+def nuclei(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each row: the nucleus' size, and how many tokens tie at its threshold; [N]."""
+    parts = [_nuclei(part) for part in logits.split(64)]
+    size, n_tied = (torch.cat(column) for column in zip(*parts, strict=True))
+    return size, n_tied
 
+
+def _nuclei(logits: Tensor) -> tuple[Tensor, Tensor]:
+    sorted_logits = logits.float().sort(dim=-1, descending=True).values
+    size = (sorted_logits.softmax(-1).cumsum(-1) < TOP_P).sum(-1) + 1
+    threshold = sorted_logits.gather(-1, size[:, None] - 1)
+    return size, (sorted_logits == threshold).sum(-1)
+
+
+def choose(size: Tensor, n_tied: Tensor) -> Tensor:
+    """32 row indices: nucleus sizes even on a log scale, then the small nuclei with most tokens tied."""
     chosen: list[int] = []
     for log_size in torch.linspace(0, float(size.max().log()), ROWS_BY_SIZE):
         distance = (size.log() - log_size).abs()
@@ -44,20 +64,48 @@ def choose(logits: Tensor) -> Tensor:
     return torch.tensor(chosen)
 
 
-def main() -> None:
-    torch.manual_seed(0)
-    model, tokenizer = smollm2.load(torch.device("cpu"))
+def shares_of(row_size: Tensor, size: Tensor) -> Tensor:
+    """The share of positions, of nucleus sizes ``size`` [N], that each row stands for; float64, sums to 1."""
+    distance = (size.double().log()[:, None] - row_size.double().log()).abs()  # [N, 32]
+    nearest = (distance == distance.min(dim=1, keepdim=True).values).double()
+    return (nearest / nearest.sum(dim=1, keepdim=True)).mean(0)
+
+
+def sample(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, seed: int) -> tuple[Tensor, Tensor]:
+    """An answer to each question: logits bfloat16 [N, 49152] at its positions, and the tokens sampled there [N]."""
+    torch.manual_seed(seed)
     chats = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
     chats += [questions.messages(question) for question in questions.QUESTIONS]
-    answers = rollout.sample(model, tokenizer, chats, answers=4, max_new_tokens=64, temperature=1.0)
+    answers = rollout.sample(model, tokenizer, chats, answers=1, max_new_tokens=64, temperature=1.0)
     with torch.no_grad():
-        logits = rollout.answer_logits(model, answers)[answers.valid].bfloat16()  # [N, 49152]
-    token_ids = answers.token_ids[answers.valid]
-    print(f"{len(logits)} positions")
-    chosen = choose(logits)
-    path = Path(__file__).parent / "real_logits.pt"
-    torch.save({"logits": logits[chosen].clone(), "token_ids": token_ids[chosen].clone()}, path)
-    print(f"wrote {path}, {path.stat().st_size / 2**20:.1f} MiB")
+        logits = model.lm_head(rollout.answer_hidden(model, answers)[answers.valid])
+    return logits.bfloat16(), answers.token_ids[answers.valid]
+
+
+def main() -> None:
+    model, tokenizer = smollm2.load(torch.device("cpu"))
+    sampled = [sample(model, tokenizer, seed) for seed in range(ANSWERS)]
+    logits, token_ids = (torch.cat(parts) for parts in zip(*sampled, strict=True))
+    size, n_tied = nuclei(logits)
+    if not ROWS.exists():
+        chosen = choose(size, n_tied)
+        torch.save({"logits": logits[chosen].clone(), "token_ids": token_ids[chosen].clone()}, ROWS)
+        print(f"wrote {ROWS}, {ROWS.stat().st_size / 2**20:.1f} MiB")
+    write_shares(size)
+
+
+def write_shares(size: Tensor) -> None:
+    row_size, _ = nuclei(torch.load(ROWS, weights_only=True)["logits"])
+    found = {
+        "positions": len(size),
+        "median_nucleus": int(size.median()),
+        "largest_nucleus": int(size.max()),
+        "share_below_64": (size < 64).double().mean().item(),
+        "row_nuclei": row_size.tolist(),
+        "row_shares": shares_of(row_size, size).tolist(),
+    }
+    SHARES.write_text(json.dumps(found, indent=2) + "\n")
+    print(f"wrote {SHARES}: {found}")
 
 
 if __name__ == "__main__":
