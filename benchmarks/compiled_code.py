@@ -48,7 +48,7 @@ def candidate_search_kernel(
     lanes = tl.arange(0, LANES)
     first, second = tl.load(first_ptr + lanes), tl.load(second_ptr + lanes)
     reached, found, tau, weight, mass, weighted, size = search_values(
-        tl.join(first, second), None, low, high, target, top, scale, 0.0, SHIFT, False
+        tl.join(first, second), None, low, high, 0.0, 0.0, 0.0, target, top, scale, 0.0, SHIFT, False
     )
     n_suspect = tl.sum((second >= tau).to(tl.int32))
     tl.store(out_ptr, tau + weight + mass + weighted + size + n_suspect + found + reached)

@@ -7,7 +7,12 @@ matters only in a lane whose second best is >= tau, a "suspect":
 
 1. no suspect: the candidates' answer is exact;
 2. a few: read those lanes again (V / LANES columns each) and search the union, which misses nothing;
-3. many, or candidates that fall short of the target: narrow the bracket by reading the whole row again.
+3. many: read the row once more, for the sums over everything from a pivot on and for the candidates below it. With
+   the pivot a little above tau hardly a lane holds two tokens between them, and 1 ends the search. How far above is
+   told by the candidates that were found: a lane's chance to hide a third token follows from how many lanes have a
+   first;
+4. a pivot at or below tau, or candidates that fall short of the target: narrow the bracket around tau by reading the
+   masses of three thresholds at a time, until it holds few tokens, and go on with 3.
 
 A bracket [low, high) of keys, integers in the order of the logits' values, has G(low) >= target > G(high). A search
 ends when it holds one distinct value, tau. Weights are relative to the row's largest, which is 1.
@@ -21,6 +26,7 @@ from paec_kernels.token_stats.rows import capped, insert_top_two, log2_weight
 LARGEST = tl.constexpr(3.4028234663852886e38)
 GATHERED_LANES = tl.constexpr(64)
 GATHERED_COLUMNS = tl.constexpr(8)
+FEW = tl.constexpr(32.0)  # tokens in a bracket that is narrow enough
 
 
 @triton.jit
@@ -63,13 +69,14 @@ def lowest_key(top, negligible, scale, softcap, SHIFT: tl.constexpr, HAS_SOFTCAP
 
 
 @triton.jit
-def more_than_one_value(
-    low, high, mass_low, mass_high, top, scale, softcap, SHIFT: tl.constexpr, HAS_SOFTCAP: tl.constexpr
+def may_hold_more(
+    n_tokens, low, high, mass_low, mass_high, top, scale, softcap, SHIFT: tl.constexpr, HAS_SOFTCAP: tl.constexpr
 ):
-    """Whether [low, high) may hold two tokens that differ. Each weighs at least what a token at low does."""
+    """Whether [low, high) may hold different values and over n_tokens tokens. Each weighs at least what one at low
+    does."""
     lightest = tl.exp2(log2_weight(value_of(low, SHIFT), top, scale, softcap, HAS_SOFTCAP))
     rounding = 1e-6 * mass_low
-    return (low + 1 < high) & (mass_low - mass_high > 1.5 * lightest - rounding)
+    return (low + 1 < high) & (mass_low - mass_high > (n_tokens + 0.5) * lightest - rounding)
 
 
 @triton.jit
@@ -115,11 +122,16 @@ def sums_of(z, e, low_value, high_value, top, scale, softcap, HAS_SOFTCAP: tl.co
 
 
 @triton.jit
-def search_values(z, extra, low, high, target, top, scale, softcap, SHIFT: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
-    """Bisect [low, high) over values held in registers: z, and extra where it is not None.
+def search_values(
+    z, extra, low, high, base_mass, base_sum, base_count, target, top, scale, softcap,
+    SHIFT: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    """Bisect [low, high) over values held in registers: z, and extra where it is not None, all below high.
 
+    Args:
+        base_mass, base_sum, base_count: of the row's tokens from high on: G, sum of e log2(e), how many.
     Returns:
-        whether a threshold above low was found to reach the target; the last low; the nucleus as from `settle`.
+        whether they reach the target at low, and if so: low as it is in the end; the nucleus as from `settle`.
     """
     e = tl.exp2(log2_weight(z, top, scale, softcap, HAS_SOFTCAP))
     extra_e = None
@@ -127,10 +139,10 @@ def search_values(z, extra, low, high, target, top, scale, softcap, SHIFT: tl.co
         extra_e = tl.exp2(log2_weight(extra, top, scale, softcap, HAS_SOFTCAP))
 
     mass_low = LARGEST
-    mass_high = 0.0
-    while more_than_one_value(low, high, mass_low, mass_high, top, scale, softcap, SHIFT, HAS_SOFTCAP):
+    mass_high = base_mass
+    while may_hold_more(1.0, low, high, mass_low, mass_high, top, scale, softcap, SHIFT, HAS_SOFTCAP):
         middle = middle_of(low, high, SHIFT)
-        mass = mass_from(z, e, extra, extra_e, value_of(middle, SHIFT))
+        mass = base_mass + mass_from(z, e, extra, extra_e, value_of(middle, SHIFT))
         enough = mass >= target
         low = tl.where(enough, middle, low)
         high = tl.where(enough, high, middle)
@@ -148,8 +160,9 @@ def search_values(z, extra, low, high, target, top, scale, softcap, SHIFT: tl.co
         n_member += more_member
         tau = tl.maximum(tau, rival)
     tau, weight, mass, weighted, size = settle(
-        mass_high, weighted, n_above, n_member - n_above, tau, target, top, scale, softcap, HAS_SOFTCAP
-    )
+        mass_high, base_sum + weighted, base_count + n_above, n_member - n_above, tau, target,
+        top, scale, softcap, HAS_SOFTCAP,
+    )  # fmt: skip
     return mass_low < LARGEST, low, tau, weight, mass, weighted, size
 
 
@@ -180,6 +193,75 @@ def gather_lanes(row_ptr, stride, n_cols, suspect, n_suspect, scratch_ptr, LANES
 
 
 @triton.jit
+def pivot_above(
+    first, second, low, high, n_cols, scale, softcap,
+    SHIFT: tl.constexpr, HAS_SOFTCAP: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """A key between low, where the candidates just reach the target, and high: just above tau, in all likelihood.
+
+    Tokens fall into lanes by chance: of N tokens from low on a lane has none with chance (1 - N / V)^(V / LANES). So
+    the lanes that have one tell N, and N how many tokens the candidates miss. Let N grow by 2^alpha where the weight
+    halves. The missed ones, which grow as N^3, weigh 3 alpha / (3 alpha - 1) times the lightest on average; and a mass
+    of k lightest tokens beyond the target ends k / (alpha N) nats above low.
+    """
+    low_value = value_of(low, SHIFT)
+    nat = 1.4426950408889634 / scale  # as a difference of logits
+    if HAS_SOFTCAP:
+        u = capped(low_value, softcap, HAS_SOFTCAP) / softcap
+        nat = nat / tl.maximum(1.0 - u * u, 1e-3)  # the slope of the cap
+    n_first = tl.sum((first >= low_value).to(tl.float32))
+    n_second = tl.sum((second >= low_value).to(tl.float32))
+    n_heavy = tl.sum((first >= low_value + 0.6931471805599453 * nat).to(tl.float32))
+    columns = 1.0 * n_cols
+    empty = 1.0 - tl.minimum(n_first / LANES, 1.0 - 1.0 / LANES)
+    n = columns * (1.0 - tl.exp2(tl.log2(empty) * LANES / columns))
+    empty_of_heavy = 1.0 - tl.minimum(n_heavy / LANES, 1.0 - 1.0 / LANES)
+    heavy = columns * (1.0 - tl.exp2(tl.log2(empty_of_heavy) * LANES / columns))
+    alpha = tl.minimum(tl.maximum(tl.log2(n / tl.maximum(heavy, 1.0)), 0.4), 4.0)
+
+    missed = tl.maximum(n - n_first - n_second, 0.0) * 3.0 * alpha / (3.0 * alpha - 1.0)
+    deviation = tl.sqrt(tl.maximum(LANES * empty * (1.0 - empty * (1.0 + n / LANES)), 1.0)) / empty  # of N
+    pivot = key_of(low_value + (missed + 2.0 * deviation) / (alpha * n) * nat, SHIFT)
+    return tl.minimum(tl.maximum(pivot, low + 1), high - 1)
+
+
+@triton.jit
+def from_candidates(
+    row_ptr, stride, n_cols, first, second, low, high, target, top, scale, softcap,
+    scratch_ptr, SHIFT: tl.constexpr, HAS_SOFTCAP: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """The nucleus from the two largest logits of each lane, and of a few lanes that may hold more.
+
+    Returns:
+        whether it is exact; low, raised where the candidates reach the target; a pivot for the next reading, or high;
+        the nucleus as from `settle`.
+    """
+    candidates = tl.join(first, second)
+    reached, low_found, tau, weight, mass, weighted, size = search_values(
+        candidates, None, low, high, 0.0, 0.0, 0.0, target,
+        top, scale, softcap, SHIFT, HAS_SOFTCAP,
+    )  # fmt: skip
+    suspect = second >= tau
+    n_suspect = tl.sum(suspect.to(tl.int32))
+    exact = reached & (n_suspect == 0)
+    pivot = high
+    if reached:
+        low = low_found
+        if (n_suspect > GATHERED_LANES) & (low + 1 < high):
+            pivot = pivot_above(first, second, low, high, n_cols, scale, softcap, SHIFT, HAS_SOFTCAP, LANES)
+        elif (n_suspect > 0) & (n_suspect <= GATHERED_LANES):
+            gathered, dropped = gather_lanes(row_ptr, stride, n_cols, suspect, n_suspect, scratch_ptr, LANES)
+            others = tl.where(suspect[:, None], -float("inf"), candidates)
+            # The union reaches the target at low, since the candidates alone do.
+            _, low, tau, weight, mass, weighted, size = search_values(
+                others, gathered, low, high, 0.0, 0.0, 0.0, target,
+                top, scale, softcap, SHIFT, HAS_SOFTCAP,
+            )  # fmt: skip
+            exact = dropped < tau
+    return exact, low, pivot, tau, weight, mass, weighted, size
+
+
+@triton.jit
 def read_masses(
     row_ptr, stride, n_cols, t1, t2, t3, top, scale, softcap, HAS_SOFTCAP: tl.constexpr, LANES: tl.constexpr
 ):
@@ -200,17 +282,23 @@ def read_masses(
 
 
 @triton.jit
-def read_nucleus(
-    row_ptr, stride, n_cols, low_value, high_value, target, top, scale, softcap,
+def read_below(
+    row_ptr, stride, n_cols, low_value, high_value, top, scale, softcap,
     HAS_SOFTCAP: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """`settle` by reading the row, for a bracket [low, high) that holds one distinct value."""
+    """By reading the row.
+
+    Returns:
+        of the tokens from high on: G, sum of e log2(e), how many; how many there are from low on; the two largest
+        logits < high of each lane.
+    """
     lanes = tl.arange(0, LANES)
     mass = tl.zeros([LANES], tl.float32)
     weighted = mass
     n_above = mass
     n_member = mass
-    best_below = tl.full([LANES], -float("inf"), tl.float32)
+    first = tl.full([LANES], -float("inf"), tl.float32)
+    second = first
     for start in range(0, n_cols, LANES):
         columns = start + lanes
         z = tl.load(row_ptr + columns.to(tl.int64) * stride, mask=columns < n_cols, other=-float("inf"))
@@ -222,38 +310,38 @@ def read_nucleus(
         weighted += e * d
         n_above += above.to(tl.float32)
         n_member += (z >= low_value).to(tl.float32)
-        best_below = tl.maximum(best_below, tl.where(above, -float("inf"), z))
-    above_total = tl.sum(n_above)
-    n_tied = tl.sum(n_member) - above_total
-    return settle(
-        tl.sum(mass),
-        tl.sum(weighted),
-        above_total,
-        n_tied,
-        tl.max(best_below),
-        target,
-        top,
-        scale,
-        softcap,
-        HAS_SOFTCAP,
-    )
+        first, second = insert_top_two(first, second, tl.where(above, -float("inf"), z))
+    return tl.sum(mass), tl.sum(weighted), tl.sum(n_above), tl.sum(n_member), first, second
 
 
 @triton.jit
 def narrow_by_reading(
-    row_ptr, stride, n_cols, low, high, target, top, scale, softcap,
+    row_ptr, stride, n_cols, n_tokens, low, high, mass_low, mass_high, target, top, scale, softcap,
     SHIFT: tl.constexpr, HAS_SOFTCAP: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """Narrow [low, high) to one distinct value by reading the row. G(low) >= target > G(high) is given.
+    """Narrow [low, high) to one distinct value or n_tokens tokens by reading the row.
 
-    Three thresholds a reading, denser towards low: the candidates' tau is close below the true one.
+    G(low) >= target > G(high) is given; mass_low and mass_high are the two, or LARGEST and 0 where they are not known.
+
+    Three thresholds a reading: around the place where a line between both ends passes the target, and half-way. Where
+    low comes from candidates its mass is not known: then right above it, for it is tau where many tokens are tied
+    there; a quarter of the way, for tau is not far; and half-way.
     """
-    mass_low = LARGEST
-    mass_high = 0.0
-    while more_than_one_value(low, high, mass_low, mass_high, top, scale, softcap, SHIFT, HAS_SOFTCAP):
-        k3 = middle_of(low, high, SHIFT)
-        k2 = middle_of(low, k3, SHIFT)
-        k1 = middle_of(low, k2, SHIFT)
+    while may_hold_more(n_tokens, low, high, mass_low, mass_high, top, scale, softcap, SHIFT, HAS_SOFTCAP):
+        middle = middle_of(low, high, SHIFT)
+        k2 = middle_of(low, middle, SHIFT)
+        k1 = low + 1
+        if mass_low < LARGEST:
+            low_value = tl.maximum(value_of(low, SHIFT), -1e38)
+            width = value_of(high, SHIFT) - low_value
+            crossing = (mass_low - target) / (mass_low - mass_high)
+            k1 = key_of(low_value + width * tl.maximum(crossing - 0.05, 0.0), SHIFT)
+            k2 = key_of(low_value + width * tl.minimum(crossing + 0.05, 1.0), SHIFT)
+        k1 = tl.minimum(tl.maximum(k1, low + 1), high - 1)
+        k2 = tl.minimum(tl.maximum(k2, low + 1), high - 1)
+        k3 = tl.maximum(middle, k2)
+        k2 = tl.maximum(tl.minimum(middle, k2), k1)
+        k1 = tl.minimum(middle, k1)
         m1, m2, m3 = read_masses(
             row_ptr, stride, n_cols, value_of(k1, SHIFT), value_of(k2, SHIFT), value_of(k3, SHIFT),
             top, scale, softcap, HAS_SOFTCAP, LANES,
@@ -276,7 +364,66 @@ def narrow_by_reading(
             else:
                 high = k1
                 mass_high = m1
-    return low, high
+    return low, high, mass_low, mass_high
+
+
+@triton.jit
+def from_readings(
+    row_ptr, stride, n_cols, low, high, pivot, target, top, scale, softcap,
+    SHIFT: tl.constexpr, HAS_SOFTCAP: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """The nucleus of a row whose candidates alone do not tell it; as from `settle`."""
+    mass_low = LARGEST
+    mass_high = 0.0
+    n_tokens = FEW
+    tau = top
+    weight = 0.0
+    mass = 1.0
+    weighted = 0.0
+    size = 1.0
+    exact = low > high  # false
+    while exact == 0:
+        if pivot == high:
+            low, high, mass_low, mass_high = narrow_by_reading(
+                row_ptr, stride, n_cols, n_tokens, low, high, mass_low, mass_high, target, top, scale, softcap,
+                SHIFT, HAS_SOFTCAP, LANES // 4,
+            )  # fmt: skip
+            pivot = high
+            n_tokens = 1.0  # where that is not enough
+        base_mass, base_sum, base_count, n_member, first_below, second_below = read_below(
+            row_ptr, stride, n_cols, value_of(low, SHIFT), value_of(pivot, SHIFT),
+            top, scale, softcap, HAS_SOFTCAP, LANES // 4,
+        )  # fmt: skip
+        next_pivot = high
+        if base_mass >= target:
+            low = pivot
+            mass_low = base_mass
+        else:
+            high = pivot
+            next_pivot = high
+            mass_high = base_mass
+            if may_hold_more(1.0, low, high, mass_low, mass_high, top, scale, softcap, SHIFT, HAS_SOFTCAP):
+                candidates = tl.join(first_below, second_below)
+                reached, low_found, tau, weight, mass, weighted, size = search_values(
+                    candidates, None, low, high, base_mass, base_sum, base_count, target,
+                    top, scale, softcap, SHIFT, HAS_SOFTCAP,
+                )  # fmt: skip
+                n_suspect = tl.sum((second_below >= tau).to(tl.int32))
+                exact = reached & (n_suspect == 0)
+                low = tl.where(reached, low_found, low)
+                if reached & (exact == 0) & (low + 1 < high):
+                    next_pivot = pivot_above(
+                        first_below, second_below, low, high, n_cols, scale, softcap, SHIFT, HAS_SOFTCAP, LANES // 4
+                    )
+                mass_low = LARGEST
+            else:
+                exact = high == pivot
+                tau, weight, mass, weighted, size = settle(
+                    base_mass, base_sum, base_count, n_member - base_count, tl.max(first_below), target,
+                    top, scale, softcap, HAS_SOFTCAP,
+                )  # fmt: skip
+        pivot = next_pivot
+    return tau, weight, mass, weighted, size
 
 
 @triton.jit
@@ -300,9 +447,9 @@ def find_nucleus(
     weighted = 0.0
     size = 1.0
     if top_p >= 1.0:
-        # Every token of non-zero probability; the largest key of all is above them, so nothing is tied.
-        tau, weight, mass, weighted, size = read_nucleus(
-            row_ptr, stride, n_cols, -LARGEST, -LARGEST, target, top, scale, softcap, HAS_SOFTCAP, LANES // 2
+        # Every token of non-zero probability: from the smallest finite value on.
+        mass, weighted, size, _, _, _ = read_below(
+            row_ptr, stride, n_cols, -LARGEST, -LARGEST, top, scale, softcap, HAS_SOFTCAP, LANES // 2
         )
         tau = -float("inf")
         weight = 0.0
@@ -310,40 +457,13 @@ def find_nucleus(
         low = lowest_key(top, (1.0 - top_p) * total / n_cols, scale, softcap, SHIFT, HAS_SOFTCAP)
         # -0.0 equals 0.0 and has the key before it.
         high = key_of(tl.where(top_logit == 0, 0.0, top_logit), SHIFT) + 1
-        candidates = tl.join(first, second)
-        reached, low_found, tau, weight, mass, weighted, size = search_values(
-            candidates, None, low, high, target, top, scale, softcap, SHIFT, HAS_SOFTCAP
-        )
-        suspect = second >= tau
-        n_suspect = tl.sum(suspect.to(tl.int32))
-        exact = reached & (n_suspect == 0)
-        if reached:
-            low = low_found
-            if (n_suspect > 0) & (n_suspect <= GATHERED_LANES):
-                gathered, dropped = gather_lanes(row_ptr, stride, n_cols, suspect, n_suspect, scratch_ptr, LANES)
-                others = tl.where(suspect[:, None], -float("inf"), candidates)
-                # The union reaches the target at low, since the candidates alone do.
-                _, _, tau, weight, mass, weighted, size = search_values(
-                    others, gathered, low, high, target, top, scale, softcap, SHIFT, HAS_SOFTCAP
-                )
-                exact = dropped < tau
+        exact, low, pivot, tau, weight, mass, weighted, size = from_candidates(
+            row_ptr, stride, n_cols, first, second, low, high, target, top, scale, softcap,
+            scratch_ptr, SHIFT, HAS_SOFTCAP, LANES,
+        )  # fmt: skip
         if exact == 0:
-            low, high = narrow_by_reading(
-                row_ptr,
-                stride,
-                n_cols,
-                low,
-                high,
-                target,
-                top,
-                scale,
-                softcap,
-                SHIFT,
-                HAS_SOFTCAP,
-                LANES // 2,
-            )
-            tau, weight, mass, weighted, size = read_nucleus(
-                row_ptr, stride, n_cols, value_of(low, SHIFT), value_of(high, SHIFT),
-                target, top, scale, softcap, HAS_SOFTCAP, LANES // 2,
+            tau, weight, mass, weighted, size = from_readings(
+                row_ptr, stride, n_cols, low, high, pivot, target, top, scale, softcap,
+                SHIFT, HAS_SOFTCAP, LANES,
             )  # fmt: skip
     return tau, weight, mass, weighted, size

@@ -62,14 +62,14 @@ def rounds_without_rescan(real_logits, monkeypatch):
 
         return count
 
-    names = ("middle_of", "gather_lanes", "narrow_by_reading")
+    names = ("middle_of", "gather_lanes", "read_below")
     for name in names:
         monkeypatch.setattr(nucleus, name, counting(name))
     rounds = []
     for row in real_logits.logits:
         calls.update(dict.fromkeys(names, 0))
         pk.token_stats(row, backend="triton")
-        if not calls["gather_lanes"] and not calls["narrow_by_reading"]:
+        if not calls["gather_lanes"] and not calls["read_below"]:
             rounds.append(calls["middle_of"])
     return torch.tensor(rounds)
 
