@@ -193,16 +193,28 @@ def gather_lanes(row_ptr, stride, n_cols, suspect, n_suspect, scratch_ptr, LANES
 
 
 @triton.jit
+def tokens_in_lanes(n_hit, n_cols, LANES: tl.constexpr):
+    """Of how many tokens n_hit lanes have one: a lane has none of N with chance (1 - N / V)^(V / LANES).
+
+    Returns:
+        N, and the share of lanes that have none.
+    """
+    columns = 1.0 * n_cols
+    empty = 1.0 - tl.minimum(n_hit / LANES, 1.0 - 1.0 / LANES)
+    return columns * (1.0 - tl.exp2(tl.log2(empty) * LANES / columns)), empty
+
+
+@triton.jit
 def pivot_above(
     first, second, low, high, n_cols, scale, softcap,
     SHIFT: tl.constexpr, HAS_SOFTCAP: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """A key between low, where the candidates just reach the target, and high: just above tau, in all likelihood.
 
-    Tokens fall into lanes by chance: of N tokens from low on a lane has none with chance (1 - N / V)^(V / LANES). So
-    the lanes that have one tell N, and N how many tokens the candidates miss. Let N grow by 2^alpha where the weight
-    halves. The missed ones, which grow as N^3, weigh 3 alpha / (3 alpha - 1) times the lightest on average; and a mass
-    of k lightest tokens beyond the target ends k / (alpha N) nats above low.
+    Tokens fall into lanes by chance, so the lanes that have one from low on tell how many there are, N, and N how
+    many of them the candidates miss. Let N grow by 2^alpha where the weight halves. The missed ones, which grow as
+    N^3, weigh 3 alpha / (3 alpha - 1) times the lightest on average; and a mass of k lightest tokens beyond the
+    target ends k / (alpha N) nats above low.
     """
     low_value = value_of(low, SHIFT)
     nat = 1.4426950408889634 / scale  # as a difference of logits
@@ -212,11 +224,8 @@ def pivot_above(
     n_first = tl.sum((first >= low_value).to(tl.float32))
     n_second = tl.sum((second >= low_value).to(tl.float32))
     n_heavy = tl.sum((first >= low_value + 0.6931471805599453 * nat).to(tl.float32))
-    columns = 1.0 * n_cols
-    empty = 1.0 - tl.minimum(n_first / LANES, 1.0 - 1.0 / LANES)
-    n = columns * (1.0 - tl.exp2(tl.log2(empty) * LANES / columns))
-    empty_of_heavy = 1.0 - tl.minimum(n_heavy / LANES, 1.0 - 1.0 / LANES)
-    heavy = columns * (1.0 - tl.exp2(tl.log2(empty_of_heavy) * LANES / columns))
+    n, empty = tokens_in_lanes(n_first, n_cols, LANES)
+    heavy, _ = tokens_in_lanes(n_heavy, n_cols, LANES)
     alpha = tl.minimum(tl.maximum(tl.log2(n / tl.maximum(heavy, 1.0)), 0.4), 4.0)
 
     missed = tl.maximum(n - n_first - n_second, 0.0) * 3.0 * alpha / (3.0 * alpha - 1.0)
@@ -394,13 +403,12 @@ def from_readings(
             row_ptr, stride, n_cols, value_of(low, SHIFT), value_of(pivot, SHIFT),
             top, scale, softcap, HAS_SOFTCAP, LANES // 4,
         )  # fmt: skip
-        next_pivot = high
-        if base_mass >= target:
+        if (pivot < high) & (base_mass >= target):  # G(high) < target is known, however a sum rounds
             low = pivot
             mass_low = base_mass
+            pivot = high
         else:
             high = pivot
-            next_pivot = high
             mass_high = base_mass
             if may_hold_more(1.0, low, high, mass_low, mass_high, top, scale, softcap, SHIFT, HAS_SOFTCAP):
                 candidates = tl.join(first_below, second_below)
@@ -412,17 +420,16 @@ def from_readings(
                 exact = reached & (n_suspect == 0)
                 low = tl.where(reached, low_found, low)
                 if reached & (exact == 0) & (low + 1 < high):
-                    next_pivot = pivot_above(
+                    pivot = pivot_above(
                         first_below, second_below, low, high, n_cols, scale, softcap, SHIFT, HAS_SOFTCAP, LANES // 4
                     )
                 mass_low = LARGEST
             else:
-                exact = high == pivot
+                exact = low < high  # true
                 tau, weight, mass, weighted, size = settle(
                     base_mass, base_sum, base_count, n_member - base_count, tl.max(first_below), target,
                     top, scale, softcap, HAS_SOFTCAP,
                 )  # fmt: skip
-        pivot = next_pivot
     return tau, weight, mass, weighted, size
 
 
