@@ -30,9 +30,7 @@ TARGETS = {"sm_90": ("cuda", 90, 32), "sm_80": ("cuda", 80, 32), "gfx942": ("hip
 SHIFTS = {"fp32": 0, "fp16": 13, "bf16": 16}
 ROW_ARGUMENTS = {
     "token_ids_ptr": "*i64",
-    "token_stride": "constexpr",
     "valid_ptr": "*i1",
-    "valid_stride": "i32",
     "temperature_ptr": "*fp32",
     "temperature_stride": "i32",
 }
@@ -68,7 +66,7 @@ def _signature(kernel: str, dtype: str) -> dict[str, str]:
         return (
             logits
             | ROW_ARGUMENTS
-            | {"stats_ptr": "*fp32", "size_ptr": "*i32", "scratch_ptr": "*i32"}
+            | {"stats_ptr": "*fp32", "size_ptr": "*i32", "scratch_ptr": "*i32", "fits_ptr": "*i32"}
             | _integers("n_rows", "n_inner", "n_cols")
             | {"top_p": "fp32", "softcap": "fp32"}
             | _constants("SHIFT", "HAS_SOFTCAP", "LANES")
@@ -99,7 +97,6 @@ def compile_kernel(kernel: str, target: str = "sm_90", dtype: str = "bf16", soft
     constants = {
         "stride_col": 1,
         "d_stride_col": 1,
-        "token_stride": 1,
         "SHIFT": SHIFTS[dtype],
         "HAS_SOFTCAP": softcap,
         "LANES": triton_backend.LANES,

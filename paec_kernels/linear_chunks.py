@@ -65,6 +65,14 @@ def blocks(total: int, size: int) -> Iterator[slice]:
     return (slice(start, min(start + size, total)) for start in range(0, total, max(size, 1)))
 
 
+def empty_logits(n_rows: int, n_cols: int, like: Tensor) -> Tensor:
+    """``[n_rows, n_cols]`` of like's dtype, each row beginning at a multiple of 16 elements.
+
+    With an odd vocabulary side by side, rows would be read two bytes at a time and multiplied by slower kernels.
+    """
+    return torch.empty(n_rows, -(-n_cols // 16) * 16, dtype=like.dtype, device=like.device)[:, :n_cols]
+
+
 def multiply(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
     """out = hidden @ weight.T + bias."""
     if bias is None:

@@ -18,6 +18,7 @@ from paec_kernels.linear_chunks import (
     add_product,
     blocks,
     choose_chunks,
+    empty_logits,
     multiply,
     prepare,
     select,
@@ -43,14 +44,14 @@ def linear_token_stats_forward(
 ) -> tuple[Tensor, Tensor]:
     """`token_stats_forward` for hidden ``[N, D]`` and weight ``[V, D]``; chunk_rows 0: the budget decides."""
     n_rows, n_cols = len(hidden), len(weight)
-    operator.check_values(token_ids, valid, temperature, n_cols)
+    operator.check_values(token_ids, valid, temperature, n_cols, backend)
     implementation = operator.implementation(backend)
     table = torch.zeros(layout.N_ROWS, n_rows, dtype=torch.float32, device=hidden.device)
     sizes = torch.zeros(n_rows, dtype=torch.int32, device=hidden.device)
     kept = None if valid is None else valid.nonzero().squeeze(1)
     n_kept = n_rows if kept is None else len(kept)
     chunks = choose_chunks(n_kept, n_cols, hidden.shape[1], hidden.dtype, kept is not None, chunk_rows)
-    buffer = torch.empty(min(chunks.rows, n_kept), n_cols, dtype=hidden.dtype, device=hidden.device)
+    buffer = empty_logits(min(chunks.rows, n_kept), n_cols, hidden)
     for block in blocks(n_kept, chunks.rows):
         rows = block if kept is None else kept[block]
         logits, hidden_rows = buffer[: block.stop - block.start], hidden[rows]
@@ -99,10 +100,10 @@ def linear_token_stats_backward(
         temperature = temperature if temperature.numel() == 1 else temperature[kept]
     total = torch.zeros(hidden.shape if needs_hidden else 0, dtype=torch.float32, device=hidden.device)
     chunks = choose_chunks(len(hidden), n_cols, hidden.shape[1], hidden.dtype, kept is not None, chunk_rows)
-    buffer = torch.empty(len(hidden) * chunks.columns, dtype=hidden.dtype, device=hidden.device)
+    buffer = empty_logits(len(hidden), chunks.columns, hidden)
     for columns in blocks(n_cols, chunks.columns):
         n_columns = columns.stop - columns.start
-        logits = buffer[: len(hidden) * n_columns].view(len(hidden), n_columns)
+        logits = buffer[:, :n_columns]
         for rows in tiles(len(hidden), chunks.rows, hidden.dtype):
             multiply(hidden[rows], weight[columns], select(bias, columns), out=logits[rows])
         implementation.backward(
@@ -210,7 +211,7 @@ def linear_token_stats(
     operator.check_inplace(inplace_backward)
     if backend == "reference":
         rows = operator.flat_rows(token_ids, valid, temperature, logits_like)
-        operator.check_values(*rows, weight.shape[0] if vocab_size is None else vocab_size)
+        operator.check_values(*rows, weight.shape[0] if vocab_size is None else vocab_size, backend)
         return reference.linear_token_stats(
             hidden, weight, token_ids, bias=bias, valid=valid, top_p=top_p, temperature=temperature,
             softcap=softcap, vocab_size=vocab_size,

@@ -10,7 +10,16 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from paec_kernels.linear_chunks import add_product, blocks, choose_chunks, multiply, prepare, select, without_padding
+from paec_kernels.linear_chunks import (
+    add_product,
+    blocks,
+    choose_chunks,
+    empty_logits,
+    multiply,
+    prepare,
+    select,
+    without_padding,
+)
 from paec_kernels.reference import TokenStats
 from paec_kernels.token_stats import operator
 
@@ -22,7 +31,7 @@ class _OnePass(torch.autograd.Function):
     def forward(ctx, hidden, weight, bias, token_ids, valid, temperature, options, chunk_loss, needs):
         top_p, softcap, chunk_rows, backend = options
         n_rows, n_cols = len(hidden), len(weight)
-        operator.check_values(token_ids, valid, temperature, n_cols)
+        operator.check_values(token_ids, valid, temperature, n_cols, backend)
         implementation = operator.implementation(backend)
         needs_hidden, needs_weight, needs_bias = needs
         d_hidden = torch.zeros_like(hidden) if needs_hidden else None
@@ -32,7 +41,7 @@ class _OnePass(torch.autograd.Function):
         device = hidden.device
         kept = torch.arange(n_rows, device=device) if valid is None else valid.nonzero().squeeze(1)
         step = choose_chunks(len(kept), n_cols, hidden.shape[1], hidden.dtype, valid is not None, chunk_rows).rows
-        buffer = torch.empty(min(step, len(kept)), n_cols, dtype=hidden.dtype, device=device)
+        buffer = empty_logits(min(step, len(kept)), n_cols, hidden)
         loss = torch.zeros((), dtype=torch.float32, device=device)
         for block in blocks(len(kept), step):
             rows = kept[block]

@@ -21,11 +21,12 @@ ends when it holds one distinct value, tau. Weights are relative to the row's la
 import triton
 import triton.language as tl
 
-from paec_kernels.token_stats.rows import capped, insert_top_two, log2_weight
+from paec_kernels.token_stats.rows import capped, insert_top_two, load_last, log2_weight
 
 LARGEST = tl.constexpr(3.4028234663852886e38)
 GATHERED_LANES = tl.constexpr(64)
 GATHERED_COLUMNS = tl.constexpr(8)
+AHEAD = tl.constexpr(4)  # blocks of columns that a reading loads before it uses the first
 FEW = tl.constexpr(32.0)  # tokens in a bracket that is narrow enough
 
 
@@ -34,6 +35,12 @@ def key_of(z, SHIFT: tl.constexpr):
     """An integer in the order of z; SHIFT drops the bits that a 16-bit logit leaves unused in float32."""
     bits = z.to(tl.int32, bitcast=True)
     return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits) >> SHIFT
+
+
+@triton.jit
+def highest_key_of(z, SHIFT: tl.constexpr):
+    """The key of the last value that equals z: -0.0 equals 0.0 and has the key before it."""
+    return key_of(tl.where(z == 0, 0.0, z), SHIFT)
 
 
 @triton.jit
@@ -46,11 +53,16 @@ def value_of(key, SHIFT: tl.constexpr):
 
 @triton.jit
 def middle_of(low, high, SHIFT: tl.constexpr):
-    """A key inside (low, high): half-way by value where the bracket spans zero, since keys crowd around it."""
+    """A key inside (low, high): half-way by value where the bracket spans zero, since keys crowd around it.
+
+    Not where it is narrow: closing in on zero by value would pass every exponent down to the smallest.
+    """
     low_value, high_value = value_of(low, SHIFT), value_of(high, SHIFT)
+    width = high_value - low_value
     by_value = key_of(0.5 * low_value + 0.5 * high_value, SHIFT)
-    by_key = (low & high) + ((low ^ high) >> 1)
-    middle = tl.where((low_value < 0) & (low_value > -65536.0) & (high_value > 0), by_value, by_key)
+    apart = low ^ high  # negative where the signs differ
+    by_key = (low & high) + (apart >> 1)
+    middle = tl.where((apart < 0) & (width > 2e-3) & (width < 65536.0), by_value, by_key)
     return tl.minimum(tl.maximum(middle, low + 1), high - 1)
 
 
@@ -271,23 +283,62 @@ def from_candidates(
 
 
 @triton.jit
+def load_ahead(row_ptr, stride, start, LANES: tl.constexpr):
+    """The next AHEAD blocks of LANES columns: one alone is too few bytes in flight to cover the latency of memory."""
+    pointers = row_ptr + (start + tl.arange(0, LANES)).to(tl.int64) * stride
+    step = LANES * stride
+    z0 = tl.load(pointers).to(tl.float32)
+    z1 = tl.load(pointers + step).to(tl.float32)
+    z2 = tl.load(pointers + 2 * step).to(tl.float32)
+    z3 = tl.load(pointers + 3 * step).to(tl.float32)
+    return z0, z1, z2, z3
+
+
+@triton.jit
+def add_masses(sums, z, low_value, high_value, t1, t2, t3, top, scale, softcap, HAS_SOFTCAP: tl.constexpr):
+    m1, m2, m3, smallest, largest = sums
+    # A sum or itself, chosen: a predicated instruction, where adding e or 0 is a selection and an addition.
+    e = tl.exp2(log2_weight(z, top, scale, softcap, HAS_SOFTCAP))
+    m1 = tl.where(z >= t1, m1 + e, m1)
+    m2 = tl.where(z >= t2, m2 + e, m2)
+    m3 = tl.where(z >= t3, m3 + e, m3)
+    smallest = tl.where(z >= low_value, tl.minimum(smallest, z), smallest)
+    largest = tl.where(z < high_value, tl.maximum(largest, z), largest)
+    return m1, m2, m3, smallest, largest
+
+
+@triton.jit
 def read_masses(
-    row_ptr, stride, n_cols, t1, t2, t3, top, scale, softcap, HAS_SOFTCAP: tl.constexpr, LANES: tl.constexpr
-):
-    """G of three thresholds, by reading the row."""
-    lanes = tl.arange(0, LANES)
-    m1 = tl.zeros([LANES], tl.float32)
-    m2 = m1
-    m3 = m1
-    for start in range(0, n_cols, LANES):
-        columns = start + lanes
-        z = tl.load(row_ptr + columns.to(tl.int64) * stride, mask=columns < n_cols, other=-float("inf"))
-        z = z.to(tl.float32)
-        e = tl.exp2(log2_weight(z, top, scale, softcap, HAS_SOFTCAP))
-        m1 += tl.where(z >= t1, e, 0.0)
-        m2 += tl.where(z >= t2, e, 0.0)
-        m3 += tl.where(z >= t3, e, 0.0)
-    return tl.sum(m1), tl.sum(m2), tl.sum(m3)
+    row_ptr, stride, n_cols, low_value, high_value, t1, t2, t3, top, scale, softcap,
+    HAS_SOFTCAP: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """Read the row once: G of three thresholds, the smallest logit >= low_value, the largest < high_value."""
+    zeros = tl.zeros([LANES], tl.float32)
+    infinity = tl.full([LANES], float("inf"), tl.float32)
+    sums = zeros, zeros, zeros, infinity, -infinity
+    n_full = n_cols // (AHEAD * LANES) * (AHEAD * LANES)
+    for start in range(0, n_full, AHEAD * LANES):
+        blocks = load_ahead(row_ptr, stride, start, LANES)
+        for i in tl.static_range(AHEAD):
+            sums = add_masses(sums, blocks[i], low_value, high_value, t1, t2, t3, top, scale, softcap, HAS_SOFTCAP)
+    for start in range(n_full, n_cols, LANES):
+        z = load_last(row_ptr, stride, start, n_cols, LANES)
+        sums = add_masses(sums, z, low_value, high_value, t1, t2, t3, top, scale, softcap, HAS_SOFTCAP)
+    return tl.sum(sums[0]), tl.sum(sums[1]), tl.sum(sums[2]), tl.min(sums[3]), tl.max(sums[4])
+
+
+@triton.jit
+def add_below(sums, z, low_value, high_value, top, scale, softcap, HAS_SOFTCAP: tl.constexpr):
+    mass, weighted, n_above, n_member, first, second = sums
+    d = log2_weight(z, top, scale, softcap, HAS_SOFTCAP)
+    e = tl.exp2(d)
+    above = z >= high_value
+    mass = tl.where(above, mass + e, mass)
+    weighted = tl.where(above, weighted + e * d, weighted)
+    n_above = tl.where(above, n_above + 1.0, n_above)
+    n_member = tl.where(z >= low_value, n_member + 1.0, n_member)
+    first, second = insert_top_two(first, second, tl.where(above, -float("inf"), z))
+    return mass, weighted, n_above, n_member, first, second
 
 
 @triton.jit
@@ -295,32 +346,24 @@ def read_below(
     row_ptr, stride, n_cols, low_value, high_value, top, scale, softcap,
     HAS_SOFTCAP: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """By reading the row.
+    """Read the row once: sums over z >= high_value, and the two largest logits below it in each lane.
 
     Returns:
-        of the tokens from high on: G, sum of e log2(e), how many; how many there are from low on; the two largest
-        logits < high of each lane.
+        of the tokens from high_value on: G, sum of e log2(e), how many; how many there are from low_value on; the
+        two largest logits < high_value of each lane.
     """
-    lanes = tl.arange(0, LANES)
-    mass = tl.zeros([LANES], tl.float32)
-    weighted = mass
-    n_above = mass
-    n_member = mass
-    first = tl.full([LANES], -float("inf"), tl.float32)
-    second = first
-    for start in range(0, n_cols, LANES):
-        columns = start + lanes
-        z = tl.load(row_ptr + columns.to(tl.int64) * stride, mask=columns < n_cols, other=-float("inf"))
-        z = z.to(tl.float32)
-        d = log2_weight(z, top, scale, softcap, HAS_SOFTCAP)
-        above = z >= high_value
-        e = tl.where(above, tl.exp2(d), 0.0)
-        mass += e
-        weighted += e * d
-        n_above += above.to(tl.float32)
-        n_member += (z >= low_value).to(tl.float32)
-        first, second = insert_top_two(first, second, tl.where(above, -float("inf"), z))
-    return tl.sum(mass), tl.sum(weighted), tl.sum(n_above), tl.sum(n_member), first, second
+    zeros = tl.zeros([LANES], tl.float32)
+    nothing = tl.full([LANES], -float("inf"), tl.float32)
+    sums = zeros, zeros, zeros, zeros, nothing, nothing
+    n_full = n_cols // (AHEAD * LANES) * (AHEAD * LANES)
+    for start in range(0, n_full, AHEAD * LANES):
+        blocks = load_ahead(row_ptr, stride, start, LANES)
+        for i in tl.static_range(AHEAD):
+            sums = add_below(sums, blocks[i], low_value, high_value, top, scale, softcap, HAS_SOFTCAP)
+    for start in range(n_full, n_cols, LANES):
+        z = load_last(row_ptr, stride, start, n_cols, LANES)
+        sums = add_below(sums, z, low_value, high_value, top, scale, softcap, HAS_SOFTCAP)
+    return tl.sum(sums[0]), tl.sum(sums[1]), tl.sum(sums[2]), tl.sum(sums[3]), sums[4], sums[5]
 
 
 @triton.jit
@@ -351,9 +394,9 @@ def narrow_by_reading(
         k3 = tl.maximum(middle, k2)
         k2 = tl.maximum(tl.minimum(middle, k2), k1)
         k1 = tl.minimum(middle, k1)
-        m1, m2, m3 = read_masses(
-            row_ptr, stride, n_cols, value_of(k1, SHIFT), value_of(k2, SHIFT), value_of(k3, SHIFT),
-            top, scale, softcap, HAS_SOFTCAP, LANES,
+        m1, m2, m3, smallest, largest = read_masses(
+            row_ptr, stride, n_cols, value_of(low, SHIFT), value_of(high, SHIFT),
+            value_of(k1, SHIFT), value_of(k2, SHIFT), value_of(k3, SHIFT), top, scale, softcap, HAS_SOFTCAP, LANES,
         )  # fmt: skip
         if m2 >= target:
             low = k2
@@ -373,6 +416,9 @@ def narrow_by_reading(
             else:
                 high = k1
                 mass_high = m1
+        # No logit lies between the bracket's ends and these: many tied tokens are found to be one value at once.
+        high = tl.maximum(tl.minimum(high, highest_key_of(largest, SHIFT) + 1), low + 1)
+        low = tl.maximum(tl.minimum(highest_key_of(smallest, SHIFT), high - 1), low)
     return low, high, mass_low, mass_high
 
 
@@ -456,14 +502,13 @@ def find_nucleus(
     if top_p >= 1.0:
         # Every token of non-zero probability: from the smallest finite value on.
         mass, weighted, size, _, _, _ = read_below(
-            row_ptr, stride, n_cols, -LARGEST, -LARGEST, top, scale, softcap, HAS_SOFTCAP, LANES // 2
+            row_ptr, stride, n_cols, -LARGEST, -LARGEST, top, scale, softcap, HAS_SOFTCAP, LANES // 4
         )
         tau = -float("inf")
         weight = 0.0
     elif (target > 1.0) | (second_best == top_logit):
         low = lowest_key(top, (1.0 - top_p) * total / n_cols, scale, softcap, SHIFT, HAS_SOFTCAP)
-        # -0.0 equals 0.0 and has the key before it.
-        high = key_of(tl.where(top_logit == 0, 0.0, top_logit), SHIFT) + 1
+        high = highest_key_of(top_logit, SHIFT) + 1
         exact, low, pivot, tau, weight, mass, weighted, size = from_candidates(
             row_ptr, stride, n_cols, first, second, low, high, target, top, scale, softcap,
             scratch_ptr, SHIFT, HAS_SOFTCAP, LANES,

@@ -8,6 +8,9 @@ that logits near +-5,000 keep the digits in which they differ.
 import triton
 import triton.language as tl
 
+from paec_kernels.reference import IGNORE_INDEX
+
+IGNORE = tl.constexpr(IGNORE_INDEX)
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 # exp2 of this is 0 in float32, and it times 0 is 0: a finite stand-in for -inf in products.
@@ -19,6 +22,23 @@ def row_offset(row, n_inner, stride_outer, stride_inner):
     """Element offset of a flat row index in a [outer, inner, V] view, in int64: N * V passes 2^31."""
     row = row.to(tl.int64)
     return (row // n_inner) * stride_outer + (row % n_inner) * stride_inner
+
+
+@triton.jit
+def token_of(token_ids_ptr, row):
+    """The row's token id; IGNORE where there are no ids."""
+    if token_ids_ptr is None:
+        return tl.full([], IGNORE, tl.int64)
+    else:
+        return tl.load(token_ids_ptr + row)
+
+
+@triton.jit
+def load_last(row_ptr, stride, start, n_cols, LANES: tl.constexpr):
+    """LANES columns, those from n_cols on as -inf."""
+    columns = start + tl.arange(0, LANES)
+    z = tl.load(row_ptr + columns.to(tl.int64) * stride, mask=columns < n_cols, other=-float("inf"))
+    return z.to(tl.float32)
 
 
 @triton.jit

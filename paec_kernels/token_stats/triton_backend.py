@@ -6,7 +6,7 @@ from torch import Tensor
 
 from paec_kernels.reference import IGNORE_INDEX
 from paec_kernels.token_stats import layout
-from paec_kernels.token_stats.backward_kernel import backward_kernel
+from paec_kernels.token_stats.backward_kernel import TILES, backward_kernel
 from paec_kernels.token_stats.forward_kernel import forward_kernel
 from paec_kernels.token_stats.nucleus import GATHERED_LANES
 
@@ -20,11 +20,10 @@ BACKWARD_WARPS = 8
 KEY_SHIFT = {torch.float32: 0, torch.float16: 13, torch.bfloat16: 16}
 
 
-def _per_row(value: Tensor | None, default: int, like: Tensor, dtype: torch.dtype) -> tuple[Tensor, int]:
-    """A per-row argument and its stride: one element with stride 0 where the caller gave none or one for all."""
-    if value is None:
-        value = torch.full((1,), default, dtype=dtype, device=like.device)
-    return value, 0 if value.numel() == 1 else 1
+def _strides(logits: Tensor) -> tuple[int, int, int]:
+    """The strides of ``[outer, inner, V]``; 0 for the only outer row, since Triton compiles anew by a stride's size."""
+    outer, inner, column = logits.stride()
+    return 0 if len(logits) == 1 else outer, inner, column
 
 
 def forward(
@@ -36,7 +35,10 @@ def forward(
     softcap: float,
     vocab_size: int,
 ) -> tuple[Tensor, Tensor]:
-    """Statistics of logits ``[B, L, V]``. See `paec_kernels.token_stats.layout` for what is returned."""
+    """Statistics of logits ``[B, L, V]``. See `paec_kernels.token_stats.layout` for what is returned.
+
+    A token id or a temperature out of range stops the device with an assertion: asking for its value would wait.
+    """
     n_outer, n_inner, _ = logits.shape
     n_rows = n_outer * n_inner
     stats = torch.empty(layout.N_ROWS, n_rows, dtype=torch.float32, device=logits.device)
@@ -44,17 +46,20 @@ def forward(
     if n_rows == 0:
         return stats, size
     scratch = torch.empty(n_rows, GATHERED_LANES.value, dtype=torch.int32, device=logits.device)
+    fits = torch.ones(1, dtype=torch.int32, device=logits.device)
     launch = forward_kernel[(n_rows,)]
     with torch.cuda.device_of(logits):  # Triton launches on the current device
         launch(
             logits,
-            *logits.stride(),
-            *_per_row(token_ids, IGNORE_INDEX, logits, torch.int64),
-            *_per_row(valid, True, logits, torch.bool),
-            *_per_row(temperature, 1, logits, torch.float32),
+            *_strides(logits),
+            token_ids,
+            valid,
+            temperature,
+            int(temperature.numel() > 1),
             stats,
             size,
             scratch,
+            fits,
             n_rows,
             n_inner,
             vocab_size,
@@ -66,6 +71,9 @@ def forward(
             num_warps=SOFTCAP_WARPS if softcap > 0 else FORWARD_WARPS,
             enable_fp_fusion=True,
         )
+    torch._assert_async(
+        fits, f"token_ids must be {IGNORE_INDEX} or in [0, {vocab_size}), temperature positive and finite"
+    )
     return stats, size
 
 
@@ -96,16 +104,17 @@ def backward(
         backward(d_stats, stats, logits.float(), *arguments)
         out.copy_(exact)
         return
-    launch = backward_kernel[(n_rows * triton.cdiv(width, BACKWARD_BLOCK),)]
+    launch = backward_kernel[(n_rows * triton.cdiv(width, TILES.value * BACKWARD_BLOCK),)]
     with torch.cuda.device_of(logits):
         launch(
             out,
-            *out.stride(),
+            *_strides(out),
             logits,
-            *logits.stride(),
-            *_per_row(token_ids, IGNORE_INDEX, logits, torch.int64),
-            *_per_row(valid, True, logits, torch.bool),
-            *_per_row(temperature, 1, logits, torch.float32),
+            *_strides(logits),
+            token_ids,
+            valid,
+            temperature,
+            int(temperature.numel() > 1),
             stats,
             d_stats,
             n_rows,
