@@ -2,6 +2,7 @@
 
     python -m benchmarks.compiled_code            # a table
     python -m benchmarks.compiled_code --json     # the same rows as JSON
+    python -m benchmarks.compiled_code --model    # the time to expect on a GPU: benchmarks/cost_model.py
 
 Needs triton with its own cuobjdump and nvdisasm (Linux), and TRITON_INTERPRET unset.
 """
@@ -11,7 +12,9 @@ import json
 import re
 import subprocess
 import tempfile
-from collections import Counter
+from collections import Counter, deque
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,21 +23,27 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from benchmarks import cost_model
 from benchmarks.provenance import provenance
 from paec_kernels.token_stats import triton_backend
 from paec_kernels.token_stats.backward_kernel import backward_kernel
 from paec_kernels.token_stats.forward_kernel import forward_kernel
-from paec_kernels.token_stats.nucleus import search_values
+from paec_kernels.token_stats.nucleus import gather_lanes, search_values
 
 TARGETS = {"sm_90": ("cuda", 90, 32), "sm_80": ("cuda", 80, 32), "gfx942": ("hip", "gfx942", 64)}
 SHIFTS = {"fp32": 0, "fp16": 13, "bf16": 16}
-ROW_ARGUMENTS = {
+# Of the kernels' arguments by name; strides are int64, every other one is int32 unless it is a constant.
+TYPES = {
     "token_ids_ptr": "*i64",
     "valid_ptr": "*i1",
-    "temperature_ptr": "*fp32",
-    "temperature_stride": "i32",
-}
+    "flags_ptr": "*i8",
+    "out_ptr": "*bf16",
+    "size_ptr": "*i32",
+    "scratch_ptr": "*i32",
+    "fits_ptr": "*i32",
+} | dict.fromkeys(("top_p", "softcap", "target", "top", "scale"), "fp32")
 WARP = 32
+PREDICATE = r"^@!?U?P\w+\s+"  # in front of an instruction
 
 
 @triton.jit
@@ -52,58 +61,49 @@ def candidate_search_kernel(
     tl.store(out_ptr, tau + weight + mass + weighted + size + n_suspect + found + reached)
 
 
-def _integers(*names: str) -> dict[str, str]:
-    return dict.fromkeys(names, "i32")
+@triton.jit
+def gather_kernel(logits_ptr, flags_ptr, scratch_ptr, out_ptr, n_cols, LANES: tl.constexpr):
+    """The passing of lanes between threads through memory. Nothing but the scratch is stored or loaded by 32 bits."""
+    suspect = tl.load(flags_ptr + tl.arange(0, LANES)) != 0
+    n_suspect = tl.sum(suspect.to(tl.int32))
+    gathered, dropped = gather_lanes(logits_ptr, 1, n_cols, suspect, n_suspect, scratch_ptr, LANES)
+    tl.store(out_ptr, tl.sum(tl.sum(gathered, 1), 0) + dropped)
 
 
-def _constants(*names: str) -> dict[str, str]:
-    return dict.fromkeys(names, "constexpr")
+KERNELS = {
+    "forward": forward_kernel,
+    "backward": backward_kernel,
+    "search": candidate_search_kernel,
+    "gather": gather_kernel,
+}
 
 
-def _signature(kernel: str, dtype: str) -> dict[str, str]:
-    logits = {"logits_ptr": f"*{dtype}", "stride_outer": "i64", "stride_inner": "i64", "stride_col": "constexpr"}
-    if kernel == "forward":
-        return (
-            logits
-            | ROW_ARGUMENTS
-            | {"stats_ptr": "*fp32", "size_ptr": "*i32", "scratch_ptr": "*i32", "fits_ptr": "*i32"}
-            | _integers("n_rows", "n_inner", "n_cols")
-            | {"top_p": "fp32", "softcap": "fp32"}
-            | _constants("SHIFT", "HAS_SOFTCAP", "LANES")
-        )
-    if kernel == "backward":
-        return (
-            {f"d_{name}": annotation for name, annotation in logits.items()}
-            | logits
-            | ROW_ARGUMENTS
-            | {"stats_ptr": "*fp32", "d_stats_ptr": "*fp32"}
-            | _integers("n_rows", "n_inner", "n_cols", "width")
-            | {"softcap": "fp32", "first_column": "i32"}
-            | _constants("HAS_SOFTCAP", "BLOCK")
-        )
-    return (
-        {"first_ptr": "*fp32", "second_ptr": "*fp32", "out_ptr": "*fp32"}
-        | _integers("low", "high")
-        | {"target": "fp32", "top": "fp32", "scale": "fp32"}
-        | _constants("SHIFT", "LANES")
-    )
+def _type(name: str, dtype: str) -> str:
+    if name in TYPES:
+        return TYPES[name]
+    if name.endswith("logits_ptr"):
+        return f"*{dtype}"
+    if name.endswith("_ptr"):
+        return "*fp32"
+    return "i64" if "stride_" in name else "i32"
 
 
 def compile_kernel(kernel: str, target: str = "sm_90", dtype: str = "bf16", softcap: bool = False) -> Any:
-    """Compile "forward", "backward" or "search" as a launch on aligned, contiguous logits would."""
-    function = {"forward": forward_kernel, "backward": backward_kernel, "search": candidate_search_kernel}[kernel]
+    """Compile one of KERNELS as a launch on aligned, contiguous logits would."""
+    function = KERNELS[kernel]
     forward_warps = triton_backend.SOFTCAP_WARPS if softcap else triton_backend.FORWARD_WARPS
     warps = triton_backend.BACKWARD_WARPS if kernel == "backward" else forward_warps
     constants = {
         "stride_col": 1,
         "d_stride_col": 1,
+        "token_stride": 1,
         "SHIFT": SHIFTS[dtype],
         "HAS_SOFTCAP": softcap,
         "LANES": triton_backend.LANES,
         "BLOCK": triton_backend.BACKWARD_BLOCK,
     }
-    signature = _signature(kernel, dtype)
-    names = list(signature)
+    names = function.arg_names
+    signature = {name: "constexpr" if name in constants else _type(name, dtype) for name in names}
     aligned = [n for n in names if n.endswith("_ptr") or "stride_" in n or n in ("n_cols", "width")]
     source = ASTSource(
         function,
@@ -138,26 +138,136 @@ def _cuda_tool(tool: str, arguments: list[str], compiled: Any) -> str:
         return subprocess.run([path, *arguments, cubin.name], check=True, capture_output=True, text=True).stdout
 
 
-def instructions(compiled: Any) -> tuple[list[str], list[tuple[int, int]]]:
-    """The SASS instructions in order, and the loops among them as (first, last) positions."""
+@dataclass(frozen=True)
+class Code:
+    """Machine code: the instructions in order, and the positions where each may go on."""
+
+    listing: list[str]
+    following: list[list[int]]
+
+    @property
+    def loops(self) -> list[tuple[int, int]]:
+        """The loops as (first, last) positions, by the first."""
+        # A branch to itself is the padding behind the kernel's last instruction.
+        return sorted((to, i) for i, following in enumerate(self.following) for to in following if to < i)
+
+    def where(self, pattern: str, first: int = 0, last: int | None = None) -> list[int]:
+        """The positions from first to last of instructions that hold the pattern."""
+        lines = enumerate(self.listing)
+        return [i for i, line in lines if i >= first and (last is None or i <= last) and re.search(pattern, line)]
+
+    def reached(self, start: int, closed: Iterable[int] = ()) -> dict[int, int]:
+        """Every position that is executed after start on a way that passes none of closed, and the one before it."""
+        before: dict[int, int] = {}
+        closed, waiting = set(closed), deque([start])
+        while waiting:
+            position = waiting.popleft()
+            for to in self.following[position]:
+                if to not in before and to not in closed:
+                    before[to] = position
+                    waiting.append(to)
+        return before
+
+    def way(self, start: int, ends: Iterable[int]) -> list[int]:
+        """The shortest one from start to the nearest of ends, both included."""
+        before = self.reached(start)
+        position = next(i for i in before if i in set(ends))  # they are reached in the order of their distance
+        way = [position]
+        while way[-1] != start:
+            way.append(before[way[-1]])
+        return way[::-1]
+
+
+def code(compiled: Any) -> Code:
+    """Of SASS, or of AMD's assembly."""
+    amd = "amdgcn" in compiled.asm
+    text = compiled.asm["amdgcn"] if amd else _cuda_tool("nvdisasm", ["-c"], compiled)
+    instruction = re.compile(r"\s+([a-z].*?)\s*(?:;.*)?$" if amd else r"\s+/\*[0-9a-f]+\*/\s+(.*?)\s*;")
     listing: list[str] = []
     labels: dict[str, int] = {}
-    for line in _cuda_tool("nvdisasm", ["-c"], compiled).splitlines():
-        if label := re.match(r"(\.L_x_\d+):", line):
+    for line in text.splitlines():
+        if label := re.match(r"(\.L\w+):", line):
             labels[label.group(1)] = len(listing)
-        elif instruction := re.match(r"\s+/\*[0-9a-f]+\*/\s+(.*?)\s*;", line):
-            listing.append(instruction.group(1))
-    loops = []
-    for position, instruction in enumerate(listing):
-        branch = re.search(r"BRA.*`\((\.L_x_\d+)\)", instruction)
-        # A branch to itself is the padding behind the kernel's last instruction.
-        if branch and labels[branch.group(1)] < position:
-            loops.append((labels[branch.group(1)], position))
-    return listing, loops
+        elif found := instruction.match(line):
+            listing.append(found.group(1))
+    return Code(listing, [_following(line, i, labels) for i, line in enumerate(listing)])
+
+
+def _following(line: str, position: int, labels: dict[str, int]) -> list[int]:
+    """A predicate, in front or in BRA's arguments, makes an instruction conditional."""
+    jump = re.search(r"(?:BRA|s_c?branch).*?(\.L\w+)", line)
+    targets = [labels[jump.group(1)]] if jump else []
+    ends = re.match(r"BRA `|EXIT|s_branch|s_endpgm", line)
+    return targets if ends else [*targets, position + 1]
 
 
 def opcodes(listing: list[str]) -> Counter:
-    return Counter(re.sub(r"^@!?U?P\w+\s+", "", line).split()[0].split(".")[0] for line in listing)
+    return Counter(re.sub(PREDICATE, "", line).split()[0].split(".")[0] for line in listing)
+
+
+def _bytes(lines: Iterable[str], opcode: str) -> int:
+    """That a thread moves by all instructions of a name, which have the width in bits at their end if it is not 32."""
+    widths = (re.search(rf"\b{opcode}\.E(?:\.BYPASS)?(\.U?\d+)?\b", line) for line in lines)
+    return sum(int((width.group(1) or ".32").strip(".U")) // 8 for width in widths if width)
+
+
+def counts(kernel: str, dtype: str) -> list[cost_model.Counts]:
+    """What the cost model asks of the "forward" or "backward" kernel on sm_90, by the shortest way through it.
+
+    A kernel whose loops are not those that it is known for is refused.
+    """
+    compiled = compile_kernel(kernel, dtype=dtype)
+    found = code(compiled)
+    own = {loop: opcodes(found.listing[loop[0] : loop[1] + 1]) for loop in found.loops}
+    reads = [loop for loop in own if own[loop]["MUFU"] and found.where(r"^LDG(STS)?\.E", *loop)]
+    if kernel == "forward":
+        names, loops, columns = ["forward"], reads[:1], None
+        search = [loop for loop in own if own[loop]["BAR"] and not own[loop]["LDG"] + own[loop]["LDGSTS"]][:1]
+        assert search, "forward: no loop of the search"
+    else:
+        # One loop for whole tiles where the nucleus has a gradient, which is the longer one, and one where it has none.
+        names, loops = ["backward", "backward, no nucleus"], [loop for loop in reads if own[loop]["STG"]]
+        loops.sort(key=lambda loop: loop[0] - loop[1])
+        search, columns = [], triton_backend.TILES.value * triton_backend.BACKWARD_BLOCK
+    assert len(loops) == len(names), f"{kernel}: {len(loops)} loops read whole blocks, not {len(names)}"
+    return [
+        cost_model.Counts(
+            kernel=name,
+            dtype=dtype,
+            threads=WARP * compiled.metadata.num_warps,
+            registers=resources(compiled)["registers"],
+            shared=compiled.metadata.shared,
+            columns=columns,
+            outside=_outside(found, [loop, *search]),
+            search=sum(len(found.way(first, [last])) for first, last in search),
+            **_round(found, loop, dtype),
+        )
+        for name, loop in zip(names, loops, strict=True)
+    ]
+
+
+def _outside(found: Code, loops: list[tuple[int, int]]) -> int:
+    """Instructions on the way from the kernel's start past these loops to an exit, without those of the loops."""
+    starts = [0, *(last for _, last in loops)]
+    ends = [*([first] for first, _ in loops), found.where("EXIT")]
+    inside = 2 * len(loops)  # of each loop the ways hold the first and the last
+    return sum(len(found.way(start, end)) for start, end in zip(starts, ends, strict=True)) - inside
+
+
+def _round(found: Code, loop: tuple[int, int], dtype: str) -> dict[str, Any]:
+    """Of a loop that reads logits: a round's instructions and elements, and the loads that a thread waits for."""
+    body = [found.listing[i] for i in found.way(loop[0], [loop[1]])]
+    ahead = any("LDGSTS" in line for line in body)
+    loaded = _bytes(body, "LDGSTS" if ahead else "LDG")
+    elements = loaded // cost_model.SIZES[dtype]
+    assert elements == sum("MUFU.EX2" in line for line in body), f"{loaded} bytes, but not one ex2 an element: {body}"
+    assert _bytes(body, "STG") in (0, loaded), f"other bytes are written than the {loaded} that are read: {body}"
+    if ahead:  # what is loaded before the first round
+        in_flight = _bytes((found.listing[i] for i in found.way(0, [loop[0]])), "LDGSTS")
+    else:  # before anything is computed
+        in_flight = _bytes(body[: next(i for i, line in enumerate(body) if "MUFU.EX2" in line)], "LDG")
+    assert in_flight, f"no load before the first exponential: {body}"
+    return {"elements": elements, "round": len(body), "in_flight": in_flight, "ahead": ahead}
 
 
 def main_loop(dtype: str = "bf16") -> dict[str, float]:
@@ -165,19 +275,37 @@ def main_loop(dtype: str = "bf16") -> dict[str, float]:
 
     It is the first loop of the kernel, and each thread takes 2 LANES / threads elements in one round of it.
     """
-    listing, loops = instructions(compile_kernel("forward", dtype=dtype))
-    first, last = loops[0]
-    body = listing[first : last + 1]
+    found = code(compile_kernel("forward", dtype=dtype))
+    first, last = found.loops[0]
+    body = found.listing[first : last + 1]
     elements = 2 * triton_backend.LANES / (WARP * triton_backend.FORWARD_WARPS)
     return {"instructions": len(body) / elements, "ex2": opcodes(body)["MUFU"] / elements}
 
 
 def nucleus_search(dtype: str = "bf16") -> dict[str, int]:
     """Instructions a thread of the nucleus search on sm_90: outside its loop (loads included), and in one round."""
-    listing, loops = instructions(compile_kernel("search", dtype=dtype))
-    ((first, last),) = loops
-    end = next(i for i, line in enumerate(listing) if "EXIT" in line and not line.startswith("@"))
+    found = code(compile_kernel("search", dtype=dtype))
+    ((first, last),) = found.loops
+    end = found.where("^EXIT")[0]
     return {"outside": end + 1 - (last + 1 - first), "round": last + 1 - first}
+
+
+def scratch_order(target: str) -> dict[str, Any]:
+    """How lanes are passed between threads through memory, in the code of `gather_kernel`.
+
+    Returns:
+        the loads; whether every store comes before every load; and whether a barrier is on every way between two.
+    """
+    found = code(compile_kernel("gather", target))
+    stores = found.where(r"STG\.E |(global|buffer)_store_dword ")
+    loads = found.where(r"LDG\.E(\.CONSTANT|\.CI)? |(global|buffer)_load_dword ")
+    barriers = found.where(r"BAR\.SYNC|s_barrier")
+    assert stores, f"{target}: no store to the scratch"
+    return {
+        "loads": sorted({re.sub(PREDICATE, "", found.listing[i]).split()[0] for i in loads}),
+        "in_order": all(set(loads) <= set(found.reached(i)) for i in stores),
+        "behind_barrier": not any(set(loads) & set(found.reached(i, closed=barriers)) for i in stores),
+    }
 
 
 def report() -> dict[str, Any]:
@@ -194,22 +322,36 @@ def report() -> dict[str, Any]:
         "rows": rows,
         "main_loop": main_loop(),
         "nucleus_search": nucleus_search(),
+        "scratch_order": {target: scratch_order(target) for target in TARGETS},
         "threads": WARP * triton_backend.FORWARD_WARPS,
     }
+
+
+def model() -> dict[str, Any]:
+    """The cost model's predictions, of these kernels as they compile here."""
+    every = [c for dtype in cost_model.SIZES for kernel in ("forward", "backward") for c in counts(kernel, dtype)]
+    return cost_model.record(every, provenance())
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument("--model", action="store_true", help="the time to expect on a GPU, by each of its limits")
     parser.add_argument("--out", type=Path, help="also write the JSON here")
     arguments = parser.parse_args()
-    result = report()
-    text = json.dumps(result, indent=1)
+    result = model() if arguments.model else report()
+    text = cost_model.text(result) if arguments.model else json.dumps(result, indent=1) + "\n"
     if arguments.out is not None:
-        arguments.out.write_text(text + "\n")
+        arguments.out.write_text(text)
     if arguments.json:
-        print(text)
-        return
+        print(text, end="")
+    elif arguments.model:
+        print(*cost_model.table(result), sep="\n")
+    else:
+        print_report(result)
+
+
+def print_report(result: dict[str, Any]) -> None:
     for row in result["rows"]:
         print(*(f"{name}={value}" for name, value in row.items()))
     for name in ("main_loop", "nucleus_search"):
