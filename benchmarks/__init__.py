@@ -9,4 +9,5 @@ sweep                       which measurements
 optimiser_step, loop_step   whole steps, by step_turns
 page, plots                 bench_results/README.md and its pictures, from the rows alone
 compiled_code               registers and instructions, with no GPU
+cost_model                  from these the time to expect on a GPU, written down before it is measured
 """

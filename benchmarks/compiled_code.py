@@ -14,7 +14,7 @@ import subprocess
 import tempfile
 from collections import Counter, deque
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -246,6 +246,10 @@ def counts(kernel: str, dtype: str) -> list[cost_model.Counts]:
     ]
 
 
+def every_count() -> list[cost_model.Counts]:
+    return [c for dtype in cost_model.SIZES for kernel in ("forward", "backward") for c in counts(kernel, dtype)]
+
+
 def _outside(found: Code, loops: list[tuple[int, int]]) -> int:
     """Instructions on the way from the kernel's start past these loops to an exit, without those of the loops."""
     starts = [0, *(last for _, last in loops)]
@@ -322,6 +326,7 @@ def report() -> dict[str, Any]:
         "rows": rows,
         "main_loop": main_loop(),
         "nucleus_search": nucleus_search(),
+        "counts": [asdict(c) for c in every_count()],
         "scratch_order": {target: scratch_order(target) for target in TARGETS},
         "threads": WARP * triton_backend.FORWARD_WARPS,
     }
@@ -329,8 +334,7 @@ def report() -> dict[str, Any]:
 
 def model() -> dict[str, Any]:
     """The cost model's predictions, of these kernels as they compile here."""
-    every = [c for dtype in cost_model.SIZES for kernel in ("forward", "backward") for c in counts(kernel, dtype)]
-    return cost_model.record(every, provenance())
+    return cost_model.record(every_count(), provenance())
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks import plots
+from benchmarks import cost_model, plots
 from benchmarks.floors import LINEAR, ON_LOGITS
 from benchmarks.implementations import STATISTICS, all_implementations
 from benchmarks.rows import RESULTS, Row, only, path_of, plain, read, span_of_dates
@@ -36,13 +36,21 @@ def write(folder: Path = RESULTS) -> list[Path]:
     """The plots and the page. Returns what was written."""
     rows = {device: {s: read(path_of(folder, device, s)) for s in SECTIONS} for device in DEVICES}
     drawn = {device: plots.write(found, folder / "plots", device) for device, found in rows.items()}
-    compiled = folder / "compiled_code.json"
+    compiled, predictions = (
+        json.loads(path.read_text()) if path.exists() else None
+        for path in (folder / "compiled_code.json", folder / "predictions.json")
+    )
     page = folder / "README.md"
-    page.write_text(text(rows, drawn, json.loads(compiled.read_text()) if compiled.exists() else None))
+    page.write_text(text(rows, drawn, compiled, predictions))
     return [page, *(folder / "plots" / f"{d}_{name}.png" for d, names in drawn.items() for name in names)]
 
 
-def text(rows: dict[str, dict[str, list[Row]]], drawn: dict[str, list[str]], compiled: dict[str, Any] | None) -> str:
+def text(
+    rows: dict[str, dict[str, list[Row]]],
+    drawn: dict[str, list[str]],
+    compiled: dict[str, Any] | None,
+    predictions: dict[str, Any] | None,
+) -> str:
     return "\n".join(
         [
             "# Measurements",
@@ -65,6 +73,10 @@ def text(rows: dict[str, dict[str, list[Row]]], drawn: dict[str, list[str]], com
             "## What the kernels compile to",
             "",
             *compiled_code(compiled),
+            "",
+            "## Predicted, and measured",
+            "",
+            *predicted(predictions, [row for section in ("vocabulary", "rows") for row in rows["cuda"][section]]),
             "",
         ]
     )
@@ -209,6 +221,41 @@ def compiled_code(found: dict[str, Any] | None) -> Iterator[str]:
     for row in found["rows"]:
         cells = [row["kernel"], row["target"], row["dtype"], "yes" if row["softcap"] else ""]
         yield _cells([*cells, *(str(row[name]) for name in ("registers", "spills", "local"))])
+
+
+def predicted(found: dict[str, Any] | None, rows: list[Row]) -> Iterator[str]:
+    """The cost model's predictions, and beside each the time of the row of its case, where there is one."""
+    if found is None:
+        yield "Empty: `python -m benchmarks.compiled_code --model --out bench_results/predictions.json` fills it."
+        return
+    origin = found["provenance"]
+    yield from (
+        "Predictions of the cost model, `benchmarks/cost_model.py`, from the compiled kernels: **no measurement**.",
+        "A cell is the time, the limit that binds and the share of a copy's bandwidth that this makes. Beside it",
+        "stands, once it is measured, the median and its ratio to the prediction.  ",
+        f"Command: `python -m benchmarks.compiled_code --model`. Commit {origin['commit']}, {origin['date']}; "
+        f"triton {origin['triton']}.",
+    )
+    predictions = found["predictions"]
+    kernels = list(dict.fromkeys(p["kernel"] for p in predictions))
+    for device, dtype in dict.fromkeys((p["device"], p["dtype"]) for p in predictions):
+        own = [p for p in predictions if (p["device"], p["dtype"]) == (device, dtype)]
+        yield from ("", f"### {device}, {cost_model.TORCH_NAMES[dtype]}: predicted", "")
+        yield from _header(["V", "N", *(f"{k}: {what}, ms" for k in kernels for what in ("predicted", "measured"))])
+        for v, n in dict.fromkeys((p["v"], p["n"]) for p in own):
+            cells = [cell for p in own if (p["v"], p["n"]) == (v, n) for cell in _beside(p, rows)]
+            yield _cells([f"{v:,}", f"{n:,}", *cells])
+
+
+def _beside(prediction: dict[str, Any], rows: list[Row]) -> tuple[str, str]:
+    """The cells of a prediction and of its measurement."""
+    implementation, passes = cost_model.MEASURED_AS[prediction["kernel"]]
+    case = {"n": prediction["n"], "v": prediction["v"], "dtype": cost_model.TORCH_NAMES[prediction["dtype"]]}
+    own = only(rows, implementation=implementation, passes=passes, logits="real", status="ok", **case)
+    times = [row.p50 for row in own if prediction["device"] in row.device]
+    ms, share = plain(1e3 * prediction["seconds"]), 100 * prediction["share"]
+    measured = f"{plain(1e3 * times[0])}, times {times_over(times[0] / prediction['seconds'])}" if times else ""
+    return f"{ms} ({prediction['limit']}, {share:.0f} %)", measured
 
 
 def milliseconds(row: Row) -> str:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import harness, page, plots
+from benchmarks import cost_model, harness, page, plots
 from benchmarks.rivals import eager, ours
 from benchmarks.rows import RESULTS, RowFile, path_of, read
 from benchmarks.workload import Case
@@ -34,7 +34,7 @@ def tables(text):
 
 
 def test_no_figure_without_a_row():
-    text = page.text(empty(), {"cuda": [], "cpu": []}, None)
+    text = page.text(empty(), {"cuda": [], "cpu": []}, None, None)
     assert tables(text) == []
     assert text.count("**No row yet.**") == 2
     assert not NUMBER.findall(text[text.index("\n## On a GPU") :])
@@ -43,7 +43,7 @@ def test_no_figure_without_a_row():
 def test_gpu_tables_say_that_they_are_empty(rows):
     found = empty()
     found["cpu"]["rivals"] = rows
-    text = page.text(found, {"cuda": [], "cpu": []}, None)
+    text = page.text(found, {"cuda": [], "cpu": []}, None, None)
     gpu = text[text.index("\n## On a GPU") : text.index("\n## On a CPU")]
     assert "**No row yet.** `make bench-gpu`" in gpu
     assert gpu.count(": empty") == len(page.SECTIONS)
@@ -59,7 +59,7 @@ def test_every_figure_is_a_rows(rows):
         else replace(row, p20=1.001, p50=1.002, p80=1.003, relative=7.77, share=0.123, bandwidth=4.56e9)
         for row in rows
     ]
-    after = page.text(found, {"cuda": [], "cpu": []}, None)
+    after = page.text(found, {"cuda": [], "cpu": []}, None, None)
     figures = {n for cell in tables(after) if "e-" not in cell for n in NUMBER.findall(cell)}
     assert figures == {"1,001", "1,002", "1,003", "7.77", "12.3", "4.56"}
 
@@ -67,8 +67,8 @@ def test_every_figure_is_a_rows(rows):
 def test_a_row_without_a_number_is_shown_with_its_reason(rows):
     found = empty()
     found["cpu"]["rivals"] = rows
-    (line,) = [x for x in page.text(found, {"cuda": [], "cpu": []}, None).splitlines() if x.startswith("| verl | ms")
-               or x.startswith("| verl | missing")]  # fmt: skip
+    lines = page.text(found, {"cuda": [], "cpu": []}, None, None).splitlines()
+    (line,) = [x for x in lines if x.startswith(("| verl | ms", "| verl | missing"))]
     assert "missing: verl is not installed" in line
     assert not NUMBER.findall(line)
 
@@ -106,8 +106,48 @@ def test_the_committed_page_is_that_of_the_committed_rows():
     rows = {device: {s: read(path_of(RESULTS, device, s)) for s in page.SECTIONS} for device in page.DEVICES}
     drawn = {device: [p.stem.removeprefix(f"{device}_") for p in (RESULTS / "plots").glob(f"{device}_*.png")]
              for device in page.DEVICES}  # fmt: skip
-    compiled = json.loads((RESULTS / "compiled_code.json").read_text())
-    assert page.text(rows, drawn, compiled) == (RESULTS / "README.md").read_text()
+    compiled, predictions = (json.loads((RESULTS / f"{f}.json").read_text()) for f in ("compiled_code", "predictions"))
+    assert page.text(rows, drawn, compiled, predictions) == (RESULTS / "README.md").read_text()
+
+
+@pytest.fixture
+def predictions():
+    counts = [cost_model.Counts(kernel, "bf16", 128, 128, 0, None, 32, 320, 1000, 0, 64, False)
+              for kernel in cost_model.MEASURED_AS]  # fmt: skip
+    return cost_model.record(counts, {"commit": "c", "date": "d", "triton": "t"})
+
+
+def predicted_lines(predictions, rows):
+    lines = (line for line in page.predicted(predictions, rows) if re.match(r"\| \d", line))
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+
+
+def test_predictions_stand_in_a_section_of_their_own(predictions):
+    """And without a row nothing stands beside them."""
+    text = page.text(empty(), {"cuda": [], "cpu": []}, None, predictions)
+    start = text.index("\n## Predicted, and measured")
+    assert not NUMBER.findall(text[text.index("\n## On a GPU") : start])
+    assert "**no measurement**" in text[start:]
+    lines = predicted_lines(predictions, [])
+    assert len(lines) == len(cost_model.DEVICES) * len(cost_model.VOCABULARIES) * len(cost_model.ROWS)
+    assert all(line[3] == line[5] == line[7] == "" and all(line[2::2]) for line in lines)
+
+
+def test_a_row_stands_beside_its_prediction(rows, predictions):
+    (prediction,) = [p for p in predictions["predictions"]
+                     if (p["device"], p["kernel"], p["n"], p["v"]) == ("H100", "backward", 4096, 151_936)]  # fmt: skip
+    time = 1.5 * prediction["seconds"]
+    row = replace(next(row for row in rows if row.status == "ok"), implementation="token_stats", passes="backward",
+                  n=4096, v=151_936, dtype="bfloat16", logits="real", device="NVIDIA H100 80GB HBM3",
+                  p20=time, p50=time, p80=time)  # fmt: skip
+    others = [replace(row, passes="forward", n=512, **{name: value}) for name, value in
+              {"logits": "flat", "dtype": "float32", "device": "AMD", "implementation": "another"}.items()]  # fmt: skip
+    lines = predicted_lines(predictions, [*others, row])
+    (line,) = [line for line in lines if any(line[3::2])]
+    assert line[:2] == ["151,936", "4,096"]
+    assert lines.index(line) < len(lines) / 2  # among the H100's
+    assert line[5].endswith(", times 1.5")
+    assert (line[3], line[7]) == ("", "")
 
 
 def test_plots_leave_out_rows_without_a_number(rows):

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import paec_kernels as pk
+from benchmarks import cost_model, logits
 
 ROOT = Path(__file__).parents[2]
 V = 49_152
@@ -46,9 +47,30 @@ def test_main_loop_budget(report, capsys):
     assert loop["ex2"] == 1
 
 
+def test_lanes_are_passed_by_a_store_a_barrier_and_a_load(report):
+    """Between threads, through memory: a load that comes before the barrier, or from a cache, reads another row's."""
+    assert set(report["scratch_order"]) == {"sm_90", "sm_80", "gfx942"}
+    for target, found in report["scratch_order"].items():
+        assert set(found["loads"]) <= {"LDG.E", "global_load_dword", "buffer_load_dword"}, (target, found)
+        assert found["loads"], target
+        assert found["in_order"], target
+        assert found["behind_barrier"], target
+
+
+def test_counts_of_the_cost_model(report):
+    """The loops that are counted are the budget's; every thread has 16 bytes in flight or more."""
+    counts = {(c["kernel"], c["dtype"]): c for c in report["counts"]}
+    forward = counts["forward", "bf16"]
+    assert forward["round"] / forward["elements"] == report["main_loop"]["instructions"]
+    assert forward["threads"] == report["threads"]
+    for dtype in ("bf16", "fp32"):
+        assert counts["backward, no nucleus", dtype]["round"] < counts["backward", dtype]["round"]
+    assert all(c["in_flight"] >= 16 for c in counts.values())
+
+
 @pytest.fixture
-def rounds_without_rescan(real_logits, monkeypatch):
-    """Rounds of the search that the fixture's rows take, of those that need no rescan, as the interpreter runs them."""
+def rounds_without_rescan(monkeypatch):
+    """Rounds of the search that rows take, of those that need no rescan, as the interpreter runs them."""
     from paec_kernels.token_stats import nucleus
 
     calls = {}
@@ -65,26 +87,43 @@ def rounds_without_rescan(real_logits, monkeypatch):
     names = ("middle_of", "gather_lanes", "read_below")
     for name in names:
         monkeypatch.setattr(nucleus, name, counting(name))
-    rounds = []
-    for row in real_logits.logits:
-        calls.update(dict.fromkeys(names, 0))
-        pk.token_stats(row, backend="triton")
-        if not calls["gather_lanes"] and not calls["read_below"]:
-            rounds.append(calls["middle_of"])
-    return torch.tensor(rounds)
+
+    def rounds(rows):
+        found = []
+        for row in rows:
+            calls.update(dict.fromkeys(names, 0))
+            pk.token_stats(row, backend="triton")
+            if not calls["gather_lanes"] and not calls["read_below"]:
+                found.append(calls["middle_of"])
+        return torch.tensor(found)
+
+    return rounds
 
 
-@pytest.mark.skipif(
+in_the_interpreter = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1", reason="counts the rounds of the search in Triton's interpreter"
 )
-def test_what_the_nucleus_adds(report, rounds_without_rescan, capsys):
+
+
+@in_the_interpreter
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_rounds_that_the_cost_model_assumes(rounds_without_rescan, dtype):
+    rows, _ = logits.make("real", 32, V, dtype, torch.Generator().manual_seed(0))
+    rounds = rounds_without_rescan(rows).float()
+    assumed = cost_model.SEARCH_ROUNDS[{torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]]
+    assert rounds.mean().item() == pytest.approx(assumed, abs=1)
+
+
+@in_the_interpreter
+def test_what_the_nucleus_adds(report, real_logits, rounds_without_rescan, capsys):
     search, threads = report["nucleus_search"], report["threads"]
-    assert len(rounds_without_rescan) > 10
-    added = (search["outside"] + search["round"] * rounds_without_rescan) * threads / V
+    rounds = rounds_without_rescan(real_logits.logits)
+    assert len(rounds) > 10
+    added = (search["outside"] + search["round"] * rounds) * threads / V
     with capsys.disabled():
         print(
             f"\nnucleus, sm_90, bfloat16, V = {V}: {added.median():.2f} instructions an element at the median, "
-            f"{added.max():.2f} at most ({rounds_without_rescan.max()} rounds) over {len(added)} real rows "
+            f"{added.max():.2f} at most ({rounds.max()} rounds) over {len(added)} real rows "
             "that need no rescan"
         )
     assert added.max() <= 6
