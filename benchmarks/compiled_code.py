@@ -37,7 +37,7 @@ TYPES = {
     "token_ids_ptr": "*i64",
     "valid_ptr": "*i1",
     "flags_ptr": "*i8",
-    "out_ptr": "*bf16",
+    "sum_ptr": "*bf16",
     "size_ptr": "*i32",
     "scratch_ptr": "*i32",
     "fits_ptr": "*i32",
@@ -62,12 +62,12 @@ def candidate_search_kernel(
 
 
 @triton.jit
-def gather_kernel(logits_ptr, flags_ptr, scratch_ptr, out_ptr, n_cols, LANES: tl.constexpr):
+def gather_kernel(logits_ptr, flags_ptr, scratch_ptr, sum_ptr, n_cols, LANES: tl.constexpr):
     """The passing of lanes between threads through memory. Nothing but the scratch is stored or loaded by 32 bits."""
     suspect = tl.load(flags_ptr + tl.arange(0, LANES)) != 0
     n_suspect = tl.sum(suspect.to(tl.int32))
     gathered, dropped = gather_lanes(logits_ptr, 1, n_cols, suspect, n_suspect, scratch_ptr, LANES)
-    tl.store(out_ptr, tl.sum(tl.sum(gathered, 1), 0) + dropped)
+    tl.store(sum_ptr, tl.sum(tl.sum(gathered, 1), 0) + dropped)
 
 
 KERNELS = {
@@ -96,7 +96,6 @@ def compile_kernel(kernel: str, target: str = "sm_90", dtype: str = "bf16", soft
     constants = {
         "stride_col": 1,
         "d_stride_col": 1,
-        "token_stride": 1,
         "SHIFT": SHIFTS[dtype],
         "HAS_SOFTCAP": softcap,
         "LANES": triton_backend.LANES,
@@ -264,13 +263,14 @@ def _round(found: Code, loop: tuple[int, int], dtype: str) -> dict[str, Any]:
     ahead = any("LDGSTS" in line for line in body)
     loaded = _bytes(body, "LDGSTS" if ahead else "LDG")
     elements = loaded // cost_model.SIZES[dtype]
-    assert elements == sum("MUFU.EX2" in line for line in body), f"{loaded} bytes, but not one ex2 an element: {body}"
-    assert _bytes(body, "STG") in (0, loaded), f"other bytes are written than the {loaded} that are read: {body}"
+    exponentials = [i for i, line in enumerate(body) if "MUFU.EX2" in line]
+    assert len(exponentials) == elements, f"{loop}: {len(exponentials)} ex2 for {elements} elements of {dtype}"
+    assert _bytes(body, "STG") in (0, loaded), f"{loop}: {loaded} bytes are read, {_bytes(body, 'STG')} written"
     if ahead:  # what is loaded before the first round
         in_flight = _bytes((found.listing[i] for i in found.way(0, [loop[0]])), "LDGSTS")
     else:  # before anything is computed
-        in_flight = _bytes(body[: next(i for i, line in enumerate(body) if "MUFU.EX2" in line)], "LDG")
-    assert in_flight, f"no load before the first exponential: {body}"
+        in_flight = _bytes(body[: exponentials[0]], "LDG")
+    assert in_flight, f"{loop}: nothing is loaded before the first exponential"
     return {"elements": elements, "round": len(body), "in_flight": in_flight, "ahead": ahead}
 
 

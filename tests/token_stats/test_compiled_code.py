@@ -47,6 +47,22 @@ def test_main_loop_budget(report, capsys):
     assert loop["ex2"] == 1
 
 
+def test_ways_through_machine_code():
+    """Predicated branches and exits may go on, others do not; a branch back is a loop."""
+    pytest.importorskip("triton", reason="the triton package is not installed")
+    from benchmarks.compiled_code import Code, _following
+
+    listing = ["S2R R0", "@P0 BRA `(.L_x_1)", "BAR.SYNC", "@!P1 EXIT", "BRA P2, `(.L_x_0)", "BRA `(.L_x_1)", "EXIT"]
+    code = Code(listing, [_following(line, i, {".L_x_0": 2, ".L_x_1": 6}) for i, line in enumerate(listing)])
+    assert code.following == [[1], [6, 2], [3], [4], [2, 5], [6], []]
+    assert code.loops == [(2, 4)]
+    assert code.way(0, [6]) == [0, 1, 6]
+    assert code.way(2, [6]) == [2, 3, 4, 5, 6]
+    assert set(code.reached(0, closed=code.where("BAR"))) == {1, 6}
+    amd = [_following(line, 0, {".LBB0_2": 7}) for line in ("s_cbranch_scc1 .LBB0_2", "s_branch .LBB0_2", "s_endpgm")]
+    assert amd == [[7, 1], [7], []]
+
+
 def test_lanes_are_passed_by_a_store_a_barrier_and_a_load(report):
     """Between threads, through memory: a load that comes before the barrier, or from a cache, reads another row's."""
     assert set(report["scratch_order"]) == {"sm_90", "sm_80", "gfx942"}
