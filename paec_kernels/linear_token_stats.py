@@ -72,7 +72,7 @@ def _(hidden, weight, bias, token_ids, valid, temperature, top_p, softcap, chunk
 
 @torch.library.custom_op("paec::linear_token_stats_backward", mutates_args=())
 def linear_token_stats_backward(
-    d_table: Tensor,
+    d_stats: Tensor,
     table: Tensor,
     hidden: Tensor,
     weight: Tensor,
@@ -95,7 +95,7 @@ def linear_token_stats_backward(
     kept = None
     if valid is not None:
         kept = valid.nonzero().squeeze(1)
-        hidden, d_table, table = hidden[kept], d_table[:, kept].contiguous(), table[:, kept].contiguous()
+        hidden, d_stats, table = hidden[kept], d_stats[:, kept].contiguous(), table[:, kept].contiguous()
         token_ids = select(token_ids, kept)
         temperature = temperature if temperature.numel() == 1 else temperature[kept]
     total = torch.zeros(hidden.shape if needs_hidden else 0, dtype=torch.float32, device=hidden.device)
@@ -107,7 +107,7 @@ def linear_token_stats_backward(
         for rows in tiles(len(hidden), chunks.rows, hidden.dtype):
             multiply(hidden[rows], weight[columns], select(bias, columns), out=logits[rows])
         implementation.backward(
-            d_table, table, logits[None], token_ids, None, temperature, softcap, n_columns, logits[None], columns.start
+            d_stats, table, logits[None], token_ids, None, temperature, softcap, n_columns, logits[None], columns.start
         )
         if needs_hidden:
             add_product(total, logits, weight[columns])
@@ -125,7 +125,7 @@ def linear_token_stats_backward(
 
 @linear_token_stats_backward.register_fake
 def _(
-    d_table, table, hidden, weight, bias, token_ids, valid, temperature, softcap, chunk_rows,
+    d_stats, table, hidden, weight, bias, token_ids, valid, temperature, softcap, chunk_rows,
     needs_hidden, needs_weight, needs_bias, backend,
 ):  # fmt: skip
     return (
@@ -136,7 +136,7 @@ def _(
 
 
 class _LinearTokenStats(torch.autograd.Function):
-    """(hidden, weight, bias, ...) -> (table, sizes), as `_TokenStats` of their product."""
+    """(hidden, weight, bias, ...) -> the outputs of `_TokenStats` on their product."""
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, token_ids, valid, temperature, top_p, softcap, chunk_rows, backend):
@@ -146,15 +146,14 @@ class _LinearTokenStats(torch.autograd.Function):
         ctx.save_for_backward(hidden, weight, bias, token_ids, valid, temperature, table)
         ctx.options = (softcap, chunk_rows)
         ctx.backend = backend
-        ctx.mark_non_differentiable(sizes)
-        return table, sizes
+        return operator.differentiable_of(ctx, table, sizes)
 
     @staticmethod
-    def backward(ctx, d_table, _):
+    def backward(ctx, d_stats, *_):
         operator.forbid_second_derivative("linear_token_stats")
         *inputs, table = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
-        gradients = linear_token_stats_backward(d_table.contiguous(), table, *inputs, *ctx.options, *needs, ctx.backend)
+        gradients = linear_token_stats_backward(d_stats.contiguous(), table, *inputs, *ctx.options, *needs, ctx.backend)
         wanted = (gradient if need else None for gradient, need in zip(gradients, needs, strict=True))
         return *wanted, None, None, None, None, None, None, None
 
@@ -217,7 +216,7 @@ def linear_token_stats(
             softcap=softcap, vocab_size=vocab_size,
         )  # fmt: skip
     shape = hidden.shape[:-1]
-    table, sizes = _LinearTokenStats.apply(
+    outputs = _LinearTokenStats.apply(
         hidden.reshape(-1, hidden.shape[-1]),
         without_padding(weight, vocab_size),
         without_padding(bias, vocab_size),
@@ -227,4 +226,4 @@ def linear_token_stats(
         chunk_rows or 0,
         backend,
     )
-    return operator.as_token_stats(table, sizes, shape, token_ids is not None)
+    return operator.as_token_stats(outputs, shape, token_ids is not None)

@@ -21,7 +21,7 @@ from paec_kernels.linear_chunks import (
     without_padding,
 )
 from paec_kernels.reference import TokenStats
-from paec_kernels.token_stats import operator
+from paec_kernels.token_stats import layout, operator
 
 ChunkLoss = Callable[[TokenStats, Tensor], Tensor]
 
@@ -50,15 +50,15 @@ class _OnePass(torch.autograd.Function):
             multiply(hidden_rows, weight, bias, out=logits)
             table, sizes = implementation.forward(logits[None], ids, None, t, top_p, softcap, n_cols)
             with torch.enable_grad():
-                leaf = table.requires_grad_()
-                stats = operator.as_token_stats(leaf, sizes, rows.shape, token_ids is not None)
+                leaf = table[: layout.N_DIFFERENTIABLE].requires_grad_()
+                stats = operator.as_token_stats((leaf, table, sizes), rows.shape, token_ids is not None)
                 chunk = chunk_loss(stats, rows)
             loss += chunk.detach()
             if not any(needs) or not chunk.requires_grad:
                 continue
-            (d_table,) = torch.autograd.grad(chunk, leaf)
-            d_table = d_table.contiguous()  # as the kernels read it
-            implementation.backward(d_table, table.detach(), logits[None], ids, None, t, softcap, n_cols, logits[None])
+            (d_stats,) = torch.autograd.grad(chunk, leaf)
+            d_stats = d_stats.contiguous()  # as the kernels read it
+            implementation.backward(d_stats, table, logits[None], ids, None, t, softcap, n_cols, logits[None])
             if d_hidden is not None:
                 d_hidden[rows] = logits @ weight
             if d_weight is not None:

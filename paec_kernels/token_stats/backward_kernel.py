@@ -102,9 +102,9 @@ def backward_kernel(
 ):  # fmt: skip
     """The gradient of TILES * BLOCK columns of one row; d_logits may be logits itself.
 
-    Columns from n_cols to width are padding and get 0, as every column of a row that is not valid does. stats and
-    d_stats: [10, n_rows] float32, of which the first three rows of d_stats are read; token_ids, valid: [n_rows] or
-    None. The columns may be those from first_column on of a wider vocabulary.
+    Columns from n_cols to width are padding and get 0, as every column of a row that is not valid does. stats:
+    [10, n_rows] float32; d_stats: [3, n_rows] float32, the gradients of its first rows; token_ids, valid: [n_rows]
+    or None. The columns may be those from first_column on of a wider vocabulary.
     """
     n_programs = tl.cdiv(width, TILES * BLOCK)  # of a row
     row = tl.program_id(0) // n_programs

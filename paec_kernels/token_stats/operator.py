@@ -201,20 +201,14 @@ def flat_rows(
     )
 
 
-def as_token_stats(table: Tensor, sizes: Tensor, shape: torch.Size, has_tokens: bool) -> TokenStats:
-    """The table's public rows; those without a gradient are cut from the graph.
-
-    Taken all at once: the gradients of rows taken one by one are padded to the table's size and added up.
-    """
-    rows, fixed = table.unbind(), table.detach()
-    return TokenStats(
-        rows[layout.LOGP].view(shape) if has_tokens else None,
-        rows[layout.ENTROPY].view(shape),
-        rows[layout.NUCLEUS_ENTROPY].view(shape),
-        fixed[layout.MARGIN].view(shape),
-        fixed[layout.LSE].view(shape),
-        sizes.view(shape),
-    )
+def as_token_stats(outputs: tuple[Tensor, Tensor, Tensor], shape: torch.Size, has_tokens: bool) -> TokenStats:
+    """The public rows of what `differentiable_of` returns; those of the whole table carry no gradient."""
+    differentiable, table, sizes = outputs
+    # All three at once: their gradients are then stacked, in one launch, where those of rows taken one by one would
+    # each be padded with zeros and added up.
+    logp, entropy, nucleus_entropy = (row.view(shape) for row in differentiable.unbind())
+    margin, lse = table[layout.MARGIN].view(shape), table[layout.LSE].view(shape)
+    return TokenStats(logp if has_tokens else None, entropy, nucleus_entropy, margin, lse, sizes.view(shape))
 
 
 @torch.library.custom_op("paec::token_stats_forward", mutates_args=())
@@ -245,7 +239,7 @@ def _(logits, token_ids, valid, temperature, top_p, softcap, vocab_size, backend
 
 @torch.library.custom_op("paec::token_stats_backward", mutates_args=())
 def token_stats_backward(
-    d_table: Tensor,
+    d_stats: Tensor,
     table: Tensor,
     logits: Tensor,
     token_ids: Tensor | None,
@@ -255,23 +249,23 @@ def token_stats_backward(
     vocab_size: int,
     backend: str,
 ) -> Tensor:
-    """The gradient of logits, contiguous, of their shape and dtype."""
+    """The gradient of logits, contiguous, of their shape and dtype, from d_stats, that of the table's first rows."""
     out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     rows = as_rows(logits)
     implementation(backend).backward(
-        d_table, table, rows, token_ids, valid, temperature, softcap, vocab_size, out.view(rows.shape)
+        d_stats, table, rows, token_ids, valid, temperature, softcap, vocab_size, out.view(rows.shape)
     )
     return out
 
 
 @token_stats_backward.register_fake
-def _(d_table, table, logits, token_ids, valid, temperature, softcap, vocab_size, backend):
+def _(d_stats, table, logits, token_ids, valid, temperature, softcap, vocab_size, backend):
     return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
 
 
 @torch.library.custom_op("paec::token_stats_backward_", mutates_args=("logits",))
 def token_stats_backward_(
-    d_table: Tensor,
+    d_stats: Tensor,
     table: Tensor,
     logits: Tensor,
     token_ids: Tensor | None,
@@ -283,13 +277,13 @@ def token_stats_backward_(
 ) -> None:
     """The gradient of logits, written over them."""
     rows = as_rows(logits)
-    implementation(backend).backward(d_table, table, rows, token_ids, valid, temperature, softcap, vocab_size, rows)
+    implementation(backend).backward(d_stats, table, rows, token_ids, valid, temperature, softcap, vocab_size, rows)
     if rows.data_ptr() != logits.data_ptr():
         logits.copy_(rows.view(logits.shape))
 
 
 @token_stats_backward_.register_fake
-def _(d_table, table, logits, token_ids, valid, temperature, softcap, vocab_size, backend):
+def _(d_stats, table, logits, token_ids, valid, temperature, softcap, vocab_size, backend):
     return None
 
 
@@ -299,8 +293,15 @@ def forbid_second_derivative(name: str) -> None:
         raise RuntimeError(f"{name} has no second derivative: its backward pass was run with create_graph=True")
 
 
+def differentiable_of(ctx: Any, table: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What an autograd Function returns of its table: its first rows, which alone carry a gradient, and all of it."""
+    ctx.mark_non_differentiable(table, sizes)
+    ctx.set_materialize_grads(False)  # of those two it would be zeros, launched for nothing
+    return table[: layout.N_DIFFERENTIABLE], table, sizes
+
+
 class _TokenStats(torch.autograd.Function):
-    """(logits, ...) -> (table, sizes). Only the table's first three rows carry a gradient."""
+    """(logits, ...) -> (the table's first three rows, table, sizes). Only the first carries a gradient."""
 
     @staticmethod
     def forward(ctx, logits, token_ids, valid, temperature, top_p, softcap, vocab_size, inplace_backward, backend):
@@ -308,14 +309,13 @@ class _TokenStats(torch.autograd.Function):
         ctx.save_for_backward(logits, token_ids, valid, temperature, table)
         ctx.options = (softcap, vocab_size, backend)
         ctx.inplace_backward = inplace_backward
-        ctx.mark_non_differentiable(sizes)
-        return table, sizes
+        return differentiable_of(ctx, table, sizes)
 
     @staticmethod
-    def backward(ctx, d_table, _):
+    def backward(ctx, d_stats, *_):
         forbid_second_derivative("token_stats")
         logits, token_ids, valid, temperature, table = ctx.saved_tensors
-        arguments = (d_table.contiguous(), table, logits, token_ids, valid, temperature, *ctx.options)
+        arguments = (d_stats.contiguous(), table, logits, token_ids, valid, temperature, *ctx.options)
         if ctx.inplace_backward:
             token_stats_backward_(*arguments)
             d_logits = logits
@@ -374,7 +374,7 @@ def token_stats(
     if inplace_backward and torch.is_grad_enabled() and logits.requires_grad and _is_leaf(logits):
         raise ValueError("inplace_backward needs logits that were computed, got a leaf, whose values would be lost")
 
-    table, sizes = _TokenStats.apply(
+    outputs = _TokenStats.apply(
         logits,
         *flat_rows(token_ids, valid, temperature, logits),
         float(top_p),
@@ -383,7 +383,7 @@ def token_stats(
         inplace_backward,
         backend,
     )
-    return as_token_stats(table, sizes, logits.shape[:-1], token_ids is not None)
+    return as_token_stats(outputs, logits.shape[:-1], token_ids is not None)
 
 
 def _is_leaf(x: Tensor) -> bool:

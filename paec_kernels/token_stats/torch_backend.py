@@ -85,7 +85,7 @@ def forward(
 
 
 def backward(
-    d_table: Tensor,
+    d_stats: Tensor,
     table: Tensor,
     logits: Tensor,
     token_ids: Tensor | None,
@@ -99,7 +99,7 @@ def backward(
     """Writes the logits' gradient into ``out``, which may be ``logits`` itself.
 
     Args:
-        d_table: float32, like ``table``; its rows for logp, entropy and nucleus_entropy carry gradient.
+        d_stats: float32 ``[3, B * L]``, the gradients of logp, entropy and nucleus_entropy.
         table: float32 ``[layout.N_ROWS, B * L]`` from ``forward``.
         out: ``[B, L, V]`` of the logits' dtype; 0 in invalid rows and from column ``vocab_size`` on.
         first_column: where the logits' columns begin in a wider vocabulary, whose table and token ids these are.
@@ -113,8 +113,7 @@ def backward(
 
     def write(rows: Tensor, index: tuple, chunk: Scratch) -> None:
         ids = None if token_ids is None else token_ids[rows]
-        d_stats, stats = d_table[:, rows], table[:, rows]
-        grad = chunk_gradient(chunk, d_stats, stats, ids, temperature[rows], softcap, first_column)
+        grad = chunk_gradient(chunk, d_stats[:, rows], table[:, rows], ids, temperature[rows], softcap, first_column)
         out[index] = grad[:, :vocab_size].to(out.dtype)
 
     for_each_chunk(write, logits[..., :vocab_size], valid)
@@ -241,7 +240,7 @@ def chunk_gradient(
             = a onehot + e (A + B d) - c w q (log q + H_p),   A = (b (log Z - H) - a) / Z,   B = -b / Z.
     """
     z, d, e = chunk
-    a, b, c = d_stats[: layout.N_DIFFERENTIABLE] / temperature
+    a, b, c = d_stats / temperature
     log_total = stats[layout.LOG_TOTAL]
     total = log_total.exp()
     if token_ids is None:

@@ -57,12 +57,13 @@ class Launches(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_the_backward_pass_stacks_its_three_gradients_at_once():
-    leaf = flat(3, 130).requires_grad_()
-    stats = pk.token_stats(leaf, torch.tensor([1, 2, 3]))
-    loss = (stats.logp - stats.entropy + stats.nucleus_entropy).sum()
+@pytest.mark.parametrize("names", [("logp", "entropy", "nucleus_entropy"), ("logp", "entropy"), ("entropy",)])
+@pytest.mark.parametrize("linear", [False, True])
+def test_the_backward_pass_stacks_its_gradients_at_once(names, linear):
+    leaf, head, token_ids = flat(3, 130).requires_grad_(), torch.randn(70, 130), torch.tensor([1, 2, 3])
+    stats = pk.linear_token_stats(leaf, head, token_ids) if linear else pk.token_stats(leaf, token_ids)
+    gradients = [torch.ones(3)] * len(names)
     with Launches() as found:
-        torch.autograd.grad(loss, leaf)
-    # The rest is of the loss itself: ones, their expansion and a sign.
-    assert found.names.count("aten.stack.default") == 1
-    assert not [name for name in found.names if "select" in name or "copy" in name or "add" in name]
+        torch.autograd.grad([getattr(stats, name) for name in names], leaf, gradients)
+    before = found.names[: next(i for i, name in enumerate(found.names) if name.startswith("paec."))]
+    assert before == ["aten.zeros.default"] * (3 - len(names)) + ["aten.stack.default"]
