@@ -1,4 +1,4 @@
-"""What every test shares: where Triton's kernels run, the `gpu` marker, and real logits."""
+"""What every test shares: where Triton's kernels run, the `gpu` marker, poisoned memory, and real logits."""
 
 import os
 import re

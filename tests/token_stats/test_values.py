@@ -167,11 +167,16 @@ def test_strides(backend, name):
     logits = STRIDED[name](flat(24, 130).view(3, 8, 130))
     assert not logits.is_contiguous()
     token_ids = torch.randint(logits.shape[-1], logits.shape[:-1])
-    stats = pk.token_stats(logits, token_ids, backend=backend)
-    check_against(stats, truth_of(logits, token_ids))
+    temperature = 0.5 + torch.rand(token_ids.shape)
+
+    def statistics(z):
+        return pk.token_stats(z, token_ids, temperature=temperature, backend=backend)
+
+    stats = statistics(logits)
+    check_against(stats, truth_of(logits, token_ids, temperature=temperature))
     if logits.is_cpu:  # on a GPU the order of a row's sums depends on the alignment of its address
-        for value, other in zip(stats, pk.token_stats(logits.contiguous(), token_ids, backend=backend), strict=True):
-            assert torch.equal(value, other)
+        for value, expected in zip(stats, statistics(logits.contiguous()), strict=True):
+            assert torch.equal(value, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
