@@ -31,9 +31,8 @@ demo-llm: .venv/.stamp ## one GRPO + PAEC step on SmolLM2-135M: coloured answers
 test: .venv/.stamp ## all tests
 	.venv/bin/python -m pytest -n $(JOBS)
 
-test-gpu: .venv/.stamp ## the tests that need a GPU, and those of the calibration there, kernels compiled
-	TRITON_INTERPRET=0 .venv/bin/python -m pytest -m gpu
-	TRITON_INTERPRET=0 .venv/bin/python -m pytest tests/calibration
+test-gpu: .venv/.stamp ## the tests that need a GPU, kernels compiled
+	TRITON_INTERPRET=0 .venv/bin/python -m pytest -m gpu -n $(JOBS)
 
 test-triton36: .venv-triton36/.stamp ## the kernels' tests on triton 3.6, in an environment of its own
 	TRITON_INTERPRET=1 .venv-triton36/bin/python -m pytest -n $(JOBS) tests/token_stats tests/calibration

@@ -29,7 +29,9 @@ from benchmarks.workload import Case, Inputs, build, checked_rows, only, take
 from paec_kernels.demo import peak_memory
 
 FLUSH_BYTES = {"cpu": 64 << 20, "cuda": 256 << 20}  # beyond the last cache of either
-SLEEP_CYCLES = 2_000_000  # of a GPU, about 1 ms
+# Of a GPU, some 4.5 ms at 1.755 GHz: several times the 0.5 to 1 ms, by estimate, in which the host launches forward and
+# backward through custom operators. Were the host late, the GPU's idle time would be measured.
+SLEEP_CYCLES = 8_000_000
 
 
 class Seconds(NamedTuple):

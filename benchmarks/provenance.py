@@ -3,6 +3,7 @@
 import datetime
 import functools
 import platform
+import shutil
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
@@ -46,6 +47,8 @@ def _commit() -> str:
         found = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True)
         return found.stdout.strip()
 
+    if shutil.which("git") is None:
+        return "unknown, git is not installed"
     commit = git("rev-parse", "--short=10", "HEAD")
     if not commit:
         return "not in a git checkout"

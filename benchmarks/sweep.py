@@ -1,16 +1,15 @@
 """Measures everything and writes the rows, the plots and the page: ``python -m benchmarks.sweep --help``."""
 
+import argparse
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
-import tyro
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -92,23 +91,24 @@ def parts_on_gpu() -> Iterator[Part]:
         yield Part("vocabulary", Case(4096, v, F32, "real", gpu), fast, 20)
 
 
-@dataclass(frozen=True)
-class Options:
-    """Measure the operator, its floors and its rivals; write OUT/<device>/<section>.jsonl, plots and OUT/README.md."""
-
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    out: Path = RESULTS
-    """Folder of the rows. A section's are replaced as soon as something of it is measured again."""
-    minutes: float = 8.0
-    """After this no other case is begun; those left get a row that says so."""
-    sections: tuple[str, ...] = ()
-    """Only these: rivals, linear, step, loop, vocabulary, rows, kinds."""
-    threads: int = 2
-    """On a CPU."""
+def options_of(arguments: Sequence[str]) -> argparse.Namespace:
+    """Read the command line by the standard library alone: a borrowed GPU's image may hold little else."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.sweep",
+        description="Measure the operator, its floors and its rivals; write OUT/<device>/<section>.jsonl, plots and "
+        "OUT/README.md.",
+    )
+    add, sections = parser.add_argument, tuple(page.SECTIONS)
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="by default a GPU where there is one")
+    add("--out", type=Path, default=RESULTS, help="folder of the rows; a section's are replaced once it has new ones")
+    add("--minutes", type=float, default=8.0, help="no case is begun after these (8); the others get a row each")
+    add("--sections", nargs="+", choices=sections, default=sections, metavar="NAME", help="of " + ", ".join(sections))
+    add("--threads", type=int, default=2, help="of PyTorch on a CPU (2)")
+    return parser.parse_args(arguments)
 
 
 def main() -> None:
-    options = tyro.cli(Options, prog="python -m benchmarks.sweep")
+    options = options_of(sys.argv[1:])
     device = options.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -117,9 +117,7 @@ def main() -> None:
     torch.set_num_threads(options.threads if device == "cpu" else torch.get_num_threads())
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # of the processes that measure memory
     every = parts_on_gpu() if device == "cuda" else parts_on_cpu()
-    parts = [part for part in every if not options.sections or part.section in options.sections]
-    if not parts:
-        raise SystemExit(f"no such section: {', '.join(options.sections)}")
+    parts = [part for part in every if part.section in options.sections]
     console = Console()
     try:
         measure(parts, device, options, console)
@@ -128,7 +126,7 @@ def main() -> None:
             console.print(f"wrote {path}")
 
 
-def measure(parts: list[Part], device: str, options: Options, console: Console) -> None:
+def measure(parts: list[Part], device: str, options: argparse.Namespace, console: Console) -> None:
     command = " ".join(["python -m benchmarks.sweep", *sys.argv[1:]])
     end = time.monotonic() + 60 * options.minutes
     columns = (BarColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))

@@ -1,4 +1,4 @@
-"""What every test shares: where Triton's kernels run, the `gpu` marker, and real logits."""
+"""What every test shares: where Triton's kernels run, the `gpu` marker, poisoned memory, and real logits."""
 
 import os
 import re
@@ -66,35 +66,42 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture(params=["triton", "torch"])
-def backend(request: pytest.FixtureRequest) -> str:
-    """Both backends of `token_stats`, for tensors on the CPU."""
-    return _on_the_cpu(request.param)
+@pytest.fixture(autouse=True)
+def _poison() -> Iterator[None]:
+    """Memory that nobody has written holds NaN, or an integer type's largest value: an output left out is then seen.
+
+    It is what PyTorch does under deterministic algorithms. Operations that have none of these only warn here.
+    """
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(params=["triton", "torch", pytest.param("gpu", marks=pytest.mark.gpu)])
-def backend_anywhere(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Both backends on the CPU, and Triton's on a GPU, where the test's tensors are then made."""
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Both backends of `token_stats` on the CPU, and Triton's on a GPU, where the test's tensors are then made."""
     if request.param == "gpu":
         with torch.device("cuda"):
             yield "triton"
     else:
-        yield _on_the_cpu(request.param)
-
-
-def _on_the_cpu(backend: str) -> str:
-    if backend == "triton":
-        pytest.importorskip("triton", reason="the triton package is not installed")
-        if not _interpreted():
-            pytest.skip("compiled kernels take no CPU tensors: needs TRITON_INTERPRET=1")
-    return backend
+        if request.param == "triton":
+            pytest.importorskip("triton", reason="the triton package is not installed")
+            _needs_the_interpreter()
+        yield request.param
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Where the test's tensors are made."""
+    """Where the test's tensors are made. Triton's kernels run on both, interpreted on the CPU."""
+    if request.param == "cpu":
+        _needs_the_interpreter()
     with torch.device(request.param):
         yield request.param
+
+
+def _needs_the_interpreter() -> None:
+    if not _interpreted():
+        pytest.skip("compiled kernels take no CPU tensors: needs TRITON_INTERPRET=1")
 
 
 class RealLogits(NamedTuple):
@@ -106,10 +113,11 @@ class RealLogits(NamedTuple):
 
 @pytest.fixture(scope="session")
 def _real_logits_file() -> dict[str, torch.Tensor]:
-    return torch.load(DATA / "real_logits.pt", weights_only=True)
+    return torch.load(DATA / "real_logits.pt", weights_only=True, map_location="cpu")
 
 
 @pytest.fixture
 def real_logits(_real_logits_file: dict[str, torch.Tensor]) -> RealLogits:
-    """A fresh copy for each test, so that one may overwrite its rows."""
-    return RealLogits(_real_logits_file["logits"].clone(), _real_logits_file["token_ids"].clone())
+    """A fresh copy for each test, so that one may overwrite its rows, on the device of a fixture named before it."""
+    there = torch.get_default_device()
+    return RealLogits(*(_real_logits_file[name].to(there, copy=True) for name in RealLogits._fields))

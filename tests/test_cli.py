@@ -4,6 +4,7 @@ import sys
 
 import pytest
 
+pytest.importorskip("tyro", reason="needs the training's packages: pip install 'paec-kernels[train]'")
 from paec_kernels.cli import main
 from paec_kernels.train.algorithms import ALGORITHMS
 

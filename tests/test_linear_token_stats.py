@@ -23,11 +23,6 @@ from paec_kernels.linear_chunks import choose_chunks
 module = importlib.import_module("paec_kernels.linear_token_stats")
 
 
-@pytest.fixture
-def backend(backend_anywhere):
-    return backend_anywhere
-
-
 def head(n=37, width=24, n_cols=530, dtype=torch.float32, bias=False):
     """Hidden states, a weight with logits of a language model's spread, ids with one ignored, and valid rows."""
     return SimpleNamespace(

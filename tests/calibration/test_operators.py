@@ -13,6 +13,7 @@ from paec_kernels.calibration import PAECConfig
 from paec_kernels.calibration.operators import penalty_coefficients, position_score, soft_mask
 from paec_kernels.reference import TokenStats
 
+pytestmark = pytest.mark.usefixtures("device")
 SIZES = [1, 1024, 2500]
 CONFIGS = {
     "log_size": CONFIG,

@@ -15,6 +15,7 @@ from paec_kernels import reference
 from paec_kernels.calibration import PAEC, PAECConfig, Plan
 from paec_kernels.reference import TokenStats
 
+pytestmark = pytest.mark.usefixtures("device")
 CONFIGS = {
     "defaults": PAECConfig(),
     "penalty": CONFIG,

@@ -5,6 +5,7 @@ import torch
 
 from paec_kernels.calibration.quantile import as_fraction, quantile
 
+pytestmark = pytest.mark.usefixtures("device")
 LEVELS = [0.0, 0.2, 0.25, 1 / 3, 0.8, 0.999, 1.0]
 
 

@@ -9,11 +9,6 @@ from paec_kernels import reference
 from paec_kernels.loss import PAECLoss
 
 
-@pytest.fixture(autouse=True)
-def _device() -> None:
-    """In place of the folder's: the ranks' processes compute on the CPU, and so must the whole batch."""
-
-
 @pytest.fixture(scope="module", params=[2, 3])
 def ranks(request, tmp_path_factory) -> list[dict]:
     folder = tmp_path_factory.mktemp("ranks")

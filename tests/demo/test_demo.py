@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("transformers", reason="needs the demo's packages: pip install 'paec-kernels[demo]'")
+pytest.importorskip("tyro", reason="needs the demo's packages: pip install 'paec-kernels[demo]'")
 from paec_kernels.demo.__main__ import Options, main
 
 COMMAND = (sys.executable, "-m", "paec_kernels.demo")

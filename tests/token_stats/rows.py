@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from paec_kernels import TokenStats, reference
+from paec_kernels import TokenStats, reference, token_stats
 
 INF = math.inf
 # Odd widths on both sides of the Triton kernels' 2,048 lanes, and the widths at which there is no second token.
@@ -15,7 +15,10 @@ WIDTHS = (1, 2, 3, 7, 130, 2047, 2049, 5003)
 
 
 def flat(n: int, width: int, scale: float = 3.0) -> Tensor:
-    return torch.randn(n, width, generator=torch.Generator().manual_seed(width)) * scale
+    """Returns N(0, scale) rows ``[n, width]`` on the default device, the same numbers on each."""
+    generator = torch.Generator("cpu").manual_seed(width)
+    rows = torch.randn(n, width, generator=generator, device="cpu") * scale
+    return rows.to(torch.get_default_device())
 
 
 def hard_rows() -> dict[str, Tensor]:
@@ -64,6 +67,17 @@ def broken_rows() -> dict[str, Tensor]:
         "nothing finite": torch.full((5003,), -INF),
         "NaN among masked": torch.full((5003,), -INF).index_fill(0, torch.tensor([100]), math.nan),
     }
+
+
+# Views of logits ``[3, 8, 130]``; all but the last need no more than two strides for their rows.
+STRIDED: dict[str, Callable[[Tensor], Tensor]] = {
+    "shifted slice": lambda t: t[:, 1:],
+    "every other row": lambda t: t[:, ::2],
+    "transposed rows": lambda t: t.transpose(0, 1),
+    "columns apart": lambda t: t[..., ::2],
+    "one step of a sequence": lambda t: t[:, 3],
+    "three strides": lambda t: t.view(3, 2, 4, -1)[:, :, :3].transpose(0, 2),
+}
 
 
 class Truth(NamedTuple):
@@ -117,3 +131,24 @@ def gradient_of(statistics: Callable[[Tensor], TokenStats], logits: Tensor, weig
     loss.backward()
     assert leaf.grad is not None
     return leaf.grad
+
+
+def check_gradient(
+    backend: str, logits: Tensor, token_ids: Tensor | None, weights: Tensor, inplace: bool = False, **options
+) -> None:
+    """Error at most that of same-dtype eager autograd, in the same logits, + 1e-5."""
+    got = gradient_of(
+        # The leaf itself may not be overwritten, so in place goes through a copy of it.
+        lambda z: token_stats(
+            z * 1.0 if inplace else z, token_ids, backend=backend, inplace_backward=inplace, **options
+        ),
+        logits,
+        weights,
+    )
+    exact = gradient_of(lambda z: reference.token_stats(z, token_ids, **options), logits.double(), weights.double())
+    eager = gradient_of(lambda z: reference.token_stats(z, token_ids, **options), logits, weights)
+    assert got.dtype == logits.dtype
+    ambiguous = truth_of(logits, token_ids, **options).ambiguous
+    error = (got.double() - exact).abs().amax(-1)[~ambiguous]
+    allowed = (eager.double() - exact).abs().amax(-1)[~ambiguous] + 1e-5
+    assert (error <= allowed).all(), f"{error.max():.2e}, eager {(allowed - 1e-5).max():.2e}"

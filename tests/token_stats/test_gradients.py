@@ -1,35 +1,18 @@
-"""Gradients of both backends against float64 autograd of the reference, by sign, and in place."""
+"""Gradients of both backends, and of the kernels on a GPU, against float64 autograd, by sign, and in place."""
 
 import math
 
 import pytest
 import torch
-from token_stats.rows import WIDTHS, broken_rows, flat, gradient_of, hard_rows, truth_of
+from token_stats.rows import STRIDED, WIDTHS, broken_rows, check_gradient, flat, gradient_of, hard_rows
 
 import paec_kernels as pk
 from paec_kernels import reference
 
-
-def check_gradient(backend, logits, token_ids, weights, inplace=False, **options):
-    """Error at most that of same-dtype eager autograd, in the same logits, + 1e-5."""
-    got = gradient_of(
-        # The leaf itself may not be overwritten, so in place goes through a copy of it.
-        lambda z: pk.token_stats(
-            z * 1.0 if inplace else z, token_ids, backend=backend, inplace_backward=inplace, **options
-        ),
-        logits,
-        weights,
-    )
-    exact = gradient_of(lambda z: reference.token_stats(z, token_ids, **options), logits.double(), weights.double())
-    eager = gradient_of(lambda z: reference.token_stats(z, token_ids, **options), logits, weights)
-    assert got.dtype == logits.dtype
-    ambiguous = truth_of(logits, token_ids, **options).ambiguous
-    error = (got.double() - exact).abs().amax(-1)[~ambiguous]
-    allowed = (eager.double() - exact).abs().amax(-1)[~ambiguous] + 1e-5
-    assert (error <= allowed).all(), f"{error.max():.2e}, eager {(allowed - 1e-5).max():.2e}"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("only", [None, 0, 1, 2])
 def test_real_rows(backend, real_logits, dtype, only):
     logits, token_ids = real_logits.logits[::4].to(dtype), real_logits.token_ids[::4]
@@ -136,20 +119,46 @@ def test_tied_tokens_share_a_gradient(backend):
     assert gradient[0, 1] > 0
 
 
-def test_in_place_equals_out_of_place_and_writes_over_the_logits(backend, real_logits):
-    leaf = real_logits.logits[:6].float().requires_grad_()
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_in_place_equals_out_of_place_and_writes_over_the_logits(backend, real_logits, dtype):
+    leaf = real_logits.logits[:6].to(dtype).requires_grad_()
     gradients = []
     for inplace in (False, True):
-        leaf.grad = None
         logits = leaf * 1.0
         stats = pk.token_stats(logits, real_logits.token_ids[:6], inplace_backward=inplace, backend=backend)
         before = logits.detach().clone()
-        (stats.logp - stats.entropy + stats.nucleus_entropy).sum().backward()
+        (gradient,) = torch.autograd.grad((stats.logp - stats.entropy + stats.nucleus_entropy).sum(), logits)
+        assert (gradient.data_ptr() == logits.data_ptr()) == inplace
         assert torch.equal(logits.detach(), before) != inplace
-        gradients.append(leaf.grad)
-        if inplace:
-            assert torch.equal(logits.detach(), leaf.grad)
+        gradients.append(gradient)
     assert torch.equal(*gradients)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("name", STRIDED)
+def test_strided_logits(backend, name, inplace):
+    """A view's gradient is that of its contiguous copy; around it the gradient is 0 and the memory as it was."""
+    logits = flat(24, 130).view(3, 8, 130)
+    view = STRIDED[name](logits)
+    token_ids = torch.randint(view.shape[-1], view.shape[:-1])
+    temperature = 0.5 + torch.rand(token_ids.shape)
+    weights = torch.randn(3, token_ids.numel())
+    made = []
+
+    def statistics(z, inplace=False):
+        return pk.token_stats(z, token_ids, temperature=temperature, inplace_backward=inplace, backend=backend)
+
+    def statistics_of_the_view(leaf):
+        made.append(leaf * 1.0)
+        return statistics(STRIDED[name](made[0]), inplace)
+
+    gradient = gradient_of(statistics_of_the_view, logits, weights)
+    expected = torch.zeros_like(logits)
+    STRIDED[name](expected).copy_(gradient_of(statistics, view.contiguous(), weights))
+    torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-6)
+    if inplace:
+        view.copy_(STRIDED[name](gradient))
+    assert torch.equal(made[0].detach(), logits)
 
 
 def test_in_place_into_a_slice_leaves_its_surroundings(backend):

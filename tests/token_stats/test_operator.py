@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from token_stats.rows import flat
+from token_stats.rows import STRIDED, flat
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.library import opcheck
 
@@ -116,6 +116,15 @@ def test_bad_input_is_named_before_anything_changes(name):
     with pytest.raises(error, match=message):
         pk.token_stats(arguments[0], arguments[1], **arguments[2])
     assert torch.equal(logits, before)
+
+
+@pytest.mark.parametrize("name", STRIDED)
+def test_rows_of_any_strides(name):
+    """In order, and without a copy where two strides are enough."""
+    view = STRIDED[name](torch.randn(3, 8, 130))
+    rows = operator.as_rows(view)
+    assert torch.equal(rows.flatten(0, 1), view.flatten(0, -2))
+    assert (rows.data_ptr() == view.data_ptr()) == (name != "three strides")
 
 
 def test_auto_is_torch_on_a_cpu_and_triton_on_a_gpu():
