@@ -14,13 +14,13 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from benchmarks import loop_step, optimiser_step, page
+from benchmarks.cost_model import ROWS, VOCABULARIES
 from benchmarks.harness import Run, described, rows_of_case
 from benchmarks.implementations import all_implementations
 from benchmarks.logits import KINDS
 from benchmarks.rows import PASSES, RESULTS, Row, RowFile, path_of
 from benchmarks.workload import PLANTED, SMOLLM2, Case
 
-VOCABULARIES = (32_000, 49_152, 128_256, 151_936, 201_088, 262_144)
 F32, BF16 = torch.float32, torch.bfloat16
 IN_AND_OUT_OF_PLACE = ("token_stats", "token_stats in place")
 WITH_AND_WITHOUT_NUCLEUS = ("token_stats", "token_stats, no nucleus")
@@ -83,8 +83,8 @@ def parts_on_gpu() -> Iterator[Part]:
     for dtype in (BF16, F32):
         for kind in KINDS:
             yield Part("kinds", Case(4096, 151_936, dtype, kind, gpu), (*WITH_AND_WITHOUT_NUCLEUS, EAGER), 12)
-    for n in (1, 16, 128, 1024, 8192, 65_536):
-        yield Part("rows", Case(n, 49_152, BF16, "real", gpu), (*IN_AND_OUT_OF_PLACE, "TRL, fused"), 20)
+    for n in (1, *ROWS):
+        yield Part("rows", Case(n, 151_936, BF16, "real", gpu), (*IN_AND_OUT_OF_PLACE, "TRL, fused"), 20)
     yield Part("step", None, (), 20)
     yield Part("loop", None, (), 12)
     for v in VOCABULARIES:
