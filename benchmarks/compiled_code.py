@@ -55,7 +55,7 @@ def candidate_search_kernel(
     lanes = tl.arange(0, LANES)
     first, second = tl.load(first_ptr + lanes), tl.load(second_ptr + lanes)
     reached, found, tau, weight, mass, weighted, size = search_values(
-        tl.join(first, second), None, low, high, 0.0, 0.0, 0.0, target, top, scale, 0.0, SHIFT, False
+        (first, second), None, low, high, 0.0, 0.0, 0.0, target, top, scale, 0.0, SHIFT, False
     )
     n_suspect = tl.sum((second >= tau).to(tl.int32))
     tl.store(out_ptr, tau + weight + mass + weighted + size + n_suspect + found + reached)
@@ -66,8 +66,8 @@ def gather_kernel(logits_ptr, flags_ptr, scratch_ptr, sum_ptr, n_cols, LANES: tl
     """The passing of lanes between threads through memory. Nothing but the scratch is stored or loaded by 32 bits."""
     suspect = tl.load(flags_ptr + tl.arange(0, LANES)) != 0
     n_suspect = tl.sum(suspect.to(tl.int32))
-    gathered, dropped = gather_lanes(logits_ptr, 1, n_cols, suspect, n_suspect, scratch_ptr, LANES)
-    tl.store(sum_ptr, tl.sum(tl.sum(gathered, 1), 0) + dropped)
+    best, next_best, dropped = gather_lanes(logits_ptr, 1, n_cols, suspect, n_suspect, scratch_ptr, LANES)
+    tl.store(sum_ptr, tl.sum(best + next_best) + dropped)
 
 
 KERNELS = {

@@ -108,21 +108,30 @@ def settle(mass_above, sum_above, n_above, n_tied, tau, target, top, scale, soft
 
 
 @triton.jit
-def mass_from(z, e, extra, extra_e, threshold):
-    """G(threshold) over values held in registers; extra may be None."""
-    mass = tl.sum(tl.where(z >= threshold, e, 0.0))
-    if extra is not None:
-        mass += tl.sum(tl.where(extra >= threshold, extra_e, 0.0))
-    return mass
+def weights_of(pair, top, scale, softcap, HAS_SOFTCAP: tl.constexpr):
+    first, second = pair
+    return (
+        tl.exp2(log2_weight(first, top, scale, softcap, HAS_SOFTCAP)),
+        tl.exp2(log2_weight(second, top, scale, softcap, HAS_SOFTCAP)),
+    )
 
 
 @triton.jit
-def sums_of(z, e, low_value, high_value, top, scale, softcap, HAS_SOFTCAP: tl.constexpr):
+def mass_from(pair, weights, threshold):
+    """G(threshold) over values held in registers."""
+    mass = tl.where(pair[0] >= threshold, weights[0], 0.0)
+    mass = tl.where(pair[1] >= threshold, mass + weights[1], mass)
+    return tl.sum(mass)
+
+
+@triton.jit
+def sums_of(pair, weights, low_value, high_value, top, scale, softcap, HAS_SOFTCAP: tl.constexpr):
     """Over values held in registers, for a bracket [low, high) that holds one distinct value.
 
     Returns:
         sum of e log2(e) over z >= high, counts of z >= high and of z >= low, the best z < high.
     """
+    z, e = tl.join(pair[0], pair[1]), tl.join(weights[0], weights[1])
     above = z >= high_value
     # A zero that the compiler cannot know to be one: it makes the exponents anew where it would otherwise keep
     # those that e came from in registers across the search, and spill.
@@ -135,26 +144,29 @@ def sums_of(z, e, low_value, high_value, top, scale, softcap, HAS_SOFTCAP: tl.co
 
 @triton.jit
 def search_values(
-    z, extra, low, high, base_mass, base_sum, base_count, target, top, scale, softcap,
+    pair, extra, low, high, base_mass, base_sum, base_count, target, top, scale, softcap,
     SHIFT: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
 ):  # fmt: skip
-    """Bisect [low, high) over values held in registers: z, and extra where it is not None, all below high.
+    """Bisect [low, high) over values held in registers, all below high.
 
     Args:
+        pair, extra: two tensors each; extra may be None.
         base_mass, base_sum, base_count: of the row's tokens from high on: G, sum of e log2(e), how many.
     Returns:
         whether they reach the target at low, and if so: low as it is in the end; the nucleus as from `settle`.
     """
-    e = tl.exp2(log2_weight(z, top, scale, softcap, HAS_SOFTCAP))
-    extra_e = None
+    weights = weights_of(pair, top, scale, softcap, HAS_SOFTCAP)
+    extra_weights = None
     if extra is not None:
-        extra_e = tl.exp2(log2_weight(extra, top, scale, softcap, HAS_SOFTCAP))
+        extra_weights = weights_of(extra, top, scale, softcap, HAS_SOFTCAP)
 
     mass_low = LARGEST
     mass_high = base_mass
     while may_hold_more(1.0, low, high, mass_low, mass_high, top, scale, softcap, SHIFT, HAS_SOFTCAP):
         middle = middle_of(low, high, SHIFT)
-        mass = base_mass + mass_from(z, e, extra, extra_e, value_of(middle, SHIFT))
+        mass = base_mass + mass_from(pair, weights, value_of(middle, SHIFT))
+        if extra is not None:
+            mass += mass_from(extra, extra_weights, value_of(middle, SHIFT))
         enough = mass >= target
         low = tl.where(enough, middle, low)
         high = tl.where(enough, high, middle)
@@ -162,10 +174,10 @@ def search_values(
         mass_high = tl.where(enough, mass_high, mass)
 
     low_value, high_value = value_of(low, SHIFT), value_of(high, SHIFT)
-    weighted, n_above, n_member, tau = sums_of(z, e, low_value, high_value, top, scale, softcap, HAS_SOFTCAP)
+    weighted, n_above, n_member, tau = sums_of(pair, weights, low_value, high_value, top, scale, softcap, HAS_SOFTCAP)
     if extra is not None:
         more_weighted, more_above, more_member, rival = sums_of(
-            extra, extra_e, low_value, high_value, top, scale, softcap, HAS_SOFTCAP
+            extra, extra_weights, low_value, high_value, top, scale, softcap, HAS_SOFTCAP
         )
         weighted += more_weighted
         n_above += more_above
@@ -183,7 +195,7 @@ def gather_lanes(row_ptr, stride, n_cols, suspect, n_suspect, scratch_ptr, LANES
     """The suspect lanes' columns, as the two best of each of GATHERED_LANES x GATHERED_COLUMNS places.
 
     Returns:
-        [places, 2] logits, and the best that a place may have dropped.
+        the best and the second best of each place, and the best that a place may have dropped.
     """
     place = tl.cumsum(suspect.to(tl.int32), 0) - 1
     tl.store(scratch_ptr + place, tl.arange(0, LANES), mask=suspect)
@@ -200,8 +212,7 @@ def gather_lanes(row_ptr, stride, n_cols, suspect, n_suspect, scratch_ptr, LANES
         z = tl.load(row_ptr + columns.to(tl.int64) * stride, mask=inside, other=-float("inf")).to(tl.float32)
         dropped = tl.maximum(dropped, tl.minimum(second, z))
         first, second = insert_top_two(first, second, z)
-    gathered = tl.reshape(tl.join(first, second), [GATHERED_LANES * GATHERED_COLUMNS, 2])
-    return gathered, tl.max(dropped)
+    return first, second, tl.max(dropped)
 
 
 @triton.jit
@@ -257,9 +268,8 @@ def from_candidates(
         whether it is exact; low, raised where the candidates reach the target; a pivot for the next reading, or high;
         the nucleus as from `settle`.
     """
-    candidates = tl.join(first, second)
     reached, low_found, tau, weight, mass, weighted, size = search_values(
-        candidates, None, low, high, 0.0, 0.0, 0.0, target,
+        (first, second), None, low, high, 0.0, 0.0, 0.0, target,
         top, scale, softcap, SHIFT, HAS_SOFTCAP,
     )  # fmt: skip
     suspect = second >= tau
@@ -271,11 +281,12 @@ def from_candidates(
         if (n_suspect > GATHERED_LANES) & (low + 1 < high):
             pivot = pivot_above(first, second, low, high, n_cols, scale, softcap, SHIFT, HAS_SOFTCAP, LANES)
         elif (n_suspect > 0) & (n_suspect <= GATHERED_LANES):
-            gathered, dropped = gather_lanes(row_ptr, stride, n_cols, suspect, n_suspect, scratch_ptr, LANES)
-            others = tl.where(suspect[:, None], -float("inf"), candidates)
+            best, next_best, dropped = gather_lanes(row_ptr, stride, n_cols, suspect, n_suspect, scratch_ptr, LANES)
+            first = tl.where(suspect, -float("inf"), first)
+            second = tl.where(suspect, -float("inf"), second)
             # The union reaches the target at low, since the candidates alone do.
             _, low, tau, weight, mass, weighted, size = search_values(
-                others, gathered, low, high, 0.0, 0.0, 0.0, target,
+                (first, second), (best, next_best), low, high, 0.0, 0.0, 0.0, target,
                 top, scale, softcap, SHIFT, HAS_SOFTCAP,
             )  # fmt: skip
             exact = dropped < tau
@@ -457,9 +468,8 @@ def from_readings(
             high = pivot
             mass_high = base_mass
             if may_hold_more(1.0, low, high, mass_low, mass_high, top, scale, softcap, SHIFT, HAS_SOFTCAP):
-                candidates = tl.join(first_below, second_below)
                 reached, low_found, tau, weight, mass, weighted, size = search_values(
-                    candidates, None, low, high, base_mass, base_sum, base_count, target,
+                    (first_below, second_below), None, low, high, base_mass, base_sum, base_count, target,
                     top, scale, softcap, SHIFT, HAS_SOFTCAP,
                 )  # fmt: skip
                 n_suspect = tl.sum((second_below >= tau).to(tl.int32))
