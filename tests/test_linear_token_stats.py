@@ -17,7 +17,8 @@ from torch.utils.checkpoint import checkpoint
 import paec_kernels as pk
 from paec_kernels import reference
 from paec_kernels.demo import peak_memory
-from paec_kernels.linear_chunks import choose_chunks
+from paec_kernels.linear_chunks import choose_chunks, empty_logits
+from paec_kernels.token_stats import layout
 
 # By name: the package's attribute of this name is the function.
 module = importlib.import_module("paec_kernels.linear_token_stats")
@@ -123,11 +124,13 @@ def test_backward_sees_the_logits_that_forward_saw(sizes):
             seen[name] = torch.full((sizes[0], sizes[2]), math.nan)
 
         def forward(logits, *_, seen=seen, first=[0]):  # noqa: B006
+            assert logits.stride(1) % 16 == 0
             seen["forward"][first[0] : first[0] + logits.shape[1]] = logits[0]
             first[0] += logits.shape[1]
             return torch.zeros(10, logits.shape[1]), torch.zeros(logits.shape[1], dtype=torch.int32)
 
-        def backward(d_table, table, logits, *rest, seen=seen):
+        def backward(d_stats, table, logits, *rest, seen=seen):
+            assert logits.stride(1) % 16 == 0
             seen["backward"][:, rest[-1] : rest[-1] + logits.shape[2]] = logits[0]
 
         with pytest.MonkeyPatch.context() as patch:
@@ -136,6 +139,14 @@ def test_backward_sees_the_logits_that_forward_saw(sizes):
             )
             run(pk.linear_token_stats, case, chunk_rows=chunk_rows)
         assert torch.equal(seen["forward"], seen["backward"])
+
+
+@pytest.mark.parametrize("n_cols", [1, 16, 17, 50_257])
+def test_rows_of_logits_begin_at_multiples_of_16_elements(n_cols):
+    logits = empty_logits(3, n_cols, torch.empty(1, dtype=torch.bfloat16))
+    assert logits.shape == (3, n_cols)
+    assert logits.dtype == torch.bfloat16
+    assert logits.stride() == (16 * math.ceil(n_cols / 16), 1)
 
 
 def test_one_chunk_size_gives_one_result_and_others_round_differently(device):
@@ -361,7 +372,7 @@ def test_opcheck():
     torch.library.opcheck(module.linear_token_stats_forward, forward)
     table, _ = module.linear_token_stats_forward(*forward)
     for needs in ((True, True, True), (False, True, False)):
-        backward = (torch.randn_like(table), table, *forward[:6], 0.0, 2, *needs, "torch")
+        backward = (torch.randn_like(table[: layout.N_DIFFERENTIABLE]), table, *forward[:6], 0.0, 2, *needs, "torch")
         torch.library.opcheck(module.linear_token_stats_backward, backward)
 
 

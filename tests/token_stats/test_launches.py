@@ -43,6 +43,12 @@ def test_the_forward_kernel_does_not_see_what_is_not_valid():
     launch(valid=torch.tensor([True, False, True]), token_ids=(3, 1000, 5), temperature=(1.0, -1.0, 1.0))
 
 
+def test_the_stride_of_the_only_outer_row_compiles_nothing_anew():
+    rows = torch.empty(2, 5, 7)
+    assert triton_backend._strides(rows) == (35, 7, 1)
+    assert triton_backend._strides(rows[:1]) == (0, 7, 1)
+
+
 class Launches(TorchDispatchMode):
     """The operators that do work: all but views and what only allocates."""
 

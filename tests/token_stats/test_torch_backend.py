@@ -94,13 +94,13 @@ def test_scattered_valid_rows_of_a_slice(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_gradient_over_the_logits_themselves(dtype):
     logits, token_ids = mixed_rows(9).to(dtype)[None], torch.arange(9)
-    d_table = torch.randn(layout.N_ROWS, 9)
+    d_stats = torch.randn(layout.N_DIFFERENTIABLE, 9)
     valid = torch.arange(9) != 4
     arguments = (token_ids, valid, torch.full((1,), 0.7))
     table, _ = torch_backend.forward(logits, *arguments, 0.9, 0.0, 5000)
     out = torch.full_like(logits, math.nan)
-    torch_backend.backward(d_table, table, logits, *arguments, 0.0, 5000, out)
-    torch_backend.backward(d_table, table, logits, *arguments, 0.0, 5000, logits)
+    torch_backend.backward(d_stats, table, logits, *arguments, 0.0, 5000, out)
+    torch_backend.backward(d_stats, table, logits, *arguments, 0.0, 5000, logits)
     assert torch.equal(out, logits)
     assert (out[..., 5000:] == 0).all()
     assert (out[:, 4] == 0).all()
