@@ -99,6 +99,7 @@ def compile_kernel(kernel: str, target: str = "sm_90", dtype: str = "bf16", soft
         "SHIFT": SHIFTS[dtype],
         "HAS_SOFTCAP": softcap,
         "LANES": triton_backend.LANES,
+        "ALIGNED": True,
         "BLOCK": triton_backend.BACKWARD_BLOCK,
     }
     names = function.arg_names

@@ -50,7 +50,7 @@ class _OnePass(torch.autograd.Function):
             multiply(hidden_rows, weight, bias, out=logits)
             table, sizes = implementation.forward(logits[None], ids, None, t, top_p, softcap, n_cols)
             with torch.enable_grad():
-                leaf = table[: layout.N_DIFFERENTIABLE].requires_grad_()
+                leaf = table[: layout.N_DIFFERENTIABLE].clone().requires_grad_()  # the loss may write over its rows
                 stats = operator.as_token_stats((leaf, table, sizes), rows.shape, token_ids is not None)
                 chunk = chunk_loss(stats, rows)
             loss += chunk.detach()

@@ -37,18 +37,23 @@ def accumulate(sums, z, reference, scale, softcap, HAS_SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def read_row(row_ptr, stride, n_cols, reference, scale, softcap, HAS_SOFTCAP: tl.constexpr, LANES: tl.constexpr):
+def read_row(
+    row_ptr, stride, n_cols, reference, scale, softcap,
+    HAS_SOFTCAP: tl.constexpr, LANES: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
     """Z, S and the two largest logits of each lane: four [LANES] tensors."""
     zeros = tl.zeros([LANES], tl.float32)
     nothing = tl.full([LANES], -float("inf"), tl.float32)
     sums = zeros, zeros, nothing, nothing
     first_ptrs = row_ptr + tl.arange(0, LANES).to(tl.int64) * stride
+    block = LANES if ALIGNED else LANES * tl.cast(stride, tl.int64)
     n_full = n_cols // (2 * LANES) * (2 * LANES)
-    # A round's two blocks are loaded two rounds ahead: fewer bytes in flight do not cover the latency of memory.
-    for start in tl.range(0, n_full, 2 * LANES, num_stages=3):
+    # A round's two blocks are loaded two rounds ahead: fewer bytes in flight do not cover the latency of memory. Loads
+    # of less than 16 bytes would only cost registers that way.
+    for start in tl.range(0, n_full, 2 * LANES, num_stages=3 if ALIGNED else 1):
         pointers = first_ptrs + tl.cast(start, tl.int64) * stride
         z0 = tl.load(pointers).to(tl.float32)
-        z1 = tl.load(pointers + LANES * stride).to(tl.float32)
+        z1 = tl.load(pointers + block).to(tl.float32)
         sums = accumulate(sums, z0, reference, scale, softcap, HAS_SOFTCAP)
         sums = accumulate(sums, z1, reference, scale, softcap, HAS_SOFTCAP)
     for start in range(n_full, n_cols, LANES):
@@ -71,13 +76,14 @@ def forward_kernel(
     token_ids_ptr, valid_ptr, temperature_ptr, temperature_stride,
     stats_ptr, size_ptr, scratch_ptr, fits_ptr,
     n_rows, n_inner, n_cols, top_p, softcap,
-    SHIFT: tl.constexpr, HAS_SOFTCAP: tl.constexpr, LANES: tl.constexpr,
+    SHIFT: tl.constexpr, HAS_SOFTCAP: tl.constexpr, LANES: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """Statistics of one row into stats [10, n_rows] float32 and size [n_rows] int32.
 
-    logits: [outer, inner, V] by strides, of which n_cols columns are read. token_ids and valid: [n_rows] or None.
-    temperature: [n_rows], or one element with stride 0. scratch: [n_rows, GATHERED_LANES] int32. fits: one int32,
-    set to 0 where a token id or a temperature is out of range.
+    logits: [outer, inner, V] by strides, of which n_cols columns are read; ALIGNED says that rows begin at multiples
+    of 16 bytes and columns adjoin. token_ids and valid: [n_rows] or None. temperature: [n_rows], or one element with
+    stride 0. scratch: [n_rows, GATHERED_LANES] int32. fits: one int32, set to 0 where a token id or a temperature is
+    out of range; the row's statistics are then NaN.
     """
     row = tl.program_id(0)
     if valid_ptr is not None and tl.load(valid_ptr + row) == 0:
@@ -93,12 +99,14 @@ def forward_kernel(
     token_logit = tl.load(row_ptr + token * stride_col, mask=has_token, other=0.0).to(tl.float32)
     if (fits & (has_token | (token == IGNORE))) == 0:
         tl.store(fits_ptr, 0)
+        store_everywhere(stats_ptr, size_ptr, n_rows, row, float("nan"))
+        return  # the nucleus' search need not end at a temperature below 0
 
     head = load_last(row_ptr, stride_col, 0, n_cols, LANES)
     reference = capped(tl.max(head), softcap, HAS_SOFTCAP)
     reference = tl.where(tl.abs(reference) < float("inf"), reference, 0.0)
     total, weighted, first, second = read_row(
-        row_ptr, stride_col, n_cols, reference, scale, softcap, HAS_SOFTCAP, LANES
+        row_ptr, stride_col, n_cols, reference, scale, softcap, HAS_SOFTCAP, LANES, ALIGNED
     )
     top_logit = tl.max(first)
     top = capped(top_logit, softcap, HAS_SOFTCAP)
@@ -106,7 +114,7 @@ def forward_kernel(
     if (distance > REFERENCE_RANGE) & (tl.abs(top) < float("inf")):
         reference = top
         total, weighted, first, second = read_row(
-            row_ptr, stride_col, n_cols, reference, scale, softcap, HAS_SOFTCAP, LANES
+            row_ptr, stride_col, n_cols, reference, scale, softcap, HAS_SOFTCAP, LANES, ALIGNED
         )
     z_total = tl.sum(total)
     z_weighted = tl.sum(weighted)

@@ -26,7 +26,7 @@ from paec_kernels.token_stats.rows import capped, insert_top_two, load_last, log
 LARGEST = tl.constexpr(3.4028234663852886e38)
 GATHERED_LANES = tl.constexpr(64)
 GATHERED_COLUMNS = tl.constexpr(8)
-AHEAD = tl.constexpr(4)  # blocks of columns that a reading loads before it uses the first
+AHEAD = tl.constexpr(4)  # blocks of columns that `load_ahead` loads before a reading uses the first
 FEW = tl.constexpr(32.0)  # tokens in a bracket that is narrow enough
 
 
@@ -297,7 +297,7 @@ def from_candidates(
 def load_ahead(row_ptr, stride, start, LANES: tl.constexpr):
     """The next AHEAD blocks of LANES columns: one alone is too few bytes in flight to cover the latency of memory."""
     pointers = row_ptr + (start + tl.arange(0, LANES)).to(tl.int64) * stride
-    step = LANES * stride
+    step = LANES * tl.cast(stride, tl.int64)
     z0 = tl.load(pointers).to(tl.float32)
     z1 = tl.load(pointers + step).to(tl.float32)
     z2 = tl.load(pointers + 2 * step).to(tl.float32)

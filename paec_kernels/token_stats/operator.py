@@ -202,11 +202,12 @@ def flat_rows(
 
 
 def as_token_stats(outputs: tuple[Tensor, Tensor, Tensor], shape: torch.Size, has_tokens: bool) -> TokenStats:
-    """The public rows of what `differentiable_of` returns; those of the whole table carry no gradient."""
+    """The public rows of what `mark_differentiable` returns; those of the whole table carry no gradient."""
     differentiable, table, sizes = outputs
     # All three at once: their gradients are then stacked, in one launch, where those of rows taken one by one would
-    # each be padded with zeros and added up.
-    logp, entropy, nucleus_entropy = (row.view(shape) for row in differentiable.unbind())
+    # each be padded with zeros and added up. Without gradients the rows may be written over, as any tensor's.
+    rows = differentiable.unbind() if differentiable.requires_grad else table
+    logp, entropy, nucleus_entropy = (rows[i].view(shape) for i in range(layout.N_DIFFERENTIABLE))
     margin, lse = table[layout.MARGIN].view(shape), table[layout.LSE].view(shape)
     return TokenStats(logp if has_tokens else None, entropy, nucleus_entropy, margin, lse, sizes.view(shape))
 
@@ -293,8 +294,8 @@ def forbid_second_derivative(name: str) -> None:
         raise RuntimeError(f"{name} has no second derivative: its backward pass was run with create_graph=True")
 
 
-def differentiable_of(ctx: Any, table: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What an autograd Function returns of its table: its first rows, which alone carry a gradient, and all of it."""
+def mark_differentiable(ctx: Any, table: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Give a Function's outputs: the table's first rows, which alone carry a gradient, the table and the sizes."""
     ctx.mark_non_differentiable(table, sizes)
     ctx.set_materialize_grads(False)  # of those two it would be zeros, launched for nothing
     return table[: layout.N_DIFFERENTIABLE], table, sizes
@@ -309,10 +310,12 @@ class _TokenStats(torch.autograd.Function):
         ctx.save_for_backward(logits, token_ids, valid, temperature, table)
         ctx.options = (softcap, vocab_size, backend)
         ctx.inplace_backward = inplace_backward
-        return differentiable_of(ctx, table, sizes)
+        return mark_differentiable(ctx, table, sizes)
 
     @staticmethod
     def backward(ctx, d_stats, *_):
+        if d_stats is None:  # whatever came after had no gradient to give
+            return 9 * (None,)
         forbid_second_derivative("token_stats")
         logits, token_ids, valid, temperature, table = ctx.saved_tensors
         arguments = (d_stats.contiguous(), table, logits, token_ids, valid, temperature, *ctx.options)

@@ -26,6 +26,13 @@ def _strides(logits: Tensor) -> tuple[int, int, int]:
     return 0 if len(logits) == 1 else outer, inner, column
 
 
+def _aligned(logits: Tensor) -> bool:
+    """Tell whether every row begins at a multiple of 16 bytes and its columns adjoin."""
+    outer, inner, column = _strides(logits)
+    starts = (logits.data_ptr(), outer * logits.itemsize, inner * logits.itemsize)
+    return column == 1 and all(start % 16 == 0 for start in starts)
+
+
 def forward(
     logits: Tensor,
     token_ids: Tensor | None,
@@ -68,6 +75,7 @@ def forward(
             SHIFT=KEY_SHIFT[logits.dtype],
             HAS_SOFTCAP=softcap > 0,
             LANES=LANES,
+            ALIGNED=_aligned(logits),
             num_warps=SOFTCAP_WARPS if softcap > 0 else FORWARD_WARPS,
             enable_fp_fusion=True,
         )

@@ -203,6 +203,35 @@ def test_logits_changed_before_backward_are_an_error(backend):
         entropy.backward()
 
 
+class WithoutGradient(torch.autograd.Function):
+    """Passes its input on and gives no gradient back."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return None
+
+
+@pytest.mark.parametrize("more", [(), (torch.ones(70, 60),)])
+def test_no_gradient_arrives(backend, more):
+    leaf = torch.randn(3, 60, requires_grad=True)
+    function = pk.linear_token_stats if more else pk.token_stats
+    stats = function(leaf, *(weight.to(leaf.device) for weight in more), backend=backend)
+    (WithoutGradient.apply(stats.entropy).sum() + leaf.sum()).backward()
+    assert torch.equal(leaf.grad, torch.ones_like(leaf))
+
+
+def test_statistics_without_a_gradient_may_be_written_over(backend):
+    stats = pk.token_stats(torch.randn(3, 60), torch.tensor([1, 2, 3]), backend=backend)
+    weight = torch.tensor([1.0, 2.0, 3.0], requires_grad=True)
+    expected = stats.entropy.clone()
+    stats.entropy.mul_(weight)
+    assert torch.equal(stats.entropy, expected * weight)
+
+
 def test_margin_lse_and_size_carry_no_gradient(backend):
     stats = pk.token_stats(torch.randn(3, 60, requires_grad=True), torch.tensor([1, 2, 3]), backend=backend)
     assert [value.requires_grad for value in stats] == [True, True, True, False, False, False]

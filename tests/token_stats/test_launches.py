@@ -38,6 +38,14 @@ def test_the_forward_kernel_sees_what_is_out_of_range(wrong):
         launch(**wrong)
 
 
+@pytest.mark.parametrize("temperature", [-1e4, -1.0, -0.0039, 0.0, float("inf"), float("nan")])
+@pytest.mark.parametrize("row", [torch.full((4096,), 1.5), flat(1, 4096)[0]])
+def test_no_temperature_keeps_the_kernel_from_its_end(row, temperature):
+    """A search of the nucleus with its weights upside down need not end, and a GPU would hang."""
+    with pytest.raises(RuntimeError, match="temperature positive and finite"):
+        triton_backend.forward(row.bfloat16()[None, None], None, None, torch.tensor([temperature]), 0.95, 0.0, 4096)
+
+
 def test_the_forward_kernel_does_not_see_what_is_not_valid():
     launch()
     launch(valid=torch.tensor([True, False, True]), token_ids=(3, 1000, 5), temperature=(1.0, -1.0, 1.0))

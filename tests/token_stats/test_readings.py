@@ -51,6 +51,13 @@ def test_tied_rows(readings, name, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("scale", [0.02, 1.0, 3.0])
+def test_wide_flat_rows(readings, scale, dtype):
+    pk.token_stats(flat(1, 50_000, scale).to(dtype), backend="triton")
+    assert 1 <= len(readings) <= 9
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("name", hard_rows())
 def test_hard_rows(readings, name, dtype):
     pk.token_stats(hard_rows()[name].to(dtype), backend="triton")

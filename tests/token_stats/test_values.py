@@ -189,6 +189,17 @@ def test_a_row_is_the_same_to_the_bit_whatever_batch_it_is_in(backend, real_logi
             assert torch.equal(value, expected[rows])
 
 
+@pytest.mark.parametrize("value", [None, 1.5])
+def test_columns_far_apart(backend, monkeypatch, value):
+    """Offsets of a few thousand columns pass 2^31, in the row's pass and in the readings of tied rows."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # as below
+    near = flat(2, 4100).bfloat16() if value is None else torch.full((2, 4100), value, dtype=torch.bfloat16)
+    apart = 1_500_016
+    logits = torch.empty(4100 * apart, dtype=torch.bfloat16).as_strided(near.shape, (1, apart)).copy_(near)
+    token_ids = torch.tensor([3, 4099])
+    check_against(pk.token_stats(logits, token_ids, backend=backend), truth_of(near, token_ids))
+
+
 def test_offsets_beyond_two_to_the_31(backend, monkeypatch):
     # Only the pages that are written exist on a CPU: 4.3 GB of addresses, a few kilobytes of memory.
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
