@@ -25,10 +25,10 @@ from triton.compiler import ASTSource
 
 from benchmarks import cost_model
 from benchmarks.provenance import provenance
-from paec_kernels.token_stats import triton_backend
-from paec_kernels.token_stats.backward_kernel import backward_kernel
-from paec_kernels.token_stats.forward_kernel import forward_kernel
-from paec_kernels.token_stats.nucleus import gather_lanes, search_values
+from paec_kernels.ops import triton_backend
+from paec_kernels.ops.backward import backward_kernel
+from paec_kernels.ops.forward import forward_kernel
+from paec_kernels.ops.nucleus import gather_lanes, search_values
 
 TARGETS = {"sm_90": ("cuda", 90, 32), "sm_80": ("cuda", 80, 32), "gfx942": ("hip", "gfx942", 64)}
 SHIFTS = {"fp32": 0, "fp16": 13, "bf16": 16}

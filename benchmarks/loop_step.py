@@ -23,9 +23,9 @@ from benchmarks.step_turns import Way, rows_in_turns
 from benchmarks.workload import ADVANTAGE, CLIP_HIGH, RATIO_NOISE, Case
 from paec_kernels.train import algorithms, loop
 from paec_kernels.train.config import TrainConfig
-from paec_kernels.train.models import pick_device, starting_policy
+from paec_kernels.train.models.by_name import pick_device, starting_policy
 from paec_kernels.train.operator_clock import OperatorClock
-from paec_kernels.train.tasks import load_tasks
+from paec_kernels.train.tasks.by_name import load_tasks
 
 CONFIG = TrainConfig(method=algorithms.PAECOptions(paec=pk.PAECConfig(anchor_steps=1)))
 SOURCES = {

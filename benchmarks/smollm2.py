@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from paec_kernels.demo import model, rollout
+from paec_kernels.demo import rollout
 from paec_kernels.demo.questions import QUESTIONS, messages
+from paec_kernels.train.models import smollm2
 
 MAX_NEW_TOKENS = 48
 TOKENS_OF_AN_ANSWER = 12  # at least, on average
@@ -24,7 +25,7 @@ def sampled(device: str, answers: int) -> tuple[PreTrainedModel, rollout.Rollout
 
 @functools.cache
 def _model(device: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    return model.load(torch.device(device))
+    return smollm2.load(torch.device(device))
 
 
 def hidden_states(n: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -28,9 +28,9 @@ from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer
 
 from benchmarks.provenance import device_name, provenance
-from paec_kernels.demo import model
 from paec_kernels.demo.questions import QUESTIONS, messages
 from paec_kernels.integrations.trl import PAECGRPOConfig, PAECGRPOTrainer
+from paec_kernels.train.models import smollm2
 
 STOCK, ANSWERS_ONLY, PAEC = "stock", "stock, answers only", "PAEC"
 ON_A_GPU = trl.trainer.utils._use_triton
@@ -148,7 +148,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     torch.set_num_threads(arguments.threads)
-    policy, tokenizer = model.load(torch.device("cpu"))
+    policy, tokenizer = smollm2.load(torch.device("cpu"))
     policy.is_quantized = False  # its file is, its weights were dequantised
     policy.to(DTYPE)  # the trainers take their copies to their device
     rows = []
@@ -162,7 +162,7 @@ def main() -> None:
             "loss_error": check(made),
         }
         rows += [tokens | row for row in measure(made, arguments.repeats)]
-    setting = {"model": model.NAME, "threads": arguments.threads, "repeats": arguments.repeats, "dtype": str(DTYPE)}
+    setting = {"model": smollm2.NAME, "threads": arguments.threads, "repeats": arguments.repeats, "dtype": str(DTYPE)}
     setting |= {"device": device_name("cpu" if ON_CPU else "cuda")} | provenance()
     print(", ".join(f"{key} {value}" for key, value in setting.items()))
     print(

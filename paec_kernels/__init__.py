@@ -1,12 +1,10 @@
 """Entropy control for RL with verifiable rewards, from fused kernels."""
 
 from paec_kernels import reference
-from paec_kernels.calibration import PAEC, PAECConfig
-from paec_kernels.entropy_losses import AER, SIREN, AERConfig, GlobalEntropy, GlobalEntropyConfig, SIRENConfig
-from paec_kernels.linear_token_stats import linear_token_stats
-from paec_kernels.loss import PAECLoss
-from paec_kernels.one_pass import one_pass_loss
-from paec_kernels.policy_losses import (
+from paec_kernels.losses.drop_in import PAECLoss
+from paec_kernels.losses.paec import PAEC
+from paec_kernels.losses.paec_config import PAECConfig
+from paec_kernels.losses.policy import (
     cispo_loss,
     clip_cov_loss,
     clip_cov_selection,
@@ -15,8 +13,11 @@ from paec_kernels.policy_losses import (
     kl_cov_loss,
     kl_cov_selection,
 )
-from paec_kernels.reference import TokenStats
-from paec_kernels.token_stats import token_stats
+from paec_kernels.losses.rivals import AER, SIREN, AERConfig, GlobalEntropy, GlobalEntropyConfig, SIRENConfig
+from paec_kernels.ops.linear import linear_token_stats
+from paec_kernels.ops.one_pass import one_pass_loss
+from paec_kernels.ops.operator import token_stats
+from paec_kernels.types import TokenStats
 
 __all__ = [
     "AER",

@@ -6,27 +6,11 @@ summaries of its text, [ours] this package's documented choice.
 """
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-IGNORE_INDEX = -100
-
-
-class TokenStats(NamedTuple):
-    """Statistics of each token position, shaped ``logits.shape[:-1]``.
-
-    ``logp`` (None without ``token_ids``), ``entropy`` and ``nucleus_entropy`` are float32, in nats, and
-    differentiable; ``margin`` and ``lse`` are float32 without a gradient; ``nucleus_size`` is int32.
-    """
-
-    logp: Tensor | None
-    entropy: Tensor
-    nucleus_entropy: Tensor
-    margin: Tensor
-    lse: Tensor
-    nucleus_size: Tensor
+from paec_kernels.types import IGNORE_INDEX, TokenStats
 
 
 def scaled_logits(z: Tensor, temperature: float | Tensor = 1.0, softcap: float | None = None) -> Tensor:

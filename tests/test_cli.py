@@ -52,7 +52,7 @@ def test_train_then_eval(tmp_path, cache, capsys):
 
 def test_files_of_problems_are_read_once(tmp_path, cache, monkeypatch):
     pytest.importorskip("math_verify", reason="needs the training's packages: pip install 'paec-kernels[train]'")
-    from paec_kernels.train import jsonl_tasks
+    from paec_kernels.train.tasks import jsonl
 
     rows = [
         {"prompt": [{"content": f"a1{i}+2{i}:"}], "answer": 30 + 2 * i} for i in range(5)
@@ -60,9 +60,7 @@ def test_files_of_problems_are_read_once(tmp_path, cache, monkeypatch):
     for name, part in (("a", rows[:3]), ("b", rows[3:])):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
     read = []
-    monkeypatch.setattr(
-        jsonl_tasks, "_read", lambda path, task, was=jsonl_tasks._read: read.append(task) or was(path, task)
-    )
+    monkeypatch.setattr(jsonl, "_read", lambda path, task, was=jsonl._read: read.append(task) or was(path, task))
     tasks = ["--tasks", tmp_path / "a.jsonl", "--eval-tasks", tmp_path / "b.jsonl"]
     assert paec("train", "--out", tmp_path / "run", "--cache", cache, *TINY, *tasks) == 0
     assert read == ["a", "b"]

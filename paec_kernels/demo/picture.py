@@ -10,7 +10,7 @@ from matplotlib.font_manager import FontProperties, findfont
 from matplotlib.patches import Rectangle
 
 from paec_kernels.demo.report import Answer, Report
-from paec_kernels.whole_file import whole_file
+from paec_kernels.saved_state import whole_file
 
 COLUMNS = 120  # characters in a line of answer text
 MAX_LINES = 14

@@ -13,7 +13,7 @@ from paec_kernels.demo.comparison import Comparison
 from paec_kernels.demo.questions import Question
 from paec_kernels.demo.rollout import Rollout
 from paec_kernels.demo.step import Scored, StepResult
-from paec_kernels.whole_file import whole_file
+from paec_kernels.saved_state import whole_file
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ from collections.abc import Callable
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from paec_kernels.train import hf_policy
-from paec_kernels.train.policy import Rollout
+from paec_kernels.train.models import hugging_face
+from paec_kernels.train.models.policy import Rollout
 
 __all__ = ["Rollout", "answer_hidden", "part", "sample"]
 
@@ -23,7 +23,7 @@ def sample(
 ) -> Rollout:
     """``answers`` samples for each chat by torch's global generator; ``on_token`` is called at each step."""
     prompts = [tokenizer.apply_chat_template(c, add_generation_prompt=True, tokenize=False) for c in chats]
-    return hf_policy.sample(
+    return hugging_face.sample(
         model,
         tokenizer,
         prompts,
@@ -42,4 +42,4 @@ def part(rollout: Rollout, rows: slice) -> Rollout:
 
 def answer_hidden(model: PreTrainedModel, rollout: Rollout) -> Tensor:
     """The last hidden states that each answer token was sampled from, [B, T, D]; the head turns them into logits."""
-    return hf_policy.HiddenStates(model)(rollout.sequences, rollout.attention_mask, rollout.prompt_length)
+    return hugging_face.HiddenStates(model)(rollout.sequences, rollout.attention_mask, rollout.prompt_length)

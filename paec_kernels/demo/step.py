@@ -9,8 +9,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import paec_kernels as pk
-from paec_kernels.calibration import Plan
 from paec_kernels.demo.rollout import Rollout, answer_hidden
+from paec_kernels.losses.paec import Plan
 
 
 class Scored(NamedTuple):

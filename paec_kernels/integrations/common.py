@@ -3,8 +3,8 @@
 import torch
 from torch import nn
 
-from paec_kernels.calibration import PAECConfig
-from paec_kernels.calibration.paec import Plan
+from paec_kernels.losses.paec import Plan
+from paec_kernels.losses.paec_config import PAECConfig
 
 
 def numbers(plan: Plan, config: PAECConfig) -> dict[str, float]:

@@ -19,12 +19,12 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
-from paec_kernels.calibration import PAEC, PAECConfig
-from paec_kernels.calibration.paec import Plan
 from paec_kernels.integrations.common import numbers, sources_of_noise
-from paec_kernels.linear_token_stats import linear_token_stats
-from paec_kernels.reference import TokenStats
-from paec_kernels.whole_file import whole_file
+from paec_kernels.losses.paec import PAEC, Plan
+from paec_kernels.losses.paec_config import PAECConfig
+from paec_kernels.ops.linear import linear_token_stats
+from paec_kernels.saved_state import whole_file
+from paec_kernels.types import TokenStats
 
 STATE_NAME = "paec.pt"
 KERNEL_NAMES = ("_ChunkedLogProbFunction", "_use_triton")  # globals that TRL's forward reads

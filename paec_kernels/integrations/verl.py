@@ -29,11 +29,11 @@ from verl.workers.config import PolicyLossConfig
 from verl.workers.engine_workers import ActorRolloutRefWorker, TrainingWorker
 from verl.workers.utils.padding import no_padding_2_padding
 
-from paec_kernels.calibration import PAEC, PAECConfig
-from paec_kernels.calibration.paec import Plan
 from paec_kernels.integrations.common import numbers, sources_of_noise
-from paec_kernels.reference import TokenStats
-from paec_kernels.token_stats import token_stats
+from paec_kernels.losses.paec import PAEC, Plan
+from paec_kernels.losses.paec_config import PAECConfig
+from paec_kernels.ops.operator import token_stats
+from paec_kernels.types import TokenStats
 
 STATE_NAME = "paec.pt"
 MICRO_BATCH_SIZES = ("micro_batch_size_per_gpu", "max_token_len_per_gpu")

@@ -22,21 +22,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from paec_kernels.calibration import PAEC, PAECConfig
-from paec_kernels.calibration import Plan as PAECPlan
-from paec_kernels.calibration.ranks import mean_over_ranks
-from paec_kernels.entropy_losses import (
-    AER,
-    SIREN,
-    AERConfig,
-    EntropyPlan,
-    EntropyRegulariser,
-    GlobalEntropy,
-    GlobalEntropyConfig,
-    SIRENConfig,
-    refuse_other_config,
-)
-from paec_kernels.policy_losses import (
+from paec_kernels.losses.paec import PAEC
+from paec_kernels.losses.paec import Plan as PAECPlan
+from paec_kernels.losses.paec_config import PAECConfig
+from paec_kernels.losses.policy import (
     check_tokens,
     cispo_loss,
     clip_cov_loss,
@@ -45,7 +34,19 @@ from paec_kernels.policy_losses import (
     kl_cov_loss,
     kl_cov_selection,
 )
-from paec_kernels.reference import TokenStats
+from paec_kernels.losses.ranks import mean_over_ranks
+from paec_kernels.losses.rivals import (
+    AER,
+    SIREN,
+    AERConfig,
+    EntropyPlan,
+    EntropyRegulariser,
+    GlobalEntropy,
+    GlobalEntropyConfig,
+    SIRENConfig,
+)
+from paec_kernels.saved_state import refuse_other_config
+from paec_kernels.types import TokenStats
 
 Group = dist.ProcessGroup | None
 LossAndMetrics = tuple[Tensor, dict[str, Tensor]]

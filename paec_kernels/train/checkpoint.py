@@ -6,8 +6,7 @@ from typing import Any
 
 import torch
 
-from paec_kernels.differing_fields import differing_fields
-from paec_kernels.whole_file import whole_file
+from paec_kernels.saved_state import differing_fields, whole_file
 
 
 class OtherConfigError(ValueError):

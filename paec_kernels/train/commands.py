@@ -12,17 +12,18 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from paec_kernels.train import compare_report, loop, plots
-from paec_kernels.train.compare import compare as compare_runs
+from paec_kernels.train import loop
 from paec_kernels.train.config import CompareConfig, EvalConfig, EvalOptions, TrainConfig, plain
-from paec_kernels.train.evaluate import evaluate as evaluate_policy
-from paec_kernels.train.evaluate import format_table
-from paec_kernels.train.models import pick_device, starting_policy, trained_policy
-from paec_kernels.train.policy import Policy
+from paec_kernels.train.models.by_name import pick_device, starting_policy, trained_policy
+from paec_kernels.train.models.policy import Policy
 from paec_kernels.train.presets import with_algo
-from paec_kernels.train.problem import Task
+from paec_kernels.train.report import plots, tables
+from paec_kernels.train.report.compare import compare as compare_runs
+from paec_kernels.train.report.evaluate import evaluate as evaluate_policy
+from paec_kernels.train.report.evaluate import format_table
 from paec_kernels.train.run_folder import find_runs, read_run
-from paec_kernels.train.tasks import load_tasks
+from paec_kernels.train.tasks.by_name import load_tasks
+from paec_kernels.train.tasks.task import Task
 
 INTERRUPTED = 130  # the shell's status for SIGINT
 
@@ -86,9 +87,9 @@ def compare(config: CompareConfig) -> int:
         folders = [run.out for run in runs]
     read = [read_run(folder, arm_fields=config.arm_fields) for folder in folders]
     comparison = compare_runs(read, arm_fields=config.arm_fields)
-    for table in compare_report.format_tables(comparison):
+    for table in tables.format_tables(comparison):
         console.print(table)
-    written = compare_report.save(comparison, read, config.out) + plots.save_plots(comparison, read, config.out)
+    written = tables.save(comparison, read, config.out) + plots.save_plots(comparison, read, config.out)
     console.print("wrote " + ", ".join(map(str, written)))
     return 0
 

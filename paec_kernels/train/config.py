@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from paec_kernels.train.algorithms import ALGORITHMS, Method
-from paec_kernels.train.families import FAMILIES
+from paec_kernels.train.models.warm_start import WarmStart
 from paec_kernels.train.ranges import above_zero, at_least
-from paec_kernels.train.warm_start import WarmStart
+from paec_kernels.train.tasks.families import FAMILIES
 
 AlgoName = Literal[
     "grpo", "global", "paec", "paec-no-mask", "paec-no-penalty", "cispo", "clip-cov", "kl-cov", "aer", "siren"

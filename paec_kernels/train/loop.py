@@ -25,15 +25,15 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import paec_kernels as pk
-from paec_kernels.calibration.ranks import mean_over_ranks
+from paec_kernels.losses.ranks import mean_over_ranks
 from paec_kernels.train import algorithms, checkpoint
 from paec_kernels.train.config import TrainConfig, plain, seed_of
-from paec_kernels.train.models import pick_device, starting_policy
+from paec_kernels.train.models.by_name import pick_device, starting_policy
+from paec_kernels.train.models.policy import Policy, Rollout
 from paec_kernels.train.operator_clock import OperatorClock
-from paec_kernels.train.policy import Policy, Rollout
-from paec_kernels.train.problem import Problem, Task
 from paec_kernels.train.run_log import RunLog
-from paec_kernels.train.tasks import load_tasks
+from paec_kernels.train.tasks.by_name import load_tasks
+from paec_kernels.train.tasks.task import Problem, Task
 
 Row = dict[str, float]
 PROBLEMS_OF_A_SEED = 10**9

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from paec_kernels.reference import TokenStats
+from paec_kernels.types import TokenStats
 
 
 class OperatorClock:

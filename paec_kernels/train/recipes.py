@@ -10,7 +10,7 @@ fields): BytedTsinghua-SIA/DAPO-Math-17k; AIME 2024, 2025 and 2026; HuggingFaceH
 from pathlib import Path
 from typing import Any
 
-from paec_kernels.calibration.config import PAECConfig
+from paec_kernels.losses.paec_config import PAECConfig
 from paec_kernels.train.algorithms import PAECOptions
 from paec_kernels.train.config import EvalOptions
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from paec_kernels.train.evaluate import Evaluation
+from paec_kernels.train.report.evaluate import Evaluation
 from paec_kernels.train.run_log import read_rows
 
 LOGGED = "step reward entropy selected_entropy floor seconds operator_seconds".split()

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
-from paec_kernels.whole_file import whole_file
+from paec_kernels.saved_state import whole_file
 
 
 class RunLog:

@@ -10,7 +10,7 @@ from benchmarks import loop_step
 from benchmarks.harness import Run
 from benchmarks.step_turns import Way, rows_in_turns
 from benchmarks.workload import Case
-from paec_kernels.train.tiny_model import TinyModel, TinyPolicy
+from paec_kernels.train.models.tiny import TinyModel, TinyPolicy
 
 RUN = Run("loop", "python -m benchmarks.sweep", with_memory=False, turns=3)
 CASE = Case(9, 43, torch.float32, "tiny model", "cpu")

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from paec_kernels.demo import model as smollm2
 from paec_kernels.demo import questions, rollout
+from paec_kernels.train.models import smollm2 as smollm2
 
 HERE = Path(__file__).parent
 ROWS, SHARES = HERE / "real_logits.pt", HERE / "real_logits_shares.json"

@@ -28,10 +28,10 @@ from transformers import (
 from trl import GRPOConfig, TrlParser
 from trl.trainer import utils
 
-from paec_kernels.calibration import PAECConfig
 from paec_kernels.integrations import trl as integration
 from paec_kernels.integrations.trl import PAECGRPOConfig, PAECGRPOTrainer
-from paec_kernels.linear_token_stats import linear_token_stats
+from paec_kernels.losses.paec_config import PAECConfig
+from paec_kernels.ops.linear import linear_token_stats
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # transformers' own, of options that TRL sets
 
@@ -629,8 +629,8 @@ def test_a_split_head_is_gathered_for_backward_too(tmp_path: Path, monkeypatch: 
 @pytest.mark.slow
 def test_smollm2(tmp_path: Path) -> None:
     pytest.importorskip("gguf", reason="needs the demo's packages: pip install 'paec-kernels[demo]'")
-    from paec_kernels.demo import model as demo
     from paec_kernels.demo.questions import QUESTIONS, messages
+    from paec_kernels.train.models import smollm2 as demo
 
     policy, tokenizer = demo.load(torch.device("cpu"))
     policy.is_quantized = False  # its file is, its weights were dequantised

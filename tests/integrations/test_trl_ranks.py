@@ -9,7 +9,7 @@ pytest.importorskip("trl", reason="trl is not installed: pip install 'paec-kerne
 from integrations.tiny_trl import Piece, Truth, relative_error, truth
 from integrations.trl_rank_worker import OPTIONS, RANKS, run
 
-from paec_kernels.calibration import PAECConfig
+from paec_kernels.losses.paec_config import PAECConfig
 
 CONFIG = PAECConfig(**{name.removeprefix("paec_"): value for name, value in OPTIONS.items() if name[:5] == "paec_"})
 

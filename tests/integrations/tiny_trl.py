@@ -12,8 +12,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 from trl import GRPOConfig, GRPOTrainer
 
 from paec_kernels import reference
-from paec_kernels.calibration import PAECConfig
 from paec_kernels.integrations.trl import PAECGRPOConfig, PAECGRPOTrainer
+from paec_kernels.losses.paec_config import PAECConfig
 
 PAEC_OFF = {"paec_beta": 0.0, "paec_lam": 0.0}
 # The first step sets the anchor; from the second on the floor is above it, so that the penalty acts.

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from train.rote import SETTINGS, Counting, Rote
 
-from paec_kernels.train.evaluate import evaluate
+from paec_kernels.train.report.evaluate import evaluate
 
 TASKS = [Counting("a", 10, 3), Counting("b", 500, 2)]
 

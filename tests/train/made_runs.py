@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from paec_kernels.train.evaluate import Evaluation, ProblemResult, Settings
+from paec_kernels.train.report.evaluate import Evaluation, ProblemResult, Settings
 
 
 def evaluation(right: Sequence[float], samples: int = 4, seed: int = 0) -> Evaluation:

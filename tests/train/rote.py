@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 import torch
 
-from paec_kernels.train.policy import Rollout
-from paec_kernels.train.problem import Problem
+from paec_kernels.train.models.policy import Rollout
+from paec_kernels.train.tasks.task import Problem
 
 
 class Rote:

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from paec_kernels import reference
-from paec_kernels.calibration import PAEC, PAECConfig
-from paec_kernels.entropy_losses import AER, SIREN, AERConfig, GlobalEntropyConfig, SIRENConfig
+from paec_kernels.losses.paec import PAEC
+from paec_kernels.losses.paec_config import PAECConfig
+from paec_kernels.losses.rivals import AER, SIREN, AERConfig, GlobalEntropyConfig, SIRENConfig
 from paec_kernels.train.algorithms import (
     AEROptions,
     Algorithm,

@@ -10,9 +10,9 @@ from train.algorithm_rank_worker import run
 from train.steps import LENGTHS, OPTIONS, PIECES, Outcome, make_answers, run_step, started
 
 from paec_kernels import reference
-from paec_kernels.calibration import PAECConfig
-from paec_kernels.entropy_losses import AERConfig
-from paec_kernels.policy_losses import grpo_loss
+from paec_kernels.losses.paec_config import PAECConfig
+from paec_kernels.losses.policy import grpo_loss
+from paec_kernels.losses.rivals import AERConfig
 from paec_kernels.train.algorithms import (
     ALGORITHMS,
     AEROptions,

@@ -15,10 +15,10 @@ import torch
 from paec_kernels.train import checkpoint, loop
 from paec_kernels.train.algorithms import ALGORITHMS
 from paec_kernels.train.config import TrainConfig, plain
-from paec_kernels.train.models import starting_policy
+from paec_kernels.train.models.by_name import starting_policy
+from paec_kernels.train.models.warm_start import WarmStart
 from paec_kernels.train.presets import with_algo
 from paec_kernels.train.run_log import read_rows
-from paec_kernels.train.warm_start import WarmStart
 
 WORKER = Path(__file__).parent / "train_worker.py"
 TIMES = ("seconds", "sample_seconds", "operator_seconds")

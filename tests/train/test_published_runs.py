@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from paec_kernels.train import compare_report
-from paec_kernels.train.compare import compare
+from paec_kernels.train.report import tables
+from paec_kernels.train.report.compare import compare
 from paec_kernels.train.run_folder import find_runs, read_run
 
 ROOT = Path(__file__).parents[2]
@@ -19,7 +19,7 @@ def made_again(tmp_path_factory) -> Path:
     with tarfile.open(PUBLISHED / "runs.tar.xz") as archive:
         archive.extractall(folder, filter="data")
     runs = [read_run(run) for run in find_runs([folder / "runs"])]
-    compare_report.save(compare(runs), runs, folder / "out")
+    tables.save(compare(runs), runs, folder / "out")
     return folder / "out"
 
 

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("math_verify", reason="needs the training's packages: pip install 'paec-kernels[train]'")
-from paec_kernels.train import jsonl_tasks, recipes
+from paec_kernels.train import recipes
 from paec_kernels.train.config import TrainConfig
+from paec_kernels.train.tasks import jsonl
 
 SAMPLES = Path(__file__).parents[1] / "data" / "math"
 
@@ -23,7 +24,7 @@ def test_the_recipe_is_a_configuration() -> None:
 def test_its_files_load_and_grade(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     shutil.copytree(SAMPLES, recipes.DATA)
-    train, evaluation = jsonl_tasks.load(recipes.PAPER["tasks"], recipes.PAPER["eval_tasks"])
+    train, evaluation = jsonl.load(recipes.PAPER["tasks"], recipes.PAPER["eval_tasks"])
     assert [task.name for task in train] == ["dapo-math-17k"]
     assert [task.name for task in evaluation] == ["aime24", "aime25", "aime26", "math500", "amc23"]
     for task in evaluation:

@@ -10,8 +10,8 @@ import torch.distributed as dist
 
 from paec_kernels.train.config import TrainConfig
 from paec_kernels.train.loop import train
+from paec_kernels.train.models.warm_start import WarmStart
 from paec_kernels.train.presets import with_algo
-from paec_kernels.train.warm_start import WarmStart
 
 if __name__ == "__main__":
     torch.set_num_threads(1)

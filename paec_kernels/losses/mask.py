@@ -1,0 +1,136 @@
+"""Score, soft mask and gradient coefficients of N token positions, by Triton or by plain PyTorch.
+
+None is differentiable: score and mask are constants of the loss [reported: stop-gradient], and the
+coefficients are its gradient. The Triton forms are ``torch.library`` operators, opaque to ``torch.compile``;
+float64 statistics (the reference's) are always computed by PyTorch.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from paec_kernels.losses.paec_config import PAECConfig
+from paec_kernels.ops.operator import resolve_backend
+from paec_kernels.types import TokenStats
+
+INVALID = math.inf  # the score of a position that is not valid: sorts after every other, and marks it
+
+
+def position_score(stats: TokenStats, valid: Tensor, config: PAECConfig, backend: str = "auto") -> Tensor:
+    """s = alpha * h + (1 - alpha) * c, flat ``[N]``, ``INVALID`` where ``valid`` is False, no gradient.
+
+    h is the normalised nucleus entropy, c = exp(-margin / tau_c) the top-two competition [reported; the
+    weight, the form of c and the norm are ours]. A row of NaN statistics has a NaN score.
+    """
+    nucleus_entropy, margin, valid = _flat(stats.nucleus_entropy), _flat(stats.margin), _flat(valid)
+    nucleus_size = _flat(stats.nucleus_size)
+    log_size = config.nucleus_norm == "log_size"
+    h_scale = 1.0
+    if config.nucleus_norm == "log_vocab":
+        assert config.vocab_size is not None
+        h_scale = 1 / math.log(config.vocab_size)
+    if _uses_triton(backend, margin):
+        return _position_score(
+            nucleus_entropy, nucleus_size, margin, valid, config.alpha, config.tau_c, h_scale, log_size
+        )
+    if log_size:
+        h = nucleus_entropy / nucleus_size.clamp(min=2).to(margin.dtype).log()
+        h = torch.where(nucleus_size == 1, 0.0, h)
+    else:
+        h = nucleus_entropy * h_scale
+    score = config.alpha * h + (1 - config.alpha) * torch.exp(-margin / config.tau_c)
+    return torch.where(valid, score, INVALID)
+
+
+def soft_mask(
+    score: Tensor, entropy: Tensor, threshold: Tensor, tau_m: float, backend: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """m = sigmoid((s - threshold) / tau_m), 0 where the score is ``INVALID``, and its two sums.
+
+    Args:
+        score, entropy: ``[N]``; threshold: 0-d.
+    Returns:
+        mask ``[N]``, and ``[2]``: sum(m), sum(m * entropy), the same to the bit in every run.
+    """
+    score, entropy = score.detach(), _flat(entropy)
+    if _uses_triton(backend, score):
+        return _soft_mask(score, entropy, threshold, tau_m)
+    valid = score != INVALID
+    mask = torch.where(valid, torch.sigmoid((score - threshold) / tau_m), 0.0)
+    return mask, torch.stack([mask.sum(), (mask * torch.where(valid, entropy, 0.0)).sum()])
+
+
+def penalty_coefficients(
+    mask: Tensor,
+    mask_sum: Tensor,
+    mean_entropy: Tensor,
+    floor: Tensor,
+    config: PAECConfig,
+    backend: str = "auto",
+) -> Tensor:
+    """b_t = dL/dH_t = g * m_t / sum(m), g = dL/dH_bar = -beta - 2 lam max(0, floor - H_bar); ``[N]``.
+
+    Args:
+        mask: ``[N]``; mask_sum, mean_entropy, floor: 0-d, of the whole batch.
+    """
+    if _uses_triton(backend, mask):
+        return _penalty_coefficients(mask, mask_sum, mean_entropy, floor, config.beta, config.lam)
+    slope = -config.beta - 2 * config.lam * (floor - mean_entropy).clamp(min=0)
+    # 0 at invalid positions even where the scale is not finite: without any valid token, or in a NaN step.
+    return torch.where(mask == 0, 0.0, slope / mask_sum * mask)
+
+
+def _flat(x: Tensor) -> Tensor:
+    return x.detach().reshape(-1).contiguous()
+
+
+def _uses_triton(backend: str, x: Tensor) -> bool:
+    return resolve_backend(backend, x.device) == "triton" and x.dtype == torch.float32
+
+
+@torch.library.custom_op("paec::position_score", mutates_args=())
+def _position_score(
+    nucleus_entropy: Tensor,
+    nucleus_size: Tensor,
+    margin: Tensor,
+    valid: Tensor,
+    alpha: float,
+    tau_c: float,
+    h_scale: float,
+    log_size: bool,
+) -> Tensor:
+    from paec_kernels.losses import mask_kernels
+
+    return mask_kernels.position_score(nucleus_entropy, nucleus_size, margin, valid, alpha, tau_c, h_scale, log_size)
+
+
+@_position_score.register_fake
+def _(nucleus_entropy, nucleus_size, margin, valid, alpha, tau_c, h_scale, log_size):
+    return torch.empty_like(margin)
+
+
+@torch.library.custom_op("paec::soft_mask", mutates_args=())
+def _soft_mask(score: Tensor, entropy: Tensor, threshold: Tensor, tau_m: float) -> tuple[Tensor, Tensor]:
+    from paec_kernels.losses import mask_kernels
+
+    return mask_kernels.soft_mask(score, entropy, threshold, tau_m)
+
+
+@_soft_mask.register_fake
+def _(score, entropy, threshold, tau_m):
+    return torch.empty_like(score), score.new_empty(2)
+
+
+@torch.library.custom_op("paec::penalty_coefficients", mutates_args=())
+def _penalty_coefficients(
+    mask: Tensor, mask_sum: Tensor, mean_entropy: Tensor, floor: Tensor, beta: float, lam: float
+) -> Tensor:
+    from paec_kernels.losses import mask_kernels
+
+    return mask_kernels.penalty_coefficients(mask, mask_sum, mean_entropy, floor, beta, lam)
+
+
+@_penalty_coefficients.register_fake
+def _(mask, mask_sum, mean_entropy, floor, beta, lam):
+    return torch.empty_like(mask)

@@ -1,0 +1,152 @@
+"""The backward kernel: one read and one write of the logits for any mix of the three gradients.
+
+With a, b, b_p the incoming gradients of logp, H and H_p, q = p / M the nucleus' distribution and w its weights:
+
+    dz = f'(z) / T * ( a (1[i = y] - p)  -  b p (log p + H)  -  b_p w q (log q + H_p) )
+
+so inside a region where w is constant (above, at, below the threshold) dz is p times a line in log2 p, and each
+program only selects the line's two coefficients.
+"""
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+from paec_kernels.ops import layout
+from paec_kernels.ops.rows import LN2, LOG2E, UNDERFLOW, capped, row_offset, tanh, token_of
+
+TILES = tl.constexpr(4)  # of BLOCK columns in a program, which loads and prepares the row's scalars once for them
+
+
+class Line(NamedTuple):
+    """A row's gradient: p (offset + slope log2 p), plus a at the target.
+
+    In the nucleus the second line is added at weight w, which is tie_weight at the threshold and 1 above it.
+    """
+
+    top: tl.tensor
+    scale: tl.tensor
+    log2_total: tl.tensor
+    offset: tl.tensor
+    slope: tl.tensor
+    nucleus_offset: tl.tensor
+    nucleus_slope: tl.tensor
+    threshold: tl.tensor
+    tie_weight: tl.tensor
+    a: tl.tensor
+    target: tl.tensor  # the token's column
+
+
+@triton.jit
+def write_tile(
+    out_ptr, out_stride, row_ptr, stride, start, n_cols, width, line, softcap,
+    MASKED: tl.constexpr, WITH_NUCLEUS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The gradient of BLOCK columns, of which with MASKED those from n_cols to width get 0."""
+    columns = start + tl.arange(0, BLOCK)
+    pointers = row_ptr + columns.to(tl.int64) * stride
+    if MASKED:
+        z = tl.load(pointers, mask=columns < n_cols, other=-float("inf")).to(tl.float32)
+    else:
+        z = tl.load(pointers).to(tl.float32)
+
+    log2_p = (capped(z, softcap, HAS_SOFTCAP) - line.top) * line.scale - line.log2_total
+    log2_p = tl.maximum(log2_p, UNDERFLOW, propagate_nan=tl.PropagateNan.ALL)  # -inf times p = 0 would be NaN
+    offset, slope = line.offset, line.slope
+    if WITH_NUCLEUS:
+        w = tl.where(z > line.threshold, 1.0, tl.where(z == line.threshold, line.tie_weight, 0.0))
+        offset += w * line.nucleus_offset
+        slope += w * line.nucleus_slope
+    dz = tl.exp2(log2_p) * (offset + slope * log2_p)
+    if (line.target >= start) & (line.target < start + BLOCK):
+        dz += tl.where(columns == line.target, line.a, 0.0)
+    if HAS_SOFTCAP:
+        u = tanh(z / softcap)
+        dz *= 1.0 - u * u
+
+    pointers = out_ptr + columns.to(tl.int64) * out_stride
+    if MASKED:
+        tl.store(pointers, tl.where(columns < n_cols, dz, 0.0).to(out_ptr.dtype.element_ty), mask=columns < width)
+    else:
+        tl.store(pointers, dz.to(out_ptr.dtype.element_ty))
+
+
+@triton.jit
+def write_columns(
+    out_ptr, out_stride, row_ptr, stride, begin, end, n_cols, line, softcap,
+    WITH_NUCLEUS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The gradient of columns [begin, end): whole tiles, then what is left and the padding."""
+    whole = begin + tl.maximum(tl.minimum(end, n_cols) - begin, 0) // BLOCK * BLOCK
+    for start in range(begin, whole, BLOCK):
+        write_tile(
+            out_ptr, out_stride, row_ptr, stride, start, n_cols, end, line, softcap,
+            False, WITH_NUCLEUS, HAS_SOFTCAP, BLOCK,
+        )  # fmt: skip
+    for start in range(whole, end, BLOCK):
+        write_tile(
+            out_ptr, out_stride, row_ptr, stride, start, n_cols, end, line, softcap,
+            True, WITH_NUCLEUS, HAS_SOFTCAP, BLOCK,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["temperature_stride", "n_rows", "n_inner", "first_column"])
+def backward_kernel(
+    d_logits_ptr, d_stride_outer, d_stride_inner, d_stride_col,
+    logits_ptr, stride_outer, stride_inner, stride_col,
+    token_ids_ptr, valid_ptr, temperature_ptr, temperature_stride,
+    stats_ptr, d_stats_ptr,
+    n_rows, n_inner, n_cols, width, softcap, first_column,
+    HAS_SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The gradient of TILES * BLOCK columns of one row; d_logits may be logits itself.
+
+    Columns from n_cols to width are padding and get 0, as every column of a row that is not valid does. stats:
+    [10, n_rows] float32; d_stats: [3, n_rows] float32, the gradients of its first rows; token_ids, valid: [n_rows]
+    or None. The columns may be those from first_column on of a wider vocabulary.
+    """
+    n_programs = tl.cdiv(width, TILES * BLOCK)  # of a row
+    row = tl.program_id(0) // n_programs
+    begin = tl.program_id(0) % n_programs * (TILES * BLOCK)
+    end = tl.minimum(begin + TILES * BLOCK, width)
+    out_ptr = d_logits_ptr + row_offset(row, n_inner, d_stride_outer, d_stride_inner)
+    if valid_ptr is not None and tl.load(valid_ptr + row) == 0:
+        for start in range(begin, end, BLOCK):
+            columns = start + tl.arange(0, BLOCK)
+            zeros = tl.zeros([BLOCK], d_logits_ptr.dtype.element_ty)
+            tl.store(out_ptr + columns.to(tl.int64) * d_stride_col, zeros, mask=columns < width)
+        return
+    row_ptr = logits_ptr + row_offset(row, n_inner, stride_outer, stride_inner)
+    inverse_temperature = 1.0 / tl.load(temperature_ptr + row * temperature_stride)
+    token = token_of(token_ids_ptr, row)
+
+    entropy = tl.load(stats_ptr + layout.ENTROPY * n_rows + row)
+    nucleus_entropy = tl.load(stats_ptr + layout.NUCLEUS_ENTROPY * n_rows + row)
+    log_total = tl.load(stats_ptr + layout.LOG_TOTAL * n_rows + row)
+    log_mass = tl.load(stats_ptr + layout.LOG_MASS * n_rows + row)
+    a = tl.where(token >= 0, tl.load(d_stats_ptr + layout.LOGP * n_rows + row), 0.0) * inverse_temperature
+    b = tl.load(d_stats_ptr + layout.ENTROPY * n_rows + row) * inverse_temperature
+    b_nucleus = tl.load(d_stats_ptr + layout.NUCLEUS_ENTROPY * n_rows + row) * inverse_temperature
+    b_nucleus *= tl.exp2(-log_mass * LOG2E)
+    line = Line(
+        top=tl.load(stats_ptr + layout.TOP * n_rows + row),
+        scale=inverse_temperature * LOG2E,
+        log2_total=log_total * LOG2E,
+        offset=-a - b * entropy,
+        slope=-b * LN2,
+        nucleus_offset=-b_nucleus * (nucleus_entropy - log_mass),
+        nucleus_slope=-b_nucleus * LN2,
+        threshold=tl.load(stats_ptr + layout.THRESHOLD * n_rows + row),
+        tie_weight=tl.load(stats_ptr + layout.TIE_WEIGHT * n_rows + row),
+        a=a,
+        target=(token - first_column).to(tl.int32),  # in no tile where it is ignored or elsewhere
+    )
+    if b_nucleus != 0:
+        write_columns(
+            out_ptr, d_stride_col, row_ptr, stride_col, begin, end, n_cols, line, softcap, True, HAS_SOFTCAP, BLOCK
+        )
+    else:
+        write_columns(
+            out_ptr, d_stride_col, row_ptr, stride_col, begin, end, n_cols, line, softcap, False, HAS_SOFTCAP, BLOCK
+        )

@@ -1,0 +1,154 @@
+"""The forward kernel: one program a row, one pass over its logits, and the nucleus from what that pass keeps.
+
+With d = (f(z) - r) log2(e) / T for a fixed reference logit r in place of a running maximum:
+
+    Z = sum 2^d    S = sum d 2^d    lse = r / T + ln 2 log2 Z    H = ln 2 (log2 Z - S / Z)
+"""
+
+import triton
+import triton.language as tl
+
+from paec_kernels.ops import layout
+from paec_kernels.ops.nucleus import GATHERED_LANES, find_nucleus
+from paec_kernels.ops.rows import (
+    IGNORE,
+    LN2,
+    LOG2E,
+    capped,
+    insert_top_two,
+    load_last,
+    log2_weight,
+    row_offset,
+    token_of,
+)
+
+# Powers of two between the reference and the row's maximum. Up to here log2 Z and S / Z, which cancel in H,
+# keep an error below 5e-6; beyond, the row is read once more with its maximum as the reference.
+REFERENCE_RANGE = tl.constexpr(40.0)
+
+
+@triton.jit
+def accumulate(sums, z, reference, scale, softcap, HAS_SOFTCAP: tl.constexpr):
+    total, weighted, first, second = sums
+    d = log2_weight(z, reference, scale, softcap, HAS_SOFTCAP)
+    e = tl.exp2(d)
+    first, second = insert_top_two(first, second, z)
+    return total + e, weighted + e * d, first, second
+
+
+@triton.jit
+def read_row(
+    row_ptr, stride, n_cols, reference, scale, softcap,
+    HAS_SOFTCAP: tl.constexpr, LANES: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """Z, S and the two largest logits of each lane: four [LANES] tensors."""
+    zeros = tl.zeros([LANES], tl.float32)
+    nothing = tl.full([LANES], -float("inf"), tl.float32)
+    sums = zeros, zeros, nothing, nothing
+    first_ptrs = row_ptr + tl.arange(0, LANES).to(tl.int64) * stride
+    block = LANES if ALIGNED else LANES * tl.cast(stride, tl.int64)
+    n_full = n_cols // (2 * LANES) * (2 * LANES)
+    # A round's two blocks are loaded two rounds ahead: fewer bytes in flight do not cover the latency of memory. Loads
+    # of less than 16 bytes would only cost registers that way.
+    for start in tl.range(0, n_full, 2 * LANES, num_stages=3 if ALIGNED else 1):
+        pointers = first_ptrs + tl.cast(start, tl.int64) * stride
+        z0 = tl.load(pointers).to(tl.float32)
+        z1 = tl.load(pointers + block).to(tl.float32)
+        sums = accumulate(sums, z0, reference, scale, softcap, HAS_SOFTCAP)
+        sums = accumulate(sums, z1, reference, scale, softcap, HAS_SOFTCAP)
+    for start in range(n_full, n_cols, LANES):
+        z = load_last(row_ptr, stride, start, n_cols, LANES)
+        sums = accumulate(sums, z, reference, scale, softcap, HAS_SOFTCAP)
+    return sums
+
+
+@triton.jit
+def store_everywhere(stats_ptr, size_ptr, n_rows, row, value):
+    """The row's statistics where there are none: value in the table, and a nucleus of size 0."""
+    every = tl.arange(0, 16)  # a power of two
+    tl.store(stats_ptr + every * n_rows + row, value, mask=every < layout.N_ROWS)
+    tl.store(size_ptr + row, 0)
+
+
+@triton.jit(do_not_specialize=["temperature_stride", "n_rows", "n_inner"])
+def forward_kernel(
+    logits_ptr, stride_outer, stride_inner, stride_col,
+    token_ids_ptr, valid_ptr, temperature_ptr, temperature_stride,
+    stats_ptr, size_ptr, scratch_ptr, fits_ptr,
+    n_rows, n_inner, n_cols, top_p, softcap,
+    SHIFT: tl.constexpr, HAS_SOFTCAP: tl.constexpr, LANES: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """Statistics of one row into stats [10, n_rows] float32 and size [n_rows] int32.
+
+    logits: [outer, inner, V] by strides, of which n_cols columns are read; ALIGNED says that rows begin at multiples
+    of 16 bytes and columns adjoin. token_ids and valid: [n_rows] or None. temperature: [n_rows], or one element with
+    stride 0. scratch: [n_rows, GATHERED_LANES] int32. fits: one int32, set to 0 where a token id or a temperature is
+    out of range; the row's statistics are then NaN.
+    """
+    row = tl.program_id(0)
+    if valid_ptr is not None and tl.load(valid_ptr + row) == 0:
+        store_everywhere(stats_ptr, size_ptr, n_rows, row, 0.0)
+        return
+    row_ptr = logits_ptr + row_offset(row, n_inner, stride_outer, stride_inner)
+    temperature = tl.load(temperature_ptr + row * temperature_stride)
+    scale = 1.0 / temperature * LOG2E
+    fits = (temperature > 0) & (temperature < float("inf"))
+    # Before the row's loop, which hides the latency of these two loads.
+    token = token_of(token_ids_ptr, row)
+    has_token = (token >= 0) & (token < n_cols)
+    token_logit = tl.load(row_ptr + token * stride_col, mask=has_token, other=0.0).to(tl.float32)
+    if (fits & (has_token | (token == IGNORE))) == 0:
+        tl.store(fits_ptr, 0)
+        store_everywhere(stats_ptr, size_ptr, n_rows, row, float("nan"))
+        return  # the nucleus' search need not end at a temperature below 0
+
+    head = load_last(row_ptr, stride_col, 0, n_cols, LANES)
+    reference = capped(tl.max(head), softcap, HAS_SOFTCAP)
+    reference = tl.where(tl.abs(reference) < float("inf"), reference, 0.0)
+    total, weighted, first, second = read_row(
+        row_ptr, stride_col, n_cols, reference, scale, softcap, HAS_SOFTCAP, LANES, ALIGNED
+    )
+    top_logit = tl.max(first)
+    top = capped(top_logit, softcap, HAS_SOFTCAP)
+    distance = tl.abs(top - reference) * scale
+    if (distance > REFERENCE_RANGE) & (tl.abs(top) < float("inf")):
+        reference = top
+        total, weighted, first, second = read_row(
+            row_ptr, stride_col, n_cols, reference, scale, softcap, HAS_SOFTCAP, LANES, ALIGNED
+        )
+    z_total = tl.sum(total)
+    z_weighted = tl.sum(weighted)
+
+    if (z_total > 0) & (z_total < float("inf")) & (top_logit < float("inf")):
+        # Each is stored as soon as it is known: the search of the nucleus needs the registers.
+        top_distance = (top - reference) * scale
+        log2_total = tl.log2(z_total) - top_distance
+        lse = top / temperature + log2_total * LN2
+        entropy = tl.maximum((tl.log2(z_total) - z_weighted / z_total) * LN2, 0.0)
+        logp = (capped(token_logit, softcap, HAS_SOFTCAP) - top) / temperature - log2_total * LN2
+        tl.store(stats_ptr + layout.LOGP * n_rows + row, tl.where(has_token, logp, 0.0))
+        tl.store(stats_ptr + layout.ENTROPY * n_rows + row, entropy)
+        tl.store(stats_ptr + layout.LSE * n_rows + row, lse)
+        tl.store(stats_ptr + layout.TOP * n_rows + row, top)
+        tl.store(stats_ptr + layout.LOG_TOTAL * n_rows + row, log2_total * LN2)
+
+        is_top = first == top_logit
+        n_top = tl.sum(is_top.to(tl.int32))
+        second_best = tl.where(n_top > 1, top_logit, tl.max(tl.where(is_top, second, first)))
+        margin = (top - capped(second_best, softcap, HAS_SOFTCAP)) / temperature
+        tl.store(stats_ptr + layout.MARGIN * n_rows + row, margin)
+
+        threshold, tie_weight, mass, nucleus_weighted, size = find_nucleus(
+            row_ptr, stride_col, n_cols, first, second, second_best, z_total * tl.exp2(-top_distance),
+            top_logit, top_p, top, scale, softcap, scratch_ptr + row.to(tl.int64) * GATHERED_LANES,
+            SHIFT, HAS_SOFTCAP, LANES,
+        )  # fmt: skip
+        log2_mass = tl.log2(mass)
+        nucleus_entropy = tl.maximum((log2_mass - nucleus_weighted / mass) * LN2, 0.0)
+        tl.store(stats_ptr + layout.NUCLEUS_ENTROPY * n_rows + row, nucleus_entropy)
+        tl.store(stats_ptr + layout.THRESHOLD * n_rows + row, threshold)
+        tl.store(stats_ptr + layout.TIE_WEIGHT * n_rows + row, tie_weight)
+        tl.store(stats_ptr + layout.LOG_MASS * n_rows + row, (log2_mass - log2_total) * LN2)
+        tl.store(size_ptr + row, size.to(tl.int32))
+    else:
+        store_everywhere(stats_ptr, size_ptr, n_rows, row, float("nan"))

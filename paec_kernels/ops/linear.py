@@ -1,0 +1,231 @@
+"""`linear_token_stats`: the statistics of hidden @ weight.T, whose logits exist only a chunk at a time.
+
+    forward   for rows R:      logits[R] = hidden[R] @ weight.T;  the operator's forward on them     1 product
+    backward  for columns C:   logits[:, C] = hidden @ weight[C].T, overwritten by their gradient    1 product
+                               d_weight[C] = d_logits[:, C].T @ hidden                               1 product
+                               d_hidden += d_logits[:, C] @ weight[C]                                1 product
+
+The nucleus needs whole rows, so forward goes by rows. Backward has every row's statistics, so it may go by columns:
+each block of d_weight is then one product over all rows, accumulated in float32 by the product itself, and the only
+float32 sum kept for 16-bit weights is d_hidden's, N x D and not V x D.
+"""
+
+import torch
+from torch import Tensor
+
+from paec_kernels import reference
+from paec_kernels.ops import layout, operator
+from paec_kernels.ops.chunks import (
+    add_product,
+    blocks,
+    choose_chunks,
+    empty_logits,
+    multiply,
+    prepare,
+    select,
+    tiles,
+    without_padding,
+)
+from paec_kernels.types import TokenStats
+
+
+@torch.library.custom_op("paec::linear_token_stats_forward", mutates_args=())
+def linear_token_stats_forward(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    token_ids: Tensor | None,
+    valid: Tensor | None,
+    temperature: Tensor,
+    top_p: float,
+    softcap: float,
+    chunk_rows: int,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """`token_stats_forward` for hidden ``[N, D]`` and weight ``[V, D]``; chunk_rows 0: the budget decides."""
+    n_rows, n_cols = len(hidden), len(weight)
+    operator.check_values(token_ids, valid, temperature, n_cols, backend)
+    implementation = operator.implementation(backend)
+    table = torch.zeros(layout.N_ROWS, n_rows, dtype=torch.float32, device=hidden.device)
+    sizes = torch.zeros(n_rows, dtype=torch.int32, device=hidden.device)
+    kept = None if valid is None else valid.nonzero().squeeze(1)
+    n_kept = n_rows if kept is None else len(kept)
+    chunks = choose_chunks(n_kept, n_cols, hidden.shape[1], hidden.dtype, kept is not None, chunk_rows)
+    buffer = empty_logits(min(chunks.rows, n_kept), n_cols, hidden)
+    for block in blocks(n_kept, chunks.rows):
+        rows = block if kept is None else kept[block]
+        logits, hidden_rows = buffer[: block.stop - block.start], hidden[rows]
+        for columns in tiles(n_cols, chunks.columns, hidden.dtype):
+            multiply(hidden_rows, weight[columns], select(bias, columns), out=logits[:, columns])
+        t = temperature if temperature.numel() == 1 else temperature[rows]
+        table[:, rows], sizes[rows] = implementation.forward(
+            logits[None], select(token_ids, rows), None, t, top_p, softcap, n_cols
+        )
+    return table, sizes
+
+
+@linear_token_stats_forward.register_fake
+def _(hidden, weight, bias, token_ids, valid, temperature, top_p, softcap, chunk_rows, backend):
+    table = hidden.new_empty(layout.N_ROWS, hidden.shape[0], dtype=torch.float32)
+    return table, hidden.new_empty(hidden.shape[0], dtype=torch.int32)
+
+
+@torch.library.custom_op("paec::linear_token_stats_backward", mutates_args=())
+def linear_token_stats_backward(
+    d_stats: Tensor,
+    table: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    token_ids: Tensor | None,
+    valid: Tensor | None,
+    temperature: Tensor,
+    softcap: float,
+    chunk_rows: int,
+    needs_hidden: bool,
+    needs_weight: bool,
+    needs_bias: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """d_hidden, d_weight, d_bias; empty tensors where not needed, whose products are not computed."""
+    implementation = operator.implementation(backend)
+    n_rows, n_cols = len(hidden), len(weight)
+    d_weight = torch.empty_like(weight, memory_format=torch.contiguous_format) if needs_weight else weight.new_empty(0)
+    d_bias = weight.new_empty(n_cols if needs_bias else 0)
+    kept = None
+    if valid is not None:
+        kept = valid.nonzero().squeeze(1)
+        hidden, d_stats, table = hidden[kept], d_stats[:, kept].contiguous(), table[:, kept].contiguous()
+        token_ids = select(token_ids, kept)
+        temperature = temperature if temperature.numel() == 1 else temperature[kept]
+    total = torch.zeros(hidden.shape if needs_hidden else 0, dtype=torch.float32, device=hidden.device)
+    chunks = choose_chunks(len(hidden), n_cols, hidden.shape[1], hidden.dtype, kept is not None, chunk_rows)
+    buffer = empty_logits(len(hidden), chunks.columns, hidden)
+    for columns in blocks(n_cols, chunks.columns):
+        n_columns = columns.stop - columns.start
+        logits = buffer[:, :n_columns]
+        for rows in tiles(len(hidden), chunks.rows, hidden.dtype):
+            multiply(hidden[rows], weight[columns], select(bias, columns), out=logits[rows])
+        implementation.backward(
+            d_stats, table, logits[None], token_ids, None, temperature, softcap, n_columns, logits[None], columns.start
+        )
+        if needs_hidden:
+            add_product(total, logits, weight[columns])
+        if needs_weight:
+            torch.mm(logits.T, hidden, out=d_weight[columns])
+        if needs_bias:
+            torch.sum(logits, 0, out=d_bias[columns])
+    del buffer, logits  # before the copies below, which are not in the budget beside them
+    d_hidden = total.to(hidden.dtype)
+    del total
+    if kept is not None and needs_hidden:
+        d_hidden = hidden.new_zeros(n_rows, hidden.shape[1]).index_copy_(0, kept, d_hidden)
+    return d_hidden, d_weight, d_bias
+
+
+@linear_token_stats_backward.register_fake
+def _(
+    d_stats, table, hidden, weight, bias, token_ids, valid, temperature, softcap, chunk_rows,
+    needs_hidden, needs_weight, needs_bias, backend,
+):  # fmt: skip
+    return (
+        hidden.new_empty(hidden.shape if needs_hidden else 0),
+        weight.new_empty(weight.shape if needs_weight else 0),
+        weight.new_empty(weight.shape[0] if needs_bias else 0),
+    )
+
+
+class _LinearTokenStats(torch.autograd.Function):
+    """(hidden, weight, bias, ...) -> the outputs of `_TokenStats` on their product."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, token_ids, valid, temperature, top_p, softcap, chunk_rows, backend):
+        table, sizes = linear_token_stats_forward(
+            hidden, weight, bias, token_ids, valid, temperature, top_p, softcap, chunk_rows, backend
+        )
+        ctx.save_for_backward(hidden, weight, bias, token_ids, valid, temperature, table)
+        ctx.options = (softcap, chunk_rows)
+        ctx.backend = backend
+        return operator.mark_differentiable(ctx, table, sizes)
+
+    @staticmethod
+    def backward(ctx, d_stats, *_):
+        if d_stats is None:
+            return 10 * (None,)
+        operator.forbid_second_derivative("linear_token_stats")
+        *inputs, table = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:3]
+        gradients = linear_token_stats_backward(d_stats.contiguous(), table, *inputs, *ctx.options, *needs, ctx.backend)
+        wanted = (gradient if need else None for gradient, need in zip(gradients, needs, strict=True))
+        return *wanted, None, None, None, None, None, None, None
+
+
+def linear_token_stats(
+    hidden: Tensor,
+    weight: Tensor,
+    token_ids: Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+    chunk_rows: int | None = None,
+    valid: Tensor | None = None,
+    top_p: float = 0.95,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    vocab_size: int | None = None,
+    inplace_backward: bool = False,
+    backend: str = "auto",
+) -> TokenStats:
+    """`token_stats` of ``hidden @ weight.T + bias`` without those logits: they exist a chunk at a time.
+
+    Differentiable in ``hidden``, ``weight`` and ``bias``; a frozen one costs no product. Four products in all, two of
+    the logits and one for each gradient, since the gradient's coefficients may depend on the whole batch.
+
+    Memory beyond the inputs and their gradients: ``PAEC_CHUNK_BYTES`` (bytes; 224 MiB unless set) for a chunk of
+    logits and what stands beside it, the float32 sum of d_hidden for 16-bit hidden states and a copy of the valid
+    ones where some are not; at least an eighth of it is left to the logits. Rows that are not valid are dropped
+    before the products; on a GPU counting them waits for the device once, and ``valid=None`` does not.
+
+    Under autocast the inputs are cast as a linear layer's; the 16-bit copy of the weight is made in every call. A
+    sharded FSDP2 weight is gathered (``full_tensor()``); under DeepSpeed ZeRO-3 call this, and backward, inside
+    ``deepspeed.zero.GatheredParameters([weight])``.
+
+    Args:
+        hidden: ``[..., D]``, float32, bfloat16 or float16.
+        weight: ``[V, D]`` of the same dtype.
+        token_ids, valid, top_p, temperature, softcap, backend: as for `token_stats`, of shape ``hidden.shape[:-1]``.
+        bias: ``[V]`` of the same dtype, or None.
+        chunk_rows: rows of logits at a time in the forward pass (as many elements in the backward pass), in place of
+            the memory budget. One value gives one result, to the bit; others differ in rounding.
+        vocab_size: rows of ``weight`` from here on are padding: not multiplied, gradient 0.
+        inplace_backward: as in `token_stats`, and without effect: a chunk's gradient is always written over it.
+
+    Returns:
+        `TokenStats`, its tensors shaped ``hidden.shape[:-1]``.
+
+    Raises:
+        TypeError, ValueError: as `token_stats`, and for hidden, weight, bias or chunk_rows that do not fit.
+    """
+    hidden, weight, bias = prepare(hidden, weight, bias, chunk_rows)
+    logits_like = operator.check_head(hidden, weight, token_ids, valid, top_p, temperature, softcap, vocab_size)
+    backend = operator.resolve_backend(backend, hidden.device)
+    operator.check_dtype("hidden", hidden, backend)
+    operator.check_inplace(inplace_backward)
+    if backend == "reference":
+        rows = operator.flat_rows(token_ids, valid, temperature, logits_like)
+        operator.check_values(*rows, weight.shape[0] if vocab_size is None else vocab_size, backend)
+        return reference.linear_token_stats(
+            hidden, weight, token_ids, bias=bias, valid=valid, top_p=top_p, temperature=temperature,
+            softcap=softcap, vocab_size=vocab_size,
+        )  # fmt: skip
+    shape = hidden.shape[:-1]
+    outputs = _LinearTokenStats.apply(
+        hidden.reshape(-1, hidden.shape[-1]),
+        without_padding(weight, vocab_size),
+        without_padding(bias, vocab_size),
+        *operator.flat_rows(token_ids, valid, temperature, logits_like),
+        float(top_p),
+        float(softcap or 0.0),
+        chunk_rows or 0,
+        backend,
+    )
+    return operator.as_token_stats(outputs, shape, token_ids is not None)

@@ -1,0 +1,73 @@
+"""Device functions that read one row of logits, shared by the kernels.
+
+Units: z is a raw logit; f(z) is z, or softcap * tanh(z / softcap); x = f(z) / T; scale = log2(e) / T. A softmax
+weight relative to a reference logit r is 2^((f(z) - r) scale). The difference is taken before the product, so
+that logits near +-5,000 keep the digits in which they differ.
+"""
+
+import triton
+import triton.language as tl
+
+from paec_kernels.types import IGNORE_INDEX
+
+IGNORE = tl.constexpr(IGNORE_INDEX)
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+# exp2 of this is 0 in float32, and it times 0 is 0: a finite stand-in for -inf in products.
+UNDERFLOW = tl.constexpr(-150.0)
+
+
+@triton.jit
+def row_offset(row, n_inner, stride_outer, stride_inner):
+    """Element offset of a flat row index in a [outer, inner, V] view, in int64: N * V passes 2^31."""
+    row = row.to(tl.int64)
+    return (row // n_inner) * stride_outer + (row % n_inner) * stride_inner
+
+
+@triton.jit
+def token_of(token_ids_ptr, row):
+    """The row's token id; IGNORE where there are no ids."""
+    if token_ids_ptr is None:
+        return tl.full([], IGNORE, tl.int64)
+    else:
+        return tl.load(token_ids_ptr + row)
+
+
+@triton.jit
+def load_last(row_ptr, stride, start, n_cols, LANES: tl.constexpr):
+    """LANES columns, those from n_cols on as -inf."""
+    columns = start + tl.arange(0, LANES)
+    z = tl.load(row_ptr + columns.to(tl.int64) * stride, mask=columns < n_cols, other=-float("inf"))
+    return z.to(tl.float32)
+
+
+@triton.jit
+def tanh(u):
+    t = tl.exp2(tl.abs(u) * -2.8853900817779268)  # exp(-2 |u|)
+    magnitude = (1.0 - t) / (1.0 + t)
+    # 1 - t cancels for small u: the Taylor series up to u^9 is exact to float32 there.
+    s = u * u
+    series = u * (1.0 - s * (1 / 3 - s * (2 / 15 - s * (17 / 315 - s * (62 / 2835)))))
+    return tl.where(s < 0.04, series, tl.where(u < 0, -magnitude, magnitude))
+
+
+@triton.jit
+def capped(z, softcap, HAS_SOFTCAP: tl.constexpr):
+    """f(z); a masked token (-inf) stays masked."""
+    if HAS_SOFTCAP:
+        return tl.where(z == -float("inf"), z, softcap * tanh(z / softcap))
+    else:
+        return z
+
+
+@triton.jit
+def log2_weight(z, reference, scale, softcap, HAS_SOFTCAP: tl.constexpr):
+    """(f(z) - reference) * scale, at least UNDERFLOW, NaN where z is NaN."""
+    d = (capped(z, softcap, HAS_SOFTCAP) - reference) * scale
+    return tl.maximum(d, UNDERFLOW, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def insert_top_two(first, second, z):
+    """Per lane, the two largest values seen."""
+    return tl.maximum(first, z), tl.maximum(second, tl.minimum(first, z))

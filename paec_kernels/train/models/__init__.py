@@ -1,0 +1,1 @@
+"""Who answers: policies, from a tiny transformer to any causal language model."""

@@ -1,0 +1,172 @@
+"""A small character-level transformer with a KV cache, and the policy on it."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from paec_kernels.train.models.policy import Rollout
+from paec_kernels.train.tasks.families import ALPHABET, END
+
+PAD_ID, END_ID = 0, 1
+LETTERS = "_" + END + ALPHABET  # token i is LETTERS[i]
+TOKEN = {letter: i for i, letter in enumerate(LETTERS)}
+MAX_POSITIONS = 64
+
+
+class Cache:
+    """Keys and values of the tokens so far, [B, heads, length, head size] for each layer."""
+
+    def __init__(self, n_layers: int) -> None:
+        self.layers: list[tuple[Tensor, Tensor] | None] = [None] * n_layers
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        if (past := self.layers[layer]) is not None:
+            k, v = torch.cat((past[0], k), dim=2), torch.cat((past[1], v), dim=2)
+        self.layers[layer] = k, v
+        return k, v
+
+
+class Block(nn.Module):
+    """Pre-norm attention and MLP."""
+
+    def __init__(self, width: int, n_heads: int) -> None:
+        super().__init__()
+        self.n_heads = n_heads
+        self.norm_attention = nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+        self.norm_mlp = nn.LayerNorm(width)
+        self.up = nn.Linear(width, 4 * width)
+        self.down = nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor, mask: Tensor, cache: Cache | None, layer: int) -> Tensor:
+        q, k, v = self.qkv(self.norm_attention(x)).unflatten(-1, (3, self.n_heads, -1)).permute(2, 0, 3, 1, 4)
+        if cache is not None:
+            k, v = cache.extend(layer, k, v)
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # [B, heads, T, head size]
+        x = x + self.out(attended.transpose(1, 2).flatten(2))
+        return x + self.down(F.gelu(self.up(self.norm_mlp(x))))
+
+
+class TinyModel(nn.Module):
+    """Learned positions, tied embeddings, no dropout."""
+
+    def __init__(self, width: int = 96, n_layers: int = 3, n_heads: int = 4) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(len(LETTERS), width)
+        self.position = nn.Embedding(MAX_POSITIONS, width)
+        blocks = [Block(width, n_heads) for _ in range(n_layers)]
+        self.blocks = nn.ModuleList(blocks)
+        self.norm = nn.LayerNorm(width)
+        for parameter in self.parameters():
+            if parameter.dim() == 2:
+                nn.init.normal_(parameter, std=0.02)
+        for block in blocks:  # GPT-2's scaling of what enters the residual stream
+            nn.init.normal_(block.out.weight, std=0.02 / (2 * n_layers) ** 0.5)
+            nn.init.normal_(block.down.weight, std=0.02 / (2 * n_layers) ** 0.5)
+
+    def states(self, token_ids: Tensor, attention_mask: Tensor, cache: Cache | None = None) -> Tensor:
+        """Hidden states [B, T, D] of the last T tokens; attention_mask [B, past + T] covers the cached ones too."""
+        n_new, n_all = token_ids.shape[1], attention_mask.shape[1]
+        positions = (attention_mask.cumsum(1) - 1).clamp(min=0)[:, -n_new:]
+        causal = torch.ones(n_all, n_all, dtype=torch.bool, device=token_ids.device).tril()[-n_new:]
+        itself = torch.eye(n_all, dtype=torch.bool, device=token_ids.device)[-n_new:]  # no row of a softmax is empty
+        mask = (causal & attention_mask.bool()[:, None] | itself)[:, None]  # [B, 1, T, past + T]
+        x = self.embedding(token_ids) + self.position(positions)
+        for layer, block in enumerate(self.blocks):
+            x = block(x, mask, cache, layer)
+        return self.norm(x)
+
+    def forward(self, sequences: Tensor, attention_mask: Tensor, prompt_length: int) -> Tensor:
+        """The states that each token from prompt_length on is predicted from, [B, T, D]."""
+        return self.states(sequences[:, :-1], attention_mask[:, :-1])[:, prompt_length - 1 :]
+
+
+class TinyPolicy:
+    """``Policy`` on a TinyModel; one letter a token."""
+
+    def __init__(self, model: TinyModel) -> None:
+        self.model = model
+
+    @property
+    def module(self) -> TinyModel:
+        return self.model
+
+    @property
+    def head(self) -> Tensor:
+        return self.model.embedding.weight
+
+    def texts(self, rollout: Rollout) -> list[str]:
+        return [
+            "".join(LETTERS[i] for i in row[keep].tolist() if i != END_ID)
+            for row, keep in zip(rollout.token_ids.cpu(), rollout.valid.cpu(), strict=True)
+        ]
+
+    @torch.no_grad()
+    def sample(
+        self, prompts: Sequence[str], answers: int, *, max_new_tokens: int, temperature: float, seeds: Sequence[int]
+    ) -> Rollout:
+        device = self.head.device
+        prompt_ids, prompt_mask = (x.to(device).repeat_interleave(answers, dim=0) for x in encode(prompts))
+        known = MAX_POSITIONS - prompt_ids.shape[1]
+        if max_new_tokens > known:
+            raise ValueError(
+                f"max_new_tokens must be at most {known} after a prompt of {prompt_ids.shape[1]} letters, "
+                f"as the tiny model knows {MAX_POSITIONS} positions, got {max_new_tokens}"
+            )
+        # Numbers of a prompt's own seed: a row's samples do not depend on the other rows of the batch.
+        uniform = torch.stack(
+            [
+                torch.rand(answers, max_new_tokens, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+                for seed in seeds
+            ]
+        ).flatten(0, 1)
+        uniform = uniform.to(device)
+
+        cache = Cache(len(self.model.blocks))
+        new_ids, mask = prompt_ids, prompt_mask
+        tokens: list[Tensor] = []
+        alive = torch.ones(len(prompt_ids), dtype=torch.bool, device=device)
+        valid: list[Tensor] = []
+        for place in range(max_new_tokens):
+            logits = self.model.states(new_ids, mask, cache)[:, -1] @ self.head.T
+            next_ids = _pick(logits, temperature, uniform[:, place])
+            next_ids = torch.where(alive, next_ids, PAD_ID)
+            tokens.append(next_ids)
+            valid.append(alive)
+            mask = torch.cat((mask, alive[:, None].long()), dim=1)
+            alive = alive & (next_ids != END_ID)
+            new_ids = next_ids[:, None]
+            if not alive.any():
+                break
+        return Rollout(
+            torch.cat((prompt_ids, torch.stack(tokens, dim=1)), dim=1),
+            mask,
+            prompt_ids.shape[1],
+            torch.stack(valid, dim=1),
+        )
+
+
+def encode(texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask, int64 [B, P], padded on the left.
+
+    Raises:
+        ValueError: a letter that the tiny model does not have.
+    """
+    if unknown := {letter for text in texts for letter in text} - TOKEN.keys():
+        raise ValueError(
+            f"prompts must be of the letters {ALPHABET} for the tiny model, got {''.join(sorted(unknown))!r}"
+        )
+    width = max(map(len, texts))
+    ids = torch.tensor([[PAD_ID] * (width - len(text)) + [TOKEN[letter] for letter in text] for text in texts])
+    return ids, (ids != PAD_ID).long()
+
+
+def _pick(logits: Tensor, temperature: float, uniform: Tensor) -> Tensor:
+    """The inverse of the distribution function at uniform [B] in [0, 1); the likeliest token at temperature 0."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    cumulative = (logits.double() / temperature).softmax(-1).cumsum(-1)
+    return (cumulative <= uniform[:, None] * cumulative[:, -1:]).sum(-1).clamp(max=logits.shape[-1] - 1)

@@ -1,0 +1,88 @@
+"""The tiny model's supervised start, from a seed and cached on disk."""
+
+import hashlib
+import json
+import math
+import os
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch.nn import functional as F
+
+from paec_kernels.train.models.tiny import PAD_ID, TinyModel, encode
+from paec_kernels.train.ranges import above_zero, at_least
+from paec_kernels.train.tasks.families import END, FAMILIES, Family, Habits
+
+
+@dataclass(frozen=True)
+class WarmStart:
+    """Supervised steps on noisy worked solutions of training problems: first both routes, then the habit."""
+
+    habits: Habits = field(default_factory=Habits)
+    skill_steps: int = 1000
+    """Steps in which half of the solutions take the careful route, so that it is learned at all."""
+    habit_steps: int = 200
+    """Steps after them, with the habits' share."""
+    batch: int = 128
+    learning_rate: float = 2e-3
+    """Of AdamW; falls to a tenth by cosine over the skill steps and stays there."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "skill_steps", "batch")
+        at_least(self, 0, "habit_steps")
+        above_zero(self, "learning_rate")
+
+
+def batch_loss(model: TinyModel, families: Sequence[Family], options: WarmStart, step: int) -> torch.Tensor:
+    """Mean cross-entropy (nats) of the solutions' letters in the step's batch, drawn evenly from the families."""
+    habits = options.habits if step >= options.skill_steps else replace(options.habits, careful=0.5)
+    rng = random.Random(f"warm start {options.seed} {step}")
+    prompts, solutions = [], []
+    for row in range(options.batch):
+        family = families[row % len(families)]
+        problem = family.train_problem(rng.randrange(10**9))
+        prompts.append(problem.prompt)
+        solutions.append(family.solution(problem, habits, rng) + END)
+    prompt_ids, prompt_mask = encode(prompts)
+    answer_ids, answer_mask = (x.flip(1) for x in encode([text[::-1] for text in solutions]))  # padded on the right
+    ids = torch.cat((prompt_ids, answer_ids), dim=1)
+    mask = torch.cat((prompt_mask, answer_mask), dim=1)
+    logits = model(ids, mask, prompt_ids.shape[1]) @ model.embedding.weight.T
+    return F.cross_entropy(logits.transpose(1, 2), answer_ids, ignore_index=PAD_ID)
+
+
+def warm_start(
+    options: WarmStart, folder: Path, on_step: Callable[[int, float], None] = lambda step, loss: None
+) -> TinyModel:
+    """The model after the steps, from ``folder`` if it was made before.
+
+    Args:
+        on_step: called with each step's number from 0, and its loss in nats.
+    """
+    torch.manual_seed(options.seed)
+    model = TinyModel()
+    key = hashlib.sha256(json.dumps(asdict(options), sort_keys=True).encode()).hexdigest()[:16]
+    path = folder / f"tiny-{key}.pt"
+    if path.exists():
+        model.load_state_dict(torch.load(path, weights_only=True))
+        return model
+    families = list(FAMILIES.values())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=options.learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
+    for step in range(options.skill_steps + options.habit_steps):
+        cooled = (1 + math.cos(math.pi * min(1, step / options.skill_steps))) / 2
+        optimizer.param_groups[0]["lr"] = options.learning_rate * min(1, (step + 1) / 100) * (0.1 + 0.9 * cooled)
+        loss = batch_loss(model, families, options, step)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()  # after, so that no gradient goes along with the model
+        on_step(step, loss.item())
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f".{os.getpid()}.partial")  # several processes may make the same file at once
+    torch.save(model.state_dict(), partial)
+    os.replace(partial, path)
+    return model

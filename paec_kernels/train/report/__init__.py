@@ -1,0 +1,1 @@
+"""What came of it: evaluations, comparisons of runs, tables and plots."""

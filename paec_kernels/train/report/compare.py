@@ -1,0 +1,141 @@
+"""Arms x seeds side by side: means with intervals over seeds, and differences from a baseline paired by seed."""
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+from paec_kernels.train.algorithms import ALGORITHMS
+from paec_kernels.train.report import metrics
+from paec_kernels.train.report.evaluate import summarise
+from paec_kernels.train.report.metrics import Estimate
+from paec_kernels.train.run_folder import Run
+
+OF_TRAINING = ("training reward", "final entropy", "operator share")
+FINAL_SHARE = 0.1  # the last tenth of the steps gives the final entropy
+
+
+class Row(NamedTuple):
+    """A metric of an arm over its seeds, and its difference from the baseline over the seeds that both have."""
+
+    arm: str
+    metric: str
+    seeds: int
+    estimate: Estimate
+    difference: Estimate | None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    arms: list[str]
+    metrics: list[str]
+    baseline: str
+    rows: list[Row]  # arms x metrics
+    differing: dict[str, list[Any]]  # fields of the configs, beside arm and seed, with more than one value
+
+    def row(self, arm: str, metric: str) -> Row:
+        return next(row for row in self.rows if (row.arm, row.metric) == (arm, metric))
+
+
+def compare(runs: Sequence[Run], *, baseline: str = "grpo", arm_fields: Sequence[str] = ("algo",)) -> Comparison:
+    """Each arm's macro-averages over its seeds with 95 % t intervals, and paired differences from ``baseline``.
+
+    Without a run of the baseline there are no differences.
+
+    Args:
+        arm_fields: those that the runs were read with.
+    Raises:
+        ValueError: no runs; two of one arm and seed; or evaluations of other tasks, problems or settings.
+    """
+    _check_comparable(runs)
+    by_arm: dict[str, dict[int, dict[str, float]]] = {arm: {} for arm in sort_arms(run.arm for run in runs)}
+    for run in runs:
+        by_arm[run.arm][run.seed] = run_scores(run)
+    names = list(run_scores(runs[0]))
+    rows = []
+    for arm, seeds in by_arm.items():
+        for name in names:
+            values = {seed: scores[name] for seed, scores in seeds.items()}
+            base = {seed: scores[name] for seed, scores in by_arm.get(baseline, {}).items()}
+            difference = None if arm == baseline else metrics.paired_difference(values, base)
+            rows.append(Row(arm, name, len(values), metrics.t_interval(list(values.values())), difference))
+    return Comparison(list(by_arm), names, baseline, rows, _differing(runs, {"seed", *arm_fields}))
+
+
+def run_scores(run: Run) -> dict[str, float]:
+    """A run's macro-averages, and OF_TRAINING: "training reward", the mean over all its steps, which is the higher the
+    sooner the policy learns; "final entropy", the mean over the last tenth of them, nats; "operator share", of the
+    time that they took."""
+    final = run.log["entropy"][-max(1, round(FINAL_SHARE * len(run.log["step"]))) :]
+    of_training = (
+        float(run.log["reward"].mean()),
+        float(final.mean()),
+        float(run.log["operator_seconds"].sum() / run.log["seconds"].sum()),
+    )
+    macro = {name: estimate.mean for name, estimate in summarise(run.evaluation)["macro"].items()}
+    return macro | dict(zip(OF_TRAINING, of_training, strict=True))
+
+
+def sort_arms(arms: Iterable[str]) -> list[str]:
+    """Without repeats, in the order of ALGORITHMS; others after them by name."""
+    order = list(ALGORITHMS)
+    return sorted(set(arms), key=lambda arm: (order.index(arm) if arm in order else len(order), arm))
+
+
+def _check_comparable(runs: Sequence[Run]) -> None:
+    if not runs:
+        raise ValueError("runs must be at least one, got none")
+    first: dict[tuple[str, int], Run] = {}
+    by_seed: dict[int, Run] = {}
+    for run in runs:
+        same = first.setdefault((run.arm, run.seed), run)
+        if same is not run:
+            raise ValueError(
+                f"arm {run.arm!r} must have one run with seed {run.seed}, got {same.folder} and {run.folder}; "
+                "more fields of the config can tell arms apart"
+            )
+        _check_alike(runs[0], run, "tasks", *(list(r.evaluation.tasks) for r in (runs[0], run)))
+        for name, value in asdict(run.evaluation.settings).items():
+            if name != "seed":  # an evaluation may be seeded as its run is
+                _check_alike(runs[0], run, name, getattr(runs[0].evaluation.settings, name), value)
+        paired = by_seed.setdefault(run.seed, run)
+        for task, results in run.evaluation.tasks.items():
+            if [r.prompt for r in results] != [r.prompt for r in paired.evaluation.tasks[task]]:
+                raise ValueError(
+                    f"runs with one seed must be evaluated on the same problems: {task!r} has others in "
+                    f"{paired.folder} than in {run.folder}"
+                )
+
+
+def _check_alike(first: Run, other: Run, name: str, value: Any, other_value: Any) -> None:
+    if value != other_value:
+        raise ValueError(
+            f"runs must be evaluated alike: {name} is {value!r} in {first.folder}, {other_value!r} in {other.folder}"
+        )
+
+
+def _differing(runs: Sequence[Run], besides: set[str]) -> dict[str, list[Any]]:
+    """By field, its values in order of appearance.
+
+    A method's own options belong to the arm, so they count only where they differ inside an arm. Folders and devices
+    say nothing about what was trained.
+    """
+    flat = [dict(_flatten(run.config)) for run in runs]
+    found = {}
+    for name in dict.fromkeys(name for config in flat for name in config):
+        if name in besides or name in ("out", "cache", "device"):
+            continue
+        values = {json.dumps(config.get(name)): config.get(name) for config in flat}
+        of_arms = {(run.arm, json.dumps(config.get(name))) for run, config in zip(runs, flat, strict=True)}
+        arms = {arm for arm, _ in of_arms}
+        if len(of_arms) > len(arms) or (len(values) > 1 and not name.startswith("method.")):
+            found[name] = list(values.values())
+    return found
+
+
+def _flatten(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in config.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value

@@ -1,0 +1,1 @@
+"""What is asked: problems with verifiable answers, and the verifiers."""

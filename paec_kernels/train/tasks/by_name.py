@@ -1,0 +1,53 @@
+"""Tasks by name: a family of the tiny model, ``gym:NAME`` for a reasoning-gym dataset, or a .jsonl file.
+
+Fields of a dataset's configuration may follow its name, as in ``gym:chain_sum,max_terms=2,max_digits=1``; a value is a
+Python number, True, False or text.
+"""
+
+import ast
+from collections.abc import Sequence
+from typing import Any
+
+from paec_kernels.train.tasks.families import FAMILIES
+from paec_kernels.train.tasks.task import Task
+
+
+def load_tasks(train: Sequence[str], evaluation: Sequence[str] = ()) -> tuple[list[Task], list[Task]]:
+    """The tasks of a training run and of its evaluation, by default on the training's tasks.
+
+    Raises:
+        ValueError: a name of no task, or a .jsonl file that is not as it must be.
+    """
+    evaluation = evaluation or train
+    names = dict.fromkeys((*train, *evaluation))
+    tasks: dict[str, Task] = {name: _generated(name) for name in names if not name.endswith(".jsonl")}
+    files = [name for name in names if name not in tasks]
+    if files:
+        # Imported where it is needed, as reasoning-gym below: math-verify and it take seconds, and families need none.
+        from paec_kernels.train.tasks import jsonl
+
+        trained, evaluated = ([name for name in uses if name in files] for uses in (train, evaluation))
+        to_train, to_evaluate = jsonl.load(trained, evaluated)
+        tasks |= dict(zip(trained, to_train, strict=True)) | dict(zip(evaluated, to_evaluate, strict=False))
+    return [tasks[name] for name in train], [tasks[name] for name in evaluation]
+
+
+def _generated(name: str) -> Task:
+    if name in FAMILIES:
+        return FAMILIES[name]
+    if name.startswith("gym:"):
+        from paec_kernels.train.tasks.gym import GymTask
+
+        dataset, *fields = name.removeprefix("gym:").split(",")
+        pairs = [field.partition("=") for field in fields]
+        if not all(equals for _, equals, _ in pairs):
+            raise ValueError(f"tasks of reasoning-gym must be gym:NAME,FIELD=VALUE,..., got {name!r}")
+        return GymTask(dataset, **{field: _value(text) for field, _, text in pairs})
+    raise ValueError(f"tasks must be among {', '.join(FAMILIES)}, gym:NAME or a .jsonl file, got {name!r}")
+
+
+def _value(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text

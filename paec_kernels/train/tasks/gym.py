@@ -1,0 +1,107 @@
+"""Tasks of the library reasoning-gym: its generators make the problems, its scorers judge the answers."""
+
+import re
+from functools import cached_property, lru_cache
+from typing import Any
+
+import reasoning_gym  # type: ignore[import-untyped]
+from reasoning_gym.factory import DATASETS  # type: ignore[import-untyped]
+from reasoning_gym.utils import extract_answer  # type: ignore[import-untyped]
+
+from paec_kernels.train.tasks.task import Problem
+
+INSTRUCTION = "Provide your final answer between <answer> and </answer> tags."
+EVAL_POOL = 128  # problems kept for evaluation; generated with seeds from 0 on
+CHUNK = 1024  # problems that one dataset object generates: those of its seed, seed + 1, ...
+TRAIN_SEEDS = range(2**20, 2**32 - CHUNK)  # all seeds that every generator takes, but for those of evaluation
+ATTEMPTS = 64  # problems tried in place of one that is kept for evaluation
+
+NUMBER = re.compile(r"(?:(?<![\w)])[-+])?\d+(?:,\d{3})*(?:\.\d+)?(?!\d)")  # in "20-15" the minus is no sign
+
+
+class GymProblem(Problem):
+    """A problem with all that its generator told; the scorer reads from there."""
+
+    entry: dict[str, Any]
+
+
+class GymTask:
+    """`Task` on a dataset of reasoning-gym, with the generator's default difficulty unless ``config`` says otherwise.
+
+    The answer is what stands in the response's last <answer> tags. Where all answers of a dataset are numbers, a
+    response without tags answers with its last number, which models too small to keep to a format depend on.
+
+    Args:
+        dataset: its name, such as ``basic_arithmetic``.
+        config: fields of the dataset's own configuration; they are part of the task's name.
+    Raises:
+        ValueError: the library has no such dataset, or refuses the configuration.
+    """
+
+    def __init__(self, dataset: str, **config: Any) -> None:
+        if dataset not in DATASETS:
+            raise ValueError(f"dataset must be one of reasoning-gym's {', '.join(sorted(DATASETS))}, got {dataset!r}")
+        self.name = ",".join([f"gym:{dataset}", *(f"{field}={value}" for field, value in config.items())])
+        self._dataset, self._config = dataset, config
+        self._chunk = lru_cache(maxsize=4)(self._make)
+        try:
+            self._chunk(0)
+        except (AssertionError, TypeError) as error:
+            raise ValueError(
+                f"config must be one that reasoning-gym's {dataset} takes, got {config}: {error}"
+            ) from error
+
+    def train_problem(self, index: int) -> Problem:
+        """The problem of a seed of its own; ValueError where nearly all that the dataset makes are for evaluation."""
+        if index < 0:
+            raise ValueError(f"index must be >= 0, got {index}")
+        for attempt in range(ATTEMPTS):
+            # The first attempt takes the index's own seed; others come from far away.
+            place = (index + attempt * 1_000_000_007) % len(TRAIN_SEEDS)
+            problem = self._problem(TRAIN_SEEDS[place - place % CHUNK], place % CHUNK)
+            if problem.prompt not in self._eval_prompts:
+                return problem
+        raise ValueError(f"{self.name} makes too few different problems to keep {EVAL_POOL} of them for evaluation")
+
+    def eval_problems(self, count: int) -> list[Problem]:
+        return list(self._eval_pool[:count])
+
+    def extract(self, text: str) -> str | None:
+        answer = extract_answer(text)
+        if not self._has_numbers:
+            return answer or None  # as it is: in a grid, lines and spaces count
+        numbers = NUMBER.findall(text if answer is None else answer)
+        return _plain_number(numbers[-1]) if numbers else answer
+
+    def reward(self, problem: Problem, text: str) -> float:
+        """1.0 where the library gives the extracted answer its full score."""
+        assert isinstance(problem, GymProblem)  # made here
+        return float(self._chunk(0).score_answer(self.extract(text), problem.entry) >= 1.0)
+
+    @cached_property
+    def _eval_pool(self) -> list[GymProblem]:
+        problems = [self._problem(0, index) for index in range(EVAL_POOL)]
+        return list({problem.prompt: problem for problem in problems}.values())
+
+    @cached_property
+    def _eval_prompts(self) -> set[str]:
+        return {problem.prompt for problem in self._eval_pool}
+
+    @cached_property
+    def _has_numbers(self) -> bool:
+        return all(NUMBER.fullmatch(problem.answer) for problem in self._eval_pool)
+
+    def _problem(self, seed: int, index: int) -> GymProblem:
+        entry = self._chunk(seed)[index]
+        problem = GymProblem(self.name, f"{entry['question']}\n\n{INSTRUCTION}", str(entry["answer"]))
+        problem.entry = entry
+        return problem
+
+    def _make(self, seed: int) -> Any:
+        return reasoning_gym.create_dataset(self._dataset, seed=seed, size=CHUNK, **self._config)
+
+
+def _plain_number(text: str) -> str:
+    """Without a plus, without commas, and without decimals that are all 0."""
+    plain = text.replace(",", "").removeprefix("+")
+    return plain.split(".")[0] if re.fullmatch(r"-?\d+\.0+", plain) else plain

@@ -1,0 +1,188 @@
+"""Tasks from JSONL files of questions and answers, as DAPO-Math-17K, AIME, MATH500 and AMC23 come.
+
+Each line is an object. Names are read in any case, and the first of these that a line has counts:
+
+- the question: ``problem``, ``question`` or ``prompt``; a string, or a chat as DAPO's (a list of objects with
+  ``content``, whose texts are joined). A chat is taken as it is, as it brings its own instruction; a string gets one.
+- the answer: ``answer``, ``reward_model.ground_truth``, ``ground_truth``, ``final_answer``, or a ``solution`` that
+  ends in a ``\\boxed{}``; a string or a number.
+"""
+
+import hashlib
+import json
+import random
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from paec_kernels.train.tasks import math_answers
+from paec_kernels.train.tasks.task import Problem
+
+INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
+QUESTION_FIELDS = ("problem", "question", "prompt")
+ANSWER_FIELDS = ("answer", "reward_model.ground_truth", "ground_truth", "final_answer", "solution")
+HELD_OUT = 10  # a file for both uses keeps every tenth question, by its hash, for evaluation
+SPECIFIC = 30
+
+Use = Literal["train", "eval", "both"]
+
+
+class _Line(NamedTuple):
+    number: int
+    key: str  # the question without differences of spacing
+    problem: Problem
+
+
+class JsonlTask:
+    """`Task` on a file; ``name`` is the file's without its suffix.
+
+    A question that stands there more than once, as each of DAPO's does a hundred times, counts once, with its first
+    answer. Training goes through the problems in a new order each time round.
+
+    Args:
+        use: what the file is for. ``both`` splits it by a hash of the question, so that the parts do not change
+            with the order of lines or with what is added.
+    Raises:
+        ValueError: the file, a line or a field is not as the module says; the message names them.
+    """
+
+    def __init__(self, path: str | Path, use: Use) -> None:
+        if use not in ("train", "eval", "both"):
+            raise ValueError(f"use must be train, eval or both, got {use!r}")
+        self.path, self.use = Path(path), use
+        self.name = self.path.stem
+        lines = list(_read(self.path, self.name))
+        self._train = [line for line in lines if use == "train" or (use == "both" and not _is_held_out(line.key))]
+        self._eval = [line for line in lines if use == "eval" or (use == "both" and _is_held_out(line.key))]
+        for part, lines in (("train", self._train), ("eval", self._eval)):
+            if use in (part, "both") and not lines:
+                raise ValueError(f"{self.path} must hold problems for use {use!r}, got none to {part}")
+        self._order = lru_cache(maxsize=2)(self._shuffled)
+
+    def train_problem(self, index: int) -> Problem:
+        """ValueError for a file that is for evaluation."""
+        if not self._train:
+            raise ValueError(f"{self.path} is for evaluation: its use is {self.use!r}")
+        if index < 0:
+            raise ValueError(f"index must be >= 0, got {index}")
+        epoch, place = divmod(index, len(self._train))
+        return self._train[self._order(epoch)[place]].problem
+
+    def eval_problems(self, count: int) -> list[Problem]:
+        """In the file's order; ValueError for a file that is for training."""
+        if not self._eval:
+            raise ValueError(f"{self.path} is for training: its use is {self.use!r}")
+        return [line.problem for line in self._eval[:count]]
+
+    def extract(self, text: str) -> str | None:
+        return math_answers.final_answer(text)
+
+    def reward(self, problem: Problem, text: str) -> float:
+        return float(math_answers.is_right(problem.answer, text))
+
+    def _shuffled(self, epoch: int) -> list[int]:
+        order = list(range(len(self._train)))
+        random.Random(epoch).shuffle(order)
+        return order
+
+
+def load(train: Sequence[str | Path], evaluation: Sequence[str | Path]) -> tuple[list[JsonlTask], list[JsonlTask]]:
+    """The tasks of a training run and of its evaluation; a file that is in both is split.
+
+    Raises:
+        ValueError: as JsonlTask; or a question is in a training and in an evaluation file.
+    """
+    evaluated = {Path(path).resolve() for path in evaluation}
+    trained = {Path(path).resolve() for path in train}
+    tasks = {
+        path.resolve(): JsonlTask(
+            path, "train" if path.resolve() not in evaluated else "eval" if path.resolve() not in trained else "both"
+        )
+        for path in map(Path, dict.fromkeys((*train, *evaluation)))
+    }
+    found = [[tasks[Path(path).resolve()] for path in paths] for paths in (train, evaluation)]
+    refuse_overlap(*found)
+    return found[0], found[1]
+
+
+def refuse_overlap(train: Sequence[JsonlTask], evaluation: Sequence[JsonlTask]) -> None:
+    """Raises ValueError where a question that is evaluated is trained on too, spacing aside; names both lines.
+
+    A question of SPECIFIC characters or more is also found inside a longer one, such as a chat with its instruction.
+    """
+    trained = {line.key: (task.path, line.number) for task in train for line in task._train}
+    everything = "\n".join(trained)  # keys have no line breaks
+    for task in evaluation:
+        for line in task._eval:
+            if line.key in trained or (len(line.key) >= SPECIFIC and line.key in everything):
+                path, number = trained.get(line.key) or next(at for key, at in trained.items() if line.key in key)
+                raise ValueError(
+                    f"a problem must not be both trained on and evaluated: {path}, line {number} holds "
+                    f"{task.path}, line {line.number}; leave it out of one of the files"
+                )
+
+
+def _read(path: Path, task: str) -> Iterator[_Line]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"path must be a JSONL file in UTF-8, got {path}: {error}") from error
+    seen = set()
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{where}: must be a JSON object, got {line[:60]!r}: {error}") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"{where}: must be a JSON object, got {line[:60]!r}")
+        prompt, answer = _question(row, where), _answer(row, where)
+        key = " ".join(prompt.removesuffix(INSTRUCTION).split())
+        if key not in seen:
+            seen.add(key)
+            yield _Line(number, key, Problem(task, prompt, answer))
+
+
+def _question(row: dict[str, Any], where: str) -> str:
+    name, value = _first(row, QUESTION_FIELDS, "question", where)
+    if isinstance(value, str) and value.strip():
+        return f"{value.strip()}\n\n{INSTRUCTION}"
+    if isinstance(value, list):
+        texts = [str(turn["content"]).strip() for turn in value if isinstance(turn, dict) and turn.get("content")]
+        if texts and len(texts) == len(value):
+            return "\n\n".join(texts)
+    raise ValueError(f"{where}: {name} must be a text or a list of turns with content, got {str(value)[:60]!r}")
+
+
+def _answer(row: dict[str, Any], where: str) -> str:
+    name, value = _first(row, ANSWER_FIELDS, "answer", where)
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)  # AMC23 writes 27.0
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    is_whole = isinstance(value, str) and (name != "solution" or "\\boxed" in value)
+    if not isinstance(value, float) and not is_whole:
+        wanted = "a text with \\boxed{}" if name == "solution" else "a text or a number"
+        raise ValueError(f"{where}: {name} must be {wanted}, got {str(value)[:60]!r}")
+    answer = str(value).strip()
+    if not answer.isdecimal() and not math_answers.parse_expected(answer):
+        raise ValueError(f"{where}: {name} must be an answer that math-verify can read, got {answer[:60]!r}")
+    return answer
+
+
+def _first(row: dict[str, Any], names: Sequence[str], what: str, where: str) -> tuple[str, Any]:
+    for name in names:
+        value: Any = row
+        for part in name.split("."):
+            by_name = {key.lower(): item for key, item in value.items()} if isinstance(value, dict) else {}
+            value = by_name.get(part)
+        if value is not None:
+            return name, value
+    raise ValueError(f"{where}: the {what} must be in one of {', '.join(names)}, got {', '.join(row) or 'no fields'}")
+
+
+def _is_held_out(key: str) -> bool:
+    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest()) % HELD_OUT == 0

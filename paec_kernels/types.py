@@ -1,0 +1,22 @@
+"""What passes between the operators and the losses."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+IGNORE_INDEX = -100
+
+
+class TokenStats(NamedTuple):
+    """Statistics of each token position, shaped ``logits.shape[:-1]``.
+
+    ``logp`` (None without ``token_ids``), ``entropy`` and ``nucleus_entropy`` are float32, in nats, and
+    differentiable; ``margin`` and ``lse`` are float32 without a gradient; ``nucleus_size`` is int32.
+    """
+
+    logp: Tensor | None
+    entropy: Tensor
+    nucleus_entropy: Tensor
+    margin: Tensor
+    lse: Tensor
+    nucleus_size: Tensor

@@ -1,0 +1,489 @@
+"""PAEC against the definition: whole batches, micro-batches, the anchor, checkpoints, bad input."""
+
+import copy
+import dataclasses
+import io
+import math
+from importlib.util import find_spec
+
+import pytest
+import torch
+from losses.batches import ANCHOR, CONFIG, VOCAB, Batch, anchored, flattened, make_batch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from paec_kernels import reference
+from paec_kernels.losses.paec import PAEC, Plan
+from paec_kernels.losses.paec_config import PAECConfig
+from paec_kernels.types import TokenStats
+
+pytestmark = pytest.mark.usefixtures("device")
+CONFIGS = {
+    "defaults": PAECConfig(),
+    "penalty": CONFIG,
+    "nucleus": dataclasses.replace(CONFIG, entropy_support="nucleus", nucleus_norm="none"),
+    "vocab": dataclasses.replace(CONFIG, nucleus_norm="log_vocab", rho=0.3, alpha=0.9, tau_m=0.2),
+    "no penalty": dataclasses.replace(CONFIG, lam=0.0),
+}
+needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="needs triton")
+BACKENDS = ["torch", pytest.param("triton", marks=needs_triton)]
+
+
+def gradient(loss: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    (grad,) = torch.autograd.grad(loss, logits)
+    return grad
+
+
+def reference_loss(batch: Batch, config: PAECConfig, anchor: float | None = ANCHOR):
+    return reference.paec_loss(batch.stats, batch.valid, config, anchor)
+
+
+def in_micro_batches(paec: PAEC, micro_batches: list[Batch]) -> tuple[Plan, torch.Tensor, list[torch.Tensor]]:
+    """The plan, the sum of the terms, and the gradient of each micro-batch's logits."""
+    for batch in micro_batches:
+        paec.observe(batch.stats, batch.valid)
+    plan = paec.plan()
+    terms = [paec.term(batch.stats, batch.valid, plan) for batch in micro_batches]
+    grads = [gradient(term, batch.logits) for term, batch in zip(terms, micro_batches, strict=True)]
+    return plan, torch.stack(terms).sum().detach(), grads
+
+
+# Whole batch
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_equals_the_definition(config):
+    batch = make_batch(4, 60)
+    loss, mask, metrics = reference_loss(batch, config)
+    out = anchored(config)(batch.stats, batch.valid)
+    torch.testing.assert_close(out.loss, loss, rtol=1e-12, atol=0)
+    torch.testing.assert_close(out.mask, mask, rtol=1e-12, atol=0)
+    for name, value in metrics.items():
+        torch.testing.assert_close(out.metrics[name], value, rtol=1e-12, atol=0)
+    torch.testing.assert_close(gradient(out.loss, batch.logits), gradient(loss, batch.logits), rtol=1e-9, atol=1e-15)
+    assert out.metrics["anchor"] == ANCHOR
+    assert out.metrics["floor"] == torch.tensor(config.rho_min * ANCHOR, dtype=torch.float64)
+
+
+def test_the_penalty_is_one_sided():
+    batch = make_batch(4, 60)
+    low, high = (anchored(CONFIG, anchor)(batch.stats, batch.valid) for anchor in (0.1, ANCHOR))
+    assert low.metrics["penalty"] == 0
+    assert high.metrics["penalty"] > 0.1
+    expected = -CONFIG.beta * low.metrics["mean_entropy"]
+    torch.testing.assert_close(low.loss.detach(), expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_float32_backends(backend):
+    truth = make_batch(5, 300)
+    loss, mask, _ = reference_loss(truth, CONFIG)
+    batch = make_batch(5, 300, dtype=torch.float32)
+    out = anchored(backend=backend)(batch.stats, batch.valid)
+    torch.testing.assert_close(out.loss, loss.float(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(out.mask, mask.float(), rtol=1e-4, atol=1e-5)
+    grad, true_grad = gradient(out.loss, batch.logits), gradient(loss, truth.logits)
+    torch.testing.assert_close(grad, true_grad.float(), rtol=1e-4, atol=1e-8)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_same_bits_in_every_run(backend):
+    batch = make_batch(5, 700, dtype=torch.float32)
+    paec = anchored(backend=backend)
+    first, second = paec(batch.stats, batch.valid), paec(batch.stats, batch.valid)
+    assert torch.equal(first.loss, second.loss)
+    assert torch.equal(gradient(first.loss, batch.logits), gradient(second.loss, batch.logits))
+
+
+def test_score_and_mask_are_constants_of_the_gradient():
+    # d loss / d H_t = g m_t / sum(m), and nothing flows through the nucleus entropy.
+    batch = make_batch(3, 40)
+    stats = batch.stats
+    nucleus_entropy = stats.nucleus_entropy.detach().requires_grad_()
+    entropy = stats.entropy.detach().requires_grad_()
+    out = anchored()(stats._replace(entropy=entropy, nucleus_entropy=nucleus_entropy), batch.valid)
+    assert not out.mask.requires_grad
+    assert not any(value.requires_grad for value in out.metrics.values())
+    grad, nucleus_grad = torch.autograd.grad(out.loss, [entropy, nucleus_entropy], allow_unused=True)
+    assert nucleus_grad is None
+    shortfall = out.metrics["floor"] - out.metrics["mean_entropy"]
+    slope = -CONFIG.beta - 2 * CONFIG.lam * shortfall
+    torch.testing.assert_close(grad, slope * out.mask / out.mask.sum(), rtol=1e-12, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, in the interpreter: 1 / 0
+@pytest.mark.parametrize("shape", [(0,), (0, 5), (3, 7)])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_valid_token_is_exactly_nothing(shape, backend):
+    batch = make_batch(*shape, dtype=torch.float32, p_valid=0)
+    out = anchored(backend=backend)(batch.stats, batch.valid)
+    assert out.loss == 0
+    assert out.mask.shape == shape
+    assert torch.equal(gradient(out.loss, batch.logits), torch.zeros_like(batch.logits))
+    assert out.metrics["mean_entropy"] == out.metrics["penalty"] == out.metrics["mask_sum"] == 0
+    assert out.metrics["threshold"].isnan()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_statistics_at_invalid_positions_do_not_matter(backend):
+    batch = make_batch(3, 50, dtype=torch.float32)
+    stats = batch.stats
+    clean = anchored(backend=backend)(stats, batch.valid)
+    entropy = torch.where(batch.valid, stats.entropy.detach(), math.nan).requires_grad_()
+    dirty = stats._replace(
+        entropy=entropy,
+        nucleus_entropy=torch.where(batch.valid, stats.nucleus_entropy, math.inf),
+        margin=torch.where(batch.valid, stats.margin, math.nan),
+    )
+    out = anchored(backend=backend)(dirty, batch.valid)
+    assert torch.equal(out.loss, clean.loss)
+    assert (gradient(out.loss, entropy)[~batch.valid] == 0).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_nan_row_shows_in_the_loss_and_stays_out_of_the_anchor(backend):
+    batch = make_batch(2, 20, dtype=torch.float32, p_valid=1)
+    with torch.no_grad():
+        batch.logits[1, 3, 5] = math.nan
+    paec = PAEC(CONFIG, backend=backend)
+    out = paec(batch.stats, batch.valid)
+    assert out.loss.isnan()
+    assert out.metrics["threshold"].isnan()
+    paec.step()
+    assert paec.anchor_count == 0
+
+
+# Micro-batches
+
+
+RAGGED = [(3, 17), (1, 5), (2, 0), (4, 40)]
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_micro_batches_add_up_to_the_whole_batch(config):
+    micro_batches = [make_batch(*shape, seed=i) for i, shape in enumerate(RAGGED)]
+    micro_batches.append(make_batch(2, 9, seed=9, p_valid=0))
+    whole = flattened(micro_batches)
+    loss, _, metrics = reference_loss(whole, config)
+    plan, total, grads = in_micro_batches(anchored(config), micro_batches)
+    for name, value in metrics.items():
+        torch.testing.assert_close(getattr(plan, name), value, rtol=1e-12, atol=0)
+    torch.testing.assert_close(total, loss.detach(), rtol=1e-12, atol=0)
+    grad = torch.cat([g.reshape(-1, VOCAB) for g in grads])
+    torch.testing.assert_close(grad, gradient(loss, whole.logits), rtol=1e-9, atol=1e-15)
+    assert (grads[-1] == 0).all()
+
+
+def test_that_check_rejects_a_threshold_per_micro_batch():
+    micro_batches = [make_batch(*shape, seed=i) for i, shape in enumerate(RAGGED)]
+    whole = flattened(micro_batches)
+    true_grad = gradient(reference_loss(whole, CONFIG)[0], whole.logits)
+    grads = []
+    for batch in micro_batches:
+        share = batch.valid.sum() / whole.valid.sum()
+        grads.append(gradient(share * anchored()(batch.stats, batch.valid).loss, batch.logits))
+    grad = torch.cat([g.reshape(-1, VOCAB) for g in grads])
+    assert (grad - true_grad).norm() > 0.05 * true_grad.norm()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_one_micro_batch_is_forward(backend):
+    batch = make_batch(3, 50, dtype=torch.float32)
+    out = anchored(backend=backend)(batch.stats, batch.valid)
+    plan, total, _ = in_micro_batches(anchored(backend=backend), [batch])
+    assert torch.equal(total, out.loss.detach())
+    assert all(torch.equal(value, out.metrics[name]) for name, value in plan._asdict().items())
+
+
+def test_observe_keeps_no_graph():
+    batch = make_batch(2, 10)
+    paec = anchored()
+    paec.observe(batch.stats, batch.valid)
+    assert not any(x.requires_grad for x in paec._observed)
+    assert not any(x.requires_grad for x in paec.plan())
+
+
+def test_a_plan_of_nothing_is_a_plan_without_tokens():
+    paec = anchored()
+    plan = paec.plan()
+    assert plan.mask_sum == plan.mean_entropy == plan.penalty == 0
+    paec.step()
+
+
+# Anchor
+
+
+def test_the_anchor_is_the_mean_of_the_first_steps():
+    config = dataclasses.replace(CONFIG, anchor_steps=3, rho_min=1.5)
+    paec = PAEC(config)
+    means = []
+    for step in range(5):
+        batch = make_batch(2, 30, seed=step)
+        out = paec(batch.stats, batch.valid)
+        means.append(out.metrics["mean_entropy"])
+        if step < 3:
+            assert out.metrics["anchor"].isnan()
+            assert out.metrics["floor"] == out.metrics["penalty"] == 0
+            torch.testing.assert_close(out.loss.detach(), -config.beta * means[-1])
+        else:
+            anchor = torch.stack(means[:3]).mean()
+            torch.testing.assert_close(out.metrics["anchor"], anchor, rtol=1e-6, atol=0)
+            torch.testing.assert_close(out.metrics["floor"], 1.5 * anchor, rtol=1e-6, atol=0)
+            expected, _, _ = reference_loss(batch, config, anchor=float(out.metrics["anchor"]))
+            torch.testing.assert_close(out.loss, expected, rtol=1e-12, atol=0)
+        paec.step()
+
+
+def test_a_step_of_micro_batches_counts_once():
+    micro_batches = [make_batch(2, 10, seed=i) for i in range(3)]
+    paec = PAEC(CONFIG)
+    plan, _, _ = in_micro_batches(paec, micro_batches)
+    paec.step()
+    assert paec.anchor_count == 1
+    assert paec.anchor_sum == plan.mean_entropy.float()
+
+
+def test_a_step_without_valid_tokens_does_not_enter_the_anchor():
+    paec = PAEC(CONFIG)
+    batch = make_batch(2, 10, p_valid=0)
+    paec(batch.stats, batch.valid)
+    paec.step()
+    paec.plan()
+    paec.step()
+    assert paec.anchor_count == 0
+    assert paec.anchor_sum == 0
+
+
+def test_only_the_last_forward_of_a_step_is_committed():
+    paec = PAEC(CONFIG)
+    for seed in range(2):
+        batch = make_batch(2, 10, seed=seed)
+        out = paec(batch.stats, batch.valid)
+    paec.step()
+    assert paec.anchor_sum == out.metrics["mean_entropy"].float()
+
+
+# Checkpoints
+
+
+def trained() -> PAEC:
+    paec = PAEC(CONFIG)
+    for seed in range(2):
+        batch = make_batch(2, 10, seed=seed)
+        paec(batch.stats, batch.valid)
+        paec.step()
+    return paec
+
+
+def test_state_dict_round_trip_through_a_file():
+    paec, file = trained(), io.BytesIO()
+    torch.save(paec.state_dict(), file)
+    file.seek(0)
+    restored = PAEC(CONFIG)
+    restored.load_state_dict(torch.load(file, weights_only=True))
+    batch = make_batch(2, 10, seed=5)
+    for p in (paec, restored):
+        for _ in range(3):
+            p(batch.stats, batch.valid)
+            p.step()
+    assert restored.anchor_count == CONFIG.anchor_steps
+    assert torch.equal(restored.anchor_sum, paec.anchor_sum)
+
+
+def test_a_checkpoint_of_another_config_is_refused_and_changes_nothing():
+    state = trained().state_dict()
+    paec = PAEC(dataclasses.replace(CONFIG, rho=0.9, anchor_steps=2))
+    model = torch.nn.ModuleDict({"paec": paec})
+    for module, checkpoint in ((paec, state), (model, {f"paec.{k}": v for k, v in state.items()})):
+        for strict in (True, False):
+            with pytest.raises(RuntimeError) as error:
+                module.load_state_dict(checkpoint, strict=strict)
+            assert "rho: checkpoint 0.8, here 0.9" in str(error.value)
+            assert "anchor_steps: checkpoint 4, here 2" in str(error.value)
+            assert "alpha" not in str(error.value)
+            assert paec.anchor_count == 0
+            assert paec.anchor_sum == 0
+
+
+@pytest.mark.parametrize("name", ["_extra_state", "anchor_sum", "anchor_count"])
+def test_an_incomplete_checkpoint_is_refused_and_changes_nothing(name):
+    state = trained().state_dict()
+    del state[name]
+    paec = PAEC(CONFIG)
+    with pytest.raises(RuntimeError, match=f'Missing key.*"{name}"'):
+        paec.load_state_dict(state)
+    assert paec.load_state_dict(state, strict=False).missing_keys == [name]
+    assert paec.anchor_count == 0
+    assert paec.anchor_sum == 0
+
+
+def test_a_copy_has_its_own_state():
+    paec = trained()
+    clone = copy.deepcopy(paec)
+    clone(make_batch(2, 10).stats, make_batch(2, 10).valid)
+    clone.step()
+    assert paec.anchor_count == 2
+    assert clone.anchor_count == 3
+
+
+# Misuse
+
+
+def test_step_needs_a_plan():
+    paec = PAEC(CONFIG)
+    with pytest.raises(RuntimeError, match=r"call forward\(\) or plan\(\)"):
+        paec.step()
+    batch = make_batch(2, 10)
+    paec(batch.stats, batch.valid)
+    paec.step()
+    with pytest.raises(RuntimeError, match=r"call forward\(\) or plan\(\)"):
+        paec.step()
+
+
+def test_forward_among_observed_micro_batches():
+    batch = make_batch(2, 10)
+    paec = PAEC(CONFIG)
+    paec.observe(batch.stats, batch.valid)
+    with pytest.raises(RuntimeError, match="1 observed micro-batches await"):
+        paec(batch.stats, batch.valid)
+
+
+def test_term_needs_a_plan():
+    batch = make_batch(2, 10)
+    with pytest.raises(TypeError, match=r"plan must be the Plan .* got None"):
+        PAEC(CONFIG).term(batch.stats, batch.valid, None)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda s, v: (tuple(s), v), TypeError, "stats must be a TokenStats, got tuple"),
+        (lambda s, v: (s._replace(entropy=s.entropy.half()), v), TypeError, "float32 or float64, got .*16"),
+        (lambda s, v: (s._replace(margin=None), v), TypeError, "stats.margin must be a tensor, got None"),
+        (
+            lambda s, v: (s._replace(margin=s.margin[:1]), v),
+            ValueError,
+            r"stats.margin must .* \(2, 10\), got \(1, 10\)",
+        ),
+        (
+            lambda s, v: (s._replace(nucleus_size=s.nucleus_size.to("meta")), v),
+            ValueError,
+            "stats.nucleus_size must .*meta",
+        ),
+        (lambda s, v: (s, v.int()), TypeError, "valid must be a bool tensor, got torch.int32"),
+        (lambda s, v: (s, None), TypeError, "valid must be a bool tensor, got None"),
+        (lambda s, v: (s, v[:, :-1]), ValueError, r"shape \(2, 10\), got \(2, 9\)"),
+        (lambda s, v: (s, v.to("meta")), ValueError, "statistics' device .*, got meta"),
+    ],
+)
+def test_bad_input_is_named_and_changes_nothing(change, error, message):
+    batch = make_batch(2, 10)
+    paec = PAEC(CONFIG)
+    stats, valid = change(batch.stats, batch.valid)
+    for call in (paec, paec.observe, lambda s, v: paec.term(s, v, anchored().plan())):
+        with pytest.raises(error, match=message):
+            call(stats, valid)
+    assert not paec._observed
+    with pytest.raises(RuntimeError):
+        paec.step()
+
+
+def test_config_is_a_config():
+    with pytest.raises(TypeError, match=r"config must be a PAECConfig, got \{'rho': 0.8\}"):
+        PAEC({"rho": 0.8})
+
+
+def test_the_backend_is_one_of_four():
+    with pytest.raises(ValueError, match=r"backend must be one of .*, got 'x'"):
+        PAEC(CONFIG, backend="x")
+
+
+# Compilation and the device
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_compiles_into_one_graph_for_all_shapes(backend):
+    torch._dynamo.reset()
+    eager, paec = anchored(backend=backend), anchored(backend=backend)
+    compiled = torch.compile(paec, fullgraph=True, dynamic=True, backend="aot_eager")
+    for step, shape in enumerate([(3, 20), (2, 35), (5, 400)]):
+        # Shapes seen once are compiled for; the others must not be.
+        with torch._dynamo.config.patch(error_on_recompile=step > 0):
+            batch = make_batch(*shape, dtype=torch.float32, seed=step)
+            expected = eager(batch.stats, batch.valid)
+            out = compiled(batch.stats, batch.valid)
+            paec.step()
+        torch.testing.assert_close(out.loss, expected.loss, rtol=1e-6, atol=0)
+        expected_grad = gradient(expected.loss, batch.logits)
+        torch.testing.assert_close(gradient(out.loss, batch.logits), expected_grad, rtol=1e-6, atol=1e-9)
+
+
+class NoHostSync(TorchDispatchMode):
+    """Refuses what would read a GPU's values on the host, or make a shape from them."""
+
+    SYNCS = (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.masked_select)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        masked = func.overloadpacket is torch.ops.aten.index and any(
+            index is not None and index.dtype == torch.bool for index in args[1]
+        )
+        waits = masked or func.overloadpacket in self.SYNCS
+        assert not waits, f"{func} waits for the device"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nothing_waits_for_the_device(backend):
+    batch = make_batch(3, 20, dtype=torch.float32)
+    stats, paec = batch.stats, anchored(backend=backend)
+    with NoHostSync():
+        out = paec(stats, batch.valid)
+        paec.step()
+        paec.observe(stats, batch.valid)
+        loss = out.loss + paec.term(stats, batch.valid, paec.plan())
+        gradient(loss, stats.entropy)
+        paec.step()
+        with pytest.raises(AssertionError, match="waits for the device"):
+            float(loss.detach())
+
+
+def test_the_state_follows_the_statistics():
+    x = torch.rand(4, device="meta")
+    paec = PAEC(CONFIG, backend="torch")
+    paec(TokenStats(None, x, x, x, x, x.int()), x < 0.5)
+    assert paec.anchor_sum.device.type == "meta"
+
+
+@pytest.mark.parametrize("cast", [torch.nn.Module.half, torch.nn.Module.bfloat16, torch.nn.Module.double])
+def test_the_anchor_stays_float32_in_a_module_that_is_cast(cast):
+    paec = cast(torch.nn.Sequential(anchored(anchor=1 / 3)))[0]
+    assert paec.anchor_sum.dtype == paec.last_mean_entropy.dtype == torch.float32
+    assert paec.anchor_sum == torch.tensor(1 / 3 * CONFIG.anchor_steps)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("anchor_sum", torch.zeros(3, 3)),
+        ("anchor_sum", torch.tensor(math.nan)),
+        ("anchor_count", torch.tensor(-1)),
+        ("_extra_state", {}),
+        ("_extra_state", None),
+    ],
+)
+def test_a_damaged_checkpoint_is_refused_and_changes_nothing(name, value):
+    paec, state = anchored(), PAEC(CONFIG).state_dict()
+    state[name] = value
+    with pytest.raises(RuntimeError, match=f"{name} must"):
+        paec.load_state_dict(state)
+    assert paec.anchor_count == CONFIG.anchor_steps
+    assert paec.anchor_sum == torch.tensor(ANCHOR * CONFIG.anchor_steps)
+
+
+def test_a_second_plan_of_a_step_is_an_error():
+    paec, batch = PAEC(CONFIG), make_batch(2, 5, seed=0, p_valid=0.8)
+    paec.observe(batch.stats, batch.valid)
+    paec.plan()
+    with pytest.raises(RuntimeError, match=r"plan\(\) was already made"):
+        paec.plan()
+    paec.step()
+    assert paec.anchor_count == 1

@@ -1,0 +1,80 @@
+"""Data-parallel ranks, as gloo processes, against one process that holds the whole batch."""
+
+import pytest
+import torch
+from losses.batches import ANCHOR, CONFIG, VOCAB, Batch, flattened
+from losses.rank_worker import loss_arguments, micro_batches_of, run
+
+from paec_kernels import reference
+from paec_kernels.losses.drop_in import PAECLoss
+
+
+@pytest.fixture(scope="module", params=[2, 3])
+def ranks(request, tmp_path_factory) -> list[dict]:
+    folder = tmp_path_factory.mktemp("ranks")
+    torch.multiprocessing.spawn(run, (request.param, str(folder)), nprocs=request.param)
+    return [torch.load(folder / str(rank), weights_only=True) for rank in range(request.param)]
+
+
+def truth(batches: list[Batch]) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    """Loss, gradient ``[N, VOCAB]`` and metrics of all tokens in one process."""
+    whole = flattened(batches)
+    loss, _, metrics = reference.paec_loss(whole.stats, whole.valid, CONFIG, ANCHOR)
+    return loss.detach(), torch.autograd.grad(loss, whole.logits)[0], metrics
+
+
+def averaged(grads_of_ranks: list[list[torch.Tensor]]) -> torch.Tensor:
+    """What DistributedDataParallel makes of gradients that each live on one rank alone."""
+    return torch.cat([g.reshape(-1, VOCAB) for grads in grads_of_ranks for g in grads]) / len(grads_of_ranks)
+
+
+def all_micro_batches(n_ranks: int) -> list[Batch]:
+    return [batch for rank in range(n_ranks) for batch in micro_batches_of(rank)]
+
+
+def test_terms_average_to_the_whole_batch(ranks):
+    loss, grad, metrics = truth(all_micro_batches(len(ranks)))
+    value = torch.stack([rank["value"] for rank in ranks]).mean()
+    torch.testing.assert_close(value, loss, rtol=1e-12, atol=0)
+    torch.testing.assert_close(averaged([rank["grads"] for rank in ranks]), grad, rtol=1e-9, atol=1e-15)
+    for name, expected in metrics.items():
+        torch.testing.assert_close(ranks[0]["plan"][name], expected, rtol=1e-12, atol=0)
+
+
+def test_every_rank_has_the_same_plan_to_the_bit(ranks):
+    for rank in ranks[1:]:
+        assert rank["plan"] == ranks[0]["plan"]
+
+
+def test_forward_averages_to_the_whole_batch(ranks):
+    batches = [micro_batches_of(rank)[0] for rank in range(len(ranks))]
+    loss, grad, _ = truth(batches)
+    value = torch.stack([rank["forward_value"] for rank in ranks]).mean()
+    torch.testing.assert_close(value, loss, rtol=1e-12, atol=0)
+    actual = averaged([[rank["forward_grad"]] for rank in ranks])
+    torch.testing.assert_close(actual, grad, rtol=1e-9, atol=1e-15)
+    for rank, batch in zip(ranks, batches, strict=True):
+        assert rank["forward_mask"].shape == batch.valid.shape
+
+
+def test_the_policy_loss_averages_over_all_tokens_too(ranks):
+    whole = flattened([micro_batches_of(rank)[0] for rank in range(len(ranks))])
+    arguments = loss_arguments(whole)
+    loss = PAECLoss(CONFIG)(*arguments).loss
+    value = torch.stack([rank["policy_value"] for rank in ranks]).mean()
+    torch.testing.assert_close(value, loss.detach(), rtol=1e-5, atol=0)
+    actual = averaged([[rank["policy_grad"]] for rank in ranks])
+    (expected,) = torch.autograd.grad(loss, arguments[0])
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-7)
+
+
+def test_that_check_rejects_a_threshold_per_rank(ranks):
+    _, grad, _ = truth(all_micro_batches(len(ranks)))
+    wrong = averaged([rank["local_grads"] for rank in ranks])
+    assert (wrong - grad).norm() > 0.05 * grad.norm()
+
+
+@pytest.mark.parametrize("ranks", [3], indirect=True)
+def test_a_rank_without_a_valid_token_adds_nothing(ranks):
+    assert ranks[2]["value"] == ranks[2]["forward_value"] == 0
+    assert all((grad == 0).all() for grad in ranks[2]["grads"])

@@ -1,0 +1,145 @@
+"""The machine code of the kernels, with no GPU: no spills, and an instruction budget (see benchmarks/compiled_code)."""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import paec_kernels as pk
+from benchmarks import cost_model, logits
+
+ROOT = Path(__file__).parents[2]
+V = 49_152
+
+
+@pytest.fixture(scope="module")
+def report():
+    pytest.importorskip("triton", reason="the triton package is not installed")
+    if platform.machine() != "x86_64":
+        pytest.skip(f"triton's disassembler is an x86-64 program, this is {platform.machine()}")
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    result = subprocess.run(
+        [sys.executable, "-m", "benchmarks.compiled_code", "--json"],
+        cwd=ROOT, env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+def test_no_spills_and_no_local_memory(report):
+    for row in report["rows"]:
+        assert row["spills"] == row["local"] == 0, row
+    assert {row["target"] for row in report["rows"]} == {"sm_90", "sm_80", "gfx942"}
+
+
+def test_main_loop_budget(report, capsys):
+    loop = report["main_loop"]
+    with capsys.disabled():
+        print(
+            f"\nmain loop, sm_90, bfloat16: {loop['instructions']:.2f} instructions and {loop['ex2']:g} ex2 an element"
+        )
+    assert loop["instructions"] <= 12
+    assert loop["ex2"] == 1
+
+
+def test_ways_through_machine_code():
+    """Predicated branches and exits may go on, others do not; a branch back is a loop."""
+    pytest.importorskip("triton", reason="the triton package is not installed")
+    from benchmarks.compiled_code import Code, _following
+
+    listing = ["S2R R0", "@P0 BRA `(.L_x_1)", "BAR.SYNC", "@!P1 EXIT", "BRA P2, `(.L_x_0)", "BRA `(.L_x_1)", "EXIT"]
+    code = Code(listing, [_following(line, i, {".L_x_0": 2, ".L_x_1": 6}) for i, line in enumerate(listing)])
+    assert code.following == [[1], [6, 2], [3], [4], [2, 5], [6], []]
+    assert code.loops == [(2, 4)]
+    assert code.way(0, [6]) == [0, 1, 6]
+    assert code.way(2, [6]) == [2, 3, 4, 5, 6]
+    assert set(code.reached(0, closed=code.where("BAR"))) == {1, 6}
+    amd = [_following(line, 0, {".LBB0_2": 7}) for line in ("s_cbranch_scc1 .LBB0_2", "s_branch .LBB0_2", "s_endpgm")]
+    assert amd == [[7, 1], [7], []]
+
+
+def test_lanes_are_passed_by_a_store_a_barrier_and_a_load(report):
+    """Between threads, through memory: a load that comes before the barrier, or from a cache, reads another row's."""
+    assert set(report["scratch_order"]) == {"sm_90", "sm_80", "gfx942"}
+    for target, found in report["scratch_order"].items():
+        assert set(found["loads"]) <= {"LDG.E", "global_load_dword", "buffer_load_dword"}, (target, found)
+        assert found["loads"], target
+        assert found["in_order"], target
+        assert found["behind_barrier"], target
+
+
+def test_counts_of_the_cost_model(report):
+    """The loops that are counted are the budget's; every thread has 16 bytes in flight or more."""
+    counts = {(c["kernel"], c["dtype"]): c for c in report["counts"]}
+    forward = counts["forward", "bf16"]
+    assert forward["round"] / forward["elements"] == report["main_loop"]["instructions"]
+    assert forward["threads"] == report["threads"]
+    for dtype in ("bf16", "fp32"):
+        assert counts["backward, no nucleus", dtype]["round"] < counts["backward", dtype]["round"]
+    assert all(c["in_flight"] >= 16 for c in counts.values())
+
+
+@pytest.fixture
+def rounds_without_rescan(monkeypatch):
+    """Rounds of the search that rows take, of those that need no rescan, as the interpreter runs them."""
+    from paec_kernels.ops import nucleus
+
+    calls = {}
+
+    def counting(name):
+        function = getattr(nucleus, name)
+
+        def count(*args, **kwargs):
+            calls[name] += 1
+            return function(*args, **kwargs)
+
+        return count
+
+    names = ("middle_of", "gather_lanes", "read_below")
+    for name in names:
+        monkeypatch.setattr(nucleus, name, counting(name))
+
+    def rounds(rows):
+        found = []
+        for row in rows:
+            calls.update(dict.fromkeys(names, 0))
+            pk.token_stats(row, backend="triton")
+            if not calls["gather_lanes"] and not calls["read_below"]:
+                found.append(calls["middle_of"])
+        return torch.tensor(found)
+
+    return rounds
+
+
+in_the_interpreter = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") != "1", reason="counts the rounds of the search in Triton's interpreter"
+)
+
+
+@in_the_interpreter
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_rounds_that_the_cost_model_assumes(rounds_without_rescan, dtype):
+    rows, _ = logits.make("real", 32, V, dtype, torch.Generator().manual_seed(0))
+    rounds = rounds_without_rescan(rows).float()
+    assumed = cost_model.SEARCH_ROUNDS[{torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]]
+    assert rounds.mean().item() == pytest.approx(assumed, abs=1)
+
+
+@in_the_interpreter
+def test_what_the_nucleus_adds(report, real_logits, rounds_without_rescan, capsys):
+    search, threads = report["nucleus_search"], report["threads"]
+    rounds = rounds_without_rescan(real_logits.logits)
+    assert len(rounds) > 10
+    added = (search["outside"] + search["round"] * rounds) * threads / V
+    with capsys.disabled():
+        print(
+            f"\nnucleus, sm_90, bfloat16, V = {V}: {added.median():.2f} instructions an element at the median, "
+            f"{added.max():.2f} at most ({rounds.max()} rounds) over {len(added)} real rows "
+            "that need no rescan"
+        )
+    assert added.max() <= 6

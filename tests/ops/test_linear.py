@@ -1,0 +1,436 @@
+"""The chunked front door: against float64 and eager, its chunks, its memory, and the settings it must work in."""
+
+import math
+import multiprocessing
+import os
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from ops.rows import check_against, gradient_of, truth_of
+from torch.nn.functional import linear
+from torch.utils.checkpoint import checkpoint
+
+import paec_kernels as pk
+from paec_kernels import reference
+from paec_kernels.demo import peak_memory
+from paec_kernels.ops import layout
+from paec_kernels.ops import linear as module
+from paec_kernels.ops.chunks import choose_chunks, empty_logits
+
+
+def head(n=37, width=24, n_cols=530, dtype=torch.float32, bias=False):
+    """Hidden states, a weight with logits of a language model's spread, ids with one ignored, and valid rows."""
+    return SimpleNamespace(
+        hidden=torch.randn(n, width).to(dtype),
+        weight=(torch.randn(n_cols, width) * 3 / math.sqrt(width)).to(dtype),
+        bias=torch.randn(n_cols).to(dtype) if bias else None,
+        token_ids=torch.randint(0, n_cols, (n,)).index_fill(0, torch.tensor([2]), -100),
+        valid=torch.rand(n) > 0.3,
+        coefficients=torch.randn(3, n),
+    )
+
+
+def run(statistics, case, **options):
+    """Statistics, and the gradients of hidden, weight and bias of a mix of logp, H and H_p."""
+    leaves = [None if t is None else t.clone().requires_grad_() for t in (case.hidden, case.weight, case.bias)]
+    stats = statistics(leaves[0], leaves[1], case.token_ids, bias=leaves[2], **options)
+    loss = (stats.logp * case.coefficients[0]).sum()
+    loss = loss + (stats.entropy * case.coefficients[1] + stats.nucleus_entropy * case.coefficients[2]).sum()
+    loss.backward()
+    return stats, [leaf.grad for leaf in leaves if leaf is not None]
+
+
+def check(case, backend, **options):
+    """Errors against float64 at most those of the eager path in the same dtype, + 1e-5."""
+    chunked = {name: options.pop(name) for name in ("chunk_rows",) if name in options}
+    stats, gradients = run(pk.linear_token_stats, case, backend=backend, **chunked, **options)
+    double = SimpleNamespace(**{
+        name: value.double() if torch.is_tensor(value) and value.is_floating_point() else value
+        for name, value in vars(case).items()
+    })  # fmt: skip
+    exact_stats, exact = run(reference.linear_token_stats, double, **options)
+    eager_stats, eager = run(reference.linear_token_stats, case, **options)
+    for name in ("logp", "entropy", "nucleus_entropy", "margin", "lse"):
+        value, truth, other = (getattr(s, name) for s in (stats, exact_stats, eager_stats))
+        assert (value - truth).abs().max() <= 1.2 * (other - truth).abs().max() + 1e-5, name
+    for value, truth, other in zip(gradients, exact, eager, strict=True):
+        assert value.dtype == other.dtype
+        # 1.2: a largest error over thousands of elements is itself a random number.
+        assert (value - truth).abs().max() <= 1.2 * (other - truth).abs().max() + 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("chunk_rows", [None, 5, 1000])
+def test_values_and_gradients(backend, dtype, bias, chunk_rows):
+    check(head(dtype=dtype, bias=bias), backend, chunk_rows=chunk_rows)
+
+
+@pytest.mark.parametrize("options", [{"temperature": 0.6}, {"softcap": 8.0}, {"top_p": 0.5}, {"vocab_size": 333}])
+def test_options(backend, options):
+    case = head()
+    case.token_ids = torch.where(case.token_ids < 0, case.token_ids, case.token_ids % 333)
+    check(case, backend, chunk_rows=9, **options)
+
+
+def test_temperature_per_row_and_rows_that_are_not_valid(backend):
+    case = head()
+    temperature = 0.5 + torch.rand(37)
+    check(case, backend, chunk_rows=9, temperature=temperature, valid=case.valid)
+    case.hidden[~case.valid] = math.nan
+    case.token_ids[~case.valid] = 10**6
+    stats, (d_hidden, d_weight) = run(pk.linear_token_stats, case, valid=case.valid, backend=backend)
+    assert all((value[~case.valid] == 0).all() for value in stats)
+    assert (d_hidden[~case.valid] == 0).all()
+    assert d_hidden.isfinite().all()
+    assert d_weight.isfinite().all()
+
+
+def test_no_rows_and_no_valid_row(backend):
+    for case in (head(n=3), head(n=3)):
+        case.token_ids = torch.tensor([1, 2, 3])
+        stats, gradients = run(pk.linear_token_stats, case, valid=torch.zeros(3, dtype=torch.bool), backend=backend)
+        assert all((value == 0).all() for value in (*stats, *gradients))
+    hidden, weight = torch.empty(0, 8, requires_grad=True), torch.randn(50, 8, requires_grad=True)
+    stats = pk.linear_token_stats(hidden, weight, torch.empty(0, dtype=torch.long), backend=backend)
+    assert stats.logp.shape == (0,)
+    stats.entropy.sum().backward()
+    assert hidden.grad.shape == (0, 8)
+    assert (weight.grad == 0).all()
+
+
+def test_any_leading_shape_and_stride(backend):
+    hidden, weight = torch.randn(3, 5, 8), torch.randn(60, 8)
+    expected = pk.token_stats(linear(hidden[:, 1:], weight), backend=backend)
+    stats = pk.linear_token_stats(hidden[:, 1:], weight, backend=backend)
+    assert stats.entropy.shape == (3, 4)
+    assert stats.logp is None
+    assert torch.allclose(stats.nucleus_entropy, expected.nucleus_entropy, atol=1e-5)
+
+
+@pytest.mark.parametrize("sizes", [(37, 24, 530), (300, 64, 5003), (129, 576, 4096)])
+def test_backward_sees_the_logits_that_forward_saw(sizes):
+    """To the bit, in float32: else the token at the nucleus' threshold drops out of the gradient."""
+    case = head(*sizes)
+    for chunk_rows in (None, 7, 64):
+        seen = {}
+        for name in ("forward", "backward"):
+            seen[name] = torch.full((sizes[0], sizes[2]), math.nan)
+
+        def forward(logits, *_, seen=seen, first=[0]):  # noqa: B006
+            assert logits.stride(1) % 16 == 0
+            seen["forward"][first[0] : first[0] + logits.shape[1]] = logits[0]
+            first[0] += logits.shape[1]
+            return torch.zeros(10, logits.shape[1]), torch.zeros(logits.shape[1], dtype=torch.int32)
+
+        def backward(d_stats, table, logits, *rest, seen=seen):
+            assert logits.stride(1) % 16 == 0
+            seen["backward"][:, rest[-1] : rest[-1] + logits.shape[2]] = logits[0]
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(
+                module.operator, "implementation", lambda _: SimpleNamespace(forward=forward, backward=backward)
+            )
+            run(pk.linear_token_stats, case, chunk_rows=chunk_rows)
+        assert torch.equal(seen["forward"], seen["backward"])
+
+
+@pytest.mark.parametrize("n_cols", [1, 16, 17, 50_257])
+def test_rows_of_logits_begin_at_multiples_of_16_elements(n_cols):
+    logits = empty_logits(3, n_cols, torch.empty(1, dtype=torch.bfloat16))
+    assert logits.shape == (3, n_cols)
+    assert logits.dtype == torch.bfloat16
+    assert logits.stride() == (16 * math.ceil(n_cols / 16), 1)
+
+
+def test_one_chunk_size_gives_one_result_and_others_round_differently(device):
+    case = head(n=64, width=96)
+    first = run(pk.linear_token_stats, case, chunk_rows=16)
+    again = run(pk.linear_token_stats, case, chunk_rows=16)
+    for value, other in zip((*first[0], *first[1]), (*again[0], *again[1]), strict=True):
+        assert torch.equal(value, other)
+    for chunk_rows in (7, 64):
+        stats, gradients = run(pk.linear_token_stats, case, chunk_rows=chunk_rows)
+        for value, other in zip((*first[0][:3], *first[1]), (*stats[:3], *gradients), strict=True):
+            assert torch.allclose(value, other, atol=2e-5)
+
+
+def test_the_budget_decides_the_chunk(monkeypatch):
+    monkeypatch.setenv("PAEC_CHUNK_BYTES", str(1 << 20))
+    assert choose_chunks(4096, 1000, 64, torch.float32, False, 0) == (256, 64)
+    # Beside the float32 sum of 4096 x 64 nothing is left of 1 MiB: an eighth of it.
+    assert choose_chunks(4096, 1000, 64, torch.bfloat16, False, 0) == (512, 16)
+    assert choose_chunks(10, 1000, 64, torch.float32, False, 0) == (10, 1000)
+    assert choose_chunks(0, 1000, 64, torch.float32, False, 0).rows == 1
+    monkeypatch.setenv("PAEC_CHUNK_BYTES", "1")
+    assert choose_chunks(4096, 1000, 64, torch.float32, False, 0) == (1, 1)
+
+
+@pytest.mark.parametrize("dropped", [False, True])
+def test_default_chunk_is_under_5_percent_of_the_logits(dropped):
+    n, width, n_cols = 16_384, 2_048, 151_936
+    chunks = choose_chunks(n, n_cols, width, torch.bfloat16, dropped, 0)
+    logits = 2 * n * n_cols
+    assert 2 * chunks.rows * n_cols < 0.05 * logits
+    assert 2 * chunks.columns * n + (4 + 2 * dropped) * n * width < 0.05 * logits
+
+
+@pytest.mark.parametrize("text", ["0", "-5", "many", "1.5"])
+def test_a_wrong_budget_is_named(monkeypatch, text):
+    monkeypatch.setenv("PAEC_CHUNK_BYTES", text)
+    with pytest.raises(ValueError, match=f"PAEC_CHUNK_BYTES must be a positive number of bytes, got '{text}'"):
+        pk.linear_token_stats(torch.randn(2, 4), torch.randn(5, 4))
+
+
+N, WIDTH, V = 256, 256, 80_000
+BUDGET = 4 << 20
+
+
+def growth_in_new_process(dtype, with_valid):
+    """Rise of the resident memory of forward and backward beyond the gradients, in bytes."""
+    torch.set_num_threads(1)
+    os.environ["PAEC_CHUNK_BYTES"] = str(BUDGET)
+    case = head(N, WIDTH, V, dtype)
+    case.weight *= 4  # peaked rows, as a trained model's: flat ones take more of the torch backend's scratch
+    leaves = case.hidden.requires_grad_(), case.weight.requires_grad_()
+    options = {"valid": case.valid} if with_valid else {}
+
+    def statistics(hidden, weight, n):
+        rows = {name: value[:n] for name, value in options.items()}
+        stats = pk.linear_token_stats(hidden, weight, case.token_ids[:n], **rows)
+        (stats.logp - stats.entropy + stats.nucleus_entropy).sum().backward()
+
+    # Code is loaded, and the pool's threads with their scratch are there.
+    statistics(leaves[0][:3].detach().requires_grad_(), leaves[1].detach(), 3)
+    growth = peak_memory.growth(lambda: statistics(*leaves, N))
+    return growth - sum(leaf.nbytes for leaf in leaves)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's resident high-water mark")
+@pytest.mark.parametrize("with_valid", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_peak_memory_is_a_chunk(monkeypatch, dtype, with_valid):
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", str(1 << 16))  # glibc gives freed buffers back at once
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        growth = process.submit(growth_in_new_process, dtype, with_valid).result()
+    # Buffers and temporaries of the torch backend, about 8 MB as seen; they do not grow with N.
+    backend_scratch = 16 << 20
+    # A second d_weight would be 41 or 82 MB more, and so would the whole logits.
+    assert growth < BUDGET + backend_scratch
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("with_valid", [False, True])
+def test_peak_memory_on_a_gpu_is_under_5_percent_of_the_logits(with_valid):
+    n, width, n_cols = 16_384, 2_048, 151_936
+    with torch.device("cuda"):
+        hidden = torch.randn(n, width, dtype=torch.bfloat16).requires_grad_()
+        weight = torch.randn(n_cols, width, dtype=torch.bfloat16).mul_(3 / math.sqrt(width)).requires_grad_()
+        token_ids = torch.randint(0, n_cols, (n,))
+        valid = torch.rand(n) > 0.1 if with_valid else None
+
+    def forward(n):
+        rows = {"valid": None if valid is None else valid[:n]}
+        stats = pk.linear_token_stats(hidden[:n], weight, token_ids[:n], **rows)
+        return (stats.logp - stats.entropy + stats.nucleus_entropy).sum()
+
+    def growth(function):
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        result = function()
+        return result, torch.cuda.max_memory_allocated() - before
+
+    torch.autograd.grad(forward(64), (hidden, weight))  # kernels are compiled, and cuBLAS has its workspaces
+    loss, in_forward = growth(lambda: forward(n))
+    gradients, in_backward = growth(lambda: torch.autograd.grad(loss, (hidden, weight)))
+    logits = 2 * n * n_cols
+    assert in_forward < 0.05 * logits
+    assert in_backward - sum(gradient.nbytes for gradient in gradients) < 0.05 * logits
+    assert all(gradient.isfinite().all() for gradient in gradients)
+
+
+def test_scoring_keeps_nothing(monkeypatch):
+    monkeypatch.setenv("PAEC_CHUNK_BYTES", str(1 << 20))
+    case = head(512, 32, 20_000)
+    products = []
+    multiply = module.multiply
+    monkeypatch.setattr(module, "multiply", lambda *a, **k: (products.append(1), multiply(*a, **k)))
+    with torch.no_grad():
+        stats = pk.linear_token_stats(case.hidden, case.weight.requires_grad_(), case.token_ids)
+    assert not stats.entropy.requires_grad
+    tiles = math.ceil(512 / 13) * math.ceil(20_000 / choose_chunks(512, 20_000, 32, torch.float32, False, 0).columns)
+    assert len(products) == tiles
+
+
+def test_a_frozen_head_costs_no_product(monkeypatch, device):
+    case = head()
+    monkeypatch.setattr(torch, "mm", lambda *a, out, mm=torch.mm: _not_into(case.weight.shape, mm, a, out))
+    hidden = case.hidden.clone().requires_grad_()
+    pk.linear_token_stats(hidden, case.weight).entropy.sum().backward()
+    exact = case.hidden.double().requires_grad_()
+    reference.linear_token_stats(exact, case.weight.double()).entropy.sum().backward()
+    assert torch.allclose(hidden.grad.double(), exact.grad, atol=1e-5)
+
+
+def _not_into(shape, mm, arguments, out):
+    assert out.shape[1] != shape[1], "a product of the weight's width: d_weight"
+    return mm(*arguments, out=out)
+
+
+def test_frozen_body_trains_the_head_alone(device):
+    case = head()
+    weight = case.weight.clone().requires_grad_()
+    pk.linear_token_stats(case.hidden, weight).entropy.sum().backward()
+    exact = case.weight.double().requires_grad_()
+    reference.linear_token_stats(case.hidden.double(), exact).entropy.sum().backward()
+    assert torch.allclose(weight.grad.double(), exact.grad, atol=1e-5)
+
+
+def test_low_rank_adapters_on_a_frozen_body():
+    case = head()
+    base, down, up = torch.randn(24, 24), torch.randn(2, 24), torch.randn(24, 2)
+    gradients = []
+    for statistics, dtype in ((pk.linear_token_stats, torch.float32), (reference.linear_token_stats, torch.float64)):
+        adapters = [t.clone().to(dtype).requires_grad_() for t in (down, up)]
+        hidden = torch.tanh(linear(case.hidden.to(dtype), base.to(dtype) + adapters[1] @ adapters[0]))
+        statistics(hidden, case.weight.to(dtype), case.token_ids).nucleus_entropy.sum().backward()
+        gradients.append([adapter.grad.double() for adapter in adapters])
+    for got, exact in zip(*gradients, strict=True):
+        assert torch.allclose(got, exact, rtol=1e-4, atol=1e-4)
+
+
+def test_tied_embeddings():
+    ids = torch.randint(0, 60, (20,))
+    gradients = []
+    for statistics, dtype in ((pk.linear_token_stats, torch.float32), (reference.linear_token_stats, torch.float64)):
+        torch.manual_seed(1)
+        embedding = torch.randn(60, 8).to(dtype).requires_grad_()
+        hidden = torch.tanh(embedding[ids])
+        statistics(hidden, embedding, ids).logp.sum().backward()
+        gradients.append(embedding.grad.double())
+    assert torch.allclose(*gradients, atol=1e-5)
+
+
+def test_autocast(device):
+    case = head()
+    with torch.autocast(device, dtype=torch.bfloat16):
+        stats, (d_hidden, d_weight) = run(pk.linear_token_stats, case)
+    low = head()
+    low.__dict__.update({k: v for k, v in vars(case).items() if k not in ("hidden", "weight")})
+    low.hidden, low.weight = case.hidden.bfloat16(), case.weight.bfloat16()
+    expected, (low_hidden, low_weight) = run(pk.linear_token_stats, low)
+    assert torch.equal(stats.entropy, expected.entropy)
+    assert d_hidden.dtype == d_weight.dtype == torch.float32
+    assert torch.equal(d_hidden, low_hidden.float())
+    assert torch.equal(d_weight, low_weight.float())
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_activation_checkpointing_around_it(use_reentrant):
+    case = head()
+
+    def entropy(hidden):
+        return pk.linear_token_stats(torch.tanh(hidden), case.weight).entropy
+
+    gradients = []
+    for around in (False, True):
+        hidden = case.hidden.clone().requires_grad_()
+        out = checkpoint(entropy, hidden, use_reentrant=use_reentrant) if around else entropy(hidden)
+        out.sum().backward()
+        gradients.append(hidden.grad)
+    assert torch.equal(*gradients)
+
+
+def test_compile_without_graph_breaks():
+    case = head(bias=True)
+
+    def loss(hidden, weight, bias):
+        stats = pk.linear_token_stats(hidden, weight, case.token_ids, bias=bias, valid=case.valid)
+        return (stats.logp - stats.entropy).sum()
+
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    gradients = []
+    for function in (loss, compiled):
+        leaves = [t.clone().requires_grad_() for t in (case.hidden, case.weight, case.bias)]
+        function(*leaves).backward()
+        gradients.append([leaf.grad for leaf in leaves])
+    for value, other in zip(*gradients, strict=True):
+        assert torch.equal(value, other)
+
+
+def test_opcheck():
+    case = head(n=5, bias=True)
+    rows = (case.token_ids, case.valid, torch.ones(1))
+    forward = (case.hidden, case.weight, case.bias, *rows, 0.95, 0.0, 2, "torch")
+    torch.library.opcheck(module.linear_token_stats_forward, forward)
+    table, _ = module.linear_token_stats_forward(*forward)
+    for needs in ((True, True, True), (False, True, False)):
+        backward = (torch.randn_like(table[: layout.N_DIFFERENTIABLE]), table, *forward[:6], 0.0, 2, *needs, "torch")
+        torch.library.opcheck(module.linear_token_stats_backward, backward)
+
+
+BAD = {
+    "hidden a list": (TypeError, "hidden must be a tensor, got list", lambda h, w: (([1.0], w), {})),
+    "another width": (ValueError, r"hidden must have shape .*\(4, 8\) and \(20, 7\)", lambda h, w: ((h, w[:, :7]), {})),
+    "weight of three dimensions": (ValueError, "weight .V, D.", lambda h, w: ((h, w[None]), {})),
+    "bias of another length": (
+        ValueError,
+        r"bias must have .*\(20,\), got \(19,\)",
+        lambda h, w: ((h, w), {"bias": w[1:, 0]}),
+    ),
+    "weight of another dtype": (TypeError, "weight must have the dtype .*float64", lambda h, w: ((h, w.double()), {})),
+    "float64": (TypeError, "hidden must be float32.*float64", lambda h, w: ((h.double(), w.double()), {})),
+    "weight on another device": (ValueError, "weight must be on .*meta", lambda h, w: ((h, w.to("meta")), {})),
+    "chunk_rows 0": (ValueError, "chunk_rows must be at least 1, got 0", lambda h, w: ((h, w), {"chunk_rows": 0})),
+    "token id out of range": (
+        ValueError,
+        r"token_ids must be .*\[0, 20\), got 20",
+        lambda h, w: ((h, w, torch.full((4,), 20)), {}),
+    ),
+    "D = 0": (ValueError, r"D and V at least 1, got \(4, 0\) and \(20, 0\)", lambda h, w: ((h[:, :0], w[:, :0]), {})),
+    "V = 0": (ValueError, r"D and V at least 1, got \(4, 8\) and \(0, 8\)", lambda h, w: ((h, w[:0]), {})),
+    "reference, integers": (
+        TypeError,
+        "hidden must be float32.*got torch.int64",
+        lambda h, w: ((h.long(), w.long()), {"backend": "reference"}),
+    ),
+    "chunk_rows a bool": (
+        TypeError,
+        "chunk_rows must be an int, got True",
+        lambda h, w: ((h, w), {"chunk_rows": True}),
+    ),
+    "inplace_backward a word": (
+        TypeError,
+        "inplace_backward must be a bool, got 'yes'",
+        lambda h, w: ((h, w), {"inplace_backward": "yes"}),
+    ),
+    "chunk_rows 2.5": (TypeError, "chunk_rows must be an int, got 2.5", lambda h, w: ((h, w), {"chunk_rows": 2.5})),
+    "reference, out of range": (
+        ValueError,
+        "token_ids must be .*got 20",
+        lambda h, w: ((h, w, torch.full((4,), 20)), {"backend": "reference"}),
+    ),
+    "top_p 2": (ValueError, "top_p must be", lambda h, w: ((h, w), {"top_p": 2})),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_named(name):
+    error, message, make = BAD[name]
+    arguments, options = make(torch.randn(4, 8), torch.randn(20, 8))
+    with pytest.raises(error, match=message):
+        pk.linear_token_stats(*arguments, **options)
+
+
+def test_real_rows_as_the_logits_of_an_identity_head(real_logits):
+    """Hidden states chosen so that the product gives real logits: the statistics are those of token_stats."""
+    logits = real_logits.logits[:6].float()
+    stats = pk.linear_token_stats(torch.eye(6), logits.T.contiguous(), real_logits.token_ids[:6])
+    check_against(stats, truth_of(logits, real_logits.token_ids[:6]))
+    got = gradient_of(lambda w: pk.linear_token_stats(torch.eye(6), w.T, None), logits, torch.ones(3, 6))
+    exact = gradient_of(lambda z: reference.token_stats(z), logits.double(), torch.ones(3, 6).double())
+    assert torch.allclose(got.double(), exact, atol=1e-5)

@@ -1,0 +1,137 @@
+"""Evaluation of a policy that answers by rote: who is asked what, and what is kept of it."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch.multiprocessing as mp
+from rich.console import Console
+from train import evaluate_rank_worker
+from train.rote import SETTINGS, Counting, Rote
+
+from paec_kernels.train.report.evaluate import Evaluation, Settings, evaluate, format_table, pass_ks, summarise
+
+
+def run(policy: Rote, *tasks: Counting, **changed) -> Evaluation:
+    return evaluate(policy, tasks, **SETTINGS | changed)
+
+
+def test_every_answer_is_kept() -> None:
+    policy = Rote()
+    found = run(policy, Counting("a", 10, 2), Counting("b", 500, 9))
+    assert found.settings == Settings(**SETTINGS)
+    assert {name: len(results) for name, results in found.tasks.items()} == {"a": 2, "b": 3}
+    for result in (result for results in found.tasks.values() for result in results):
+        number, seed = int(result.prompt), policy.seeds[result.prompt, 0.7]
+        said = [None if (i + seed) % 3 == 2 else str(number + (i + seed) % 3) for i in range(6)]
+        assert result.answer == result.greedy_answer == result.prompt
+        assert result.greedy_correct is True
+        assert result.greedy_length == len(result.prompt)
+        assert result.answers == said
+        assert result.correct == [answer == result.prompt for answer in said]
+        assert result.lengths == [len(answer or "hm") for answer in said]
+
+
+def test_the_summary_is_that_of_the_answers() -> None:
+    # Each problem: 2 of 6 right, 2 plus one, 2 without an answer; so the vote is a tie.
+    summary = summarise(run(Rote(), Counting("a", 10, 2), Counting("b", 500, 9)))
+    assert list(summary) == ["a", "b", "macro"]
+    means = {name: estimate.mean for name, estimate in summary["macro"].items()}
+    assert means == pytest.approx(
+        {
+            "greedy": 1.0,
+            "mean@6": 1 / 3,
+            "maj@6": 1 / 2,
+            "pass@1": 1 / 3,
+            "pass@2": 1 - 6 / 15,
+            "pass@4": 1 - 1 / 15,
+            "pass@6": 1.0,
+            "distinct": 2.0,
+            "length": (2 + 8 / 3) / 2,  # 2 in task a; 3, 3 and 2 in b
+        }
+    )
+
+
+def test_problems_are_asked_in_batches() -> None:
+    policy, progress = Rote(), []
+    evaluate(policy, [Counting("a", 10, 9)], **SETTINGS, batch_size=12, on_progress=lambda *at: progress.append(at))
+    assert policy.calls == [(2, 1, 0.0), (2, 6, 0.7), (1, 1, 0.0), (1, 6, 0.7)]
+    assert progress == [(14, 21), (21, 21)]
+
+
+def test_a_problem_is_answered_the_same_whatever_else_is_asked() -> None:
+    alone = run(Rote(), Counting("b", 500, 9), problems=2)
+    among = run(Rote(), Counting("a", 10, 2), Counting("b", 500, 9), batch_size=1)
+    assert among.tasks["b"][:2] == alone.tasks["b"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [2, 4])  # more ranks than batches: one has nothing to do
+def test_ranks_share_the_problems_and_all_have_the_whole(tmp_path: Path, world: int) -> None:
+    mp.spawn(evaluate_rank_worker.run, (world, str(tmp_path)), nprocs=world)
+    alone = evaluate(Rote(), evaluate_rank_worker.TASKS, **SETTINGS | {"problems": 9}, batch_size=12)
+    asked = [json.loads((tmp_path / f"{rank}.asked").read_text()) for rank in range(world)]
+    assert sum(asked) == sum(map(len, alone.tasks.values()))
+    assert max(asked) <= 4
+    for rank in range(world):
+        assert Evaluation.load(tmp_path / f"{rank}.json") == alone
+
+
+def test_seeds_differ_by_seed_task_and_place() -> None:
+    seeds = set()
+    for seed in (0, 1):
+        for name in ("a", "b"):
+            policy = Rote()
+            run(policy, Counting(name, 10, 3), seed=seed)
+            seeds |= {value for (_, temperature), value in policy.seeds.items() if temperature > 0}
+    assert len(seeds) == 12
+
+
+def test_what_is_saved_comes_back(tmp_path: Path) -> None:
+    found = run(Rote(), Counting("a", 10, 2))
+    found.save(tmp_path / "eval.json")
+    assert Evaluation.load(tmp_path / "eval.json") == found
+    saved = json.loads((tmp_path / "eval.json").read_text())
+    assert saved["summary"]["macro"]["maj@6"] == [0.5, 0.5, 0.5]
+    assert [path.name for path in tmp_path.iterdir()] == ["eval.json"]
+
+
+@pytest.mark.parametrize(
+    "content", ["{", "{}", "[]", '{"settings": {}, "tasks": []}', '{"settings": {}, "tasks": {"a": [{"prompt": "1"}]}}']
+)
+def test_another_file_is_refused(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "eval.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=r"path must be a file that Evaluation.save wrote, got .*eval\.json"):
+        Evaluation.load(path)
+
+
+def test_the_table_shows_each_task_and_the_average() -> None:
+    console = Console(width=140, record=True, file=None, quiet=False)
+    with console.capture() as capture:
+        console.print(format_table(run(Rote(), Counting("a", 10, 2), Counting("b", 500, 9))))
+    lines = capture.get().splitlines()
+    (row,) = [line for line in lines if line.split()[:1] == ["a"]]
+    assert row.split() == ["a", "2", "100.0", "33.3", "50.0", "100.0", "2.00", "2"]
+    (row,) = [line for line in lines if line.split()[:1] == ["macro-average"]]
+    assert row.split() == ["macro-average", "5", "100.0", "33.3", "50.0", "100.0", "2.00", "2"]
+
+
+@pytest.mark.parametrize(("samples", "expected"), [(1, [1]), (4, [1, 2, 4]), (6, [1, 2, 4, 6])])
+def test_pass_ks(samples: int, expected: list[int]) -> None:
+    assert pass_ks(samples) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("problems", 0), ("samples", 0), ("max_new_tokens", 0), ("batch_size", 0), ("temperature", 0.0), ("seed", -1)],
+)
+def test_bad_numbers_are_refused_by_name(name: str, value: float) -> None:
+    with pytest.raises(ValueError, match=f"{name} must be .* got {value}"):
+        run(Rote(), Counting("a", 10, 2), **{name: value})
+
+
+@pytest.mark.parametrize("names", [(), ("a", "a"), ("macro",)])
+def test_tasks_need_names_of_their_own(names: tuple[str, ...]) -> None:
+    with pytest.raises(ValueError, match="tasks must be at least one, with names that differ"):
+        run(Rote(), *(Counting(name, 10, 2) for name in names))
