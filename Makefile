@@ -11,7 +11,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 # names (PyTorch's installation page has its address).
 TORCH ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo cuda || echo cpu)
 TORCH_CPU_INDEX ?=
-TORCH_VERSION := $(shell sed -n 's/^torch==//p' constraints.txt)
+TORCH_VERSION := $(shell sed -n 's/^torch==//p' constraints/default.txt)
 UNAME := $(shell uname -s)
 
 .DEFAULT_GOAL := help
@@ -60,7 +60,7 @@ format: .venv/.stamp ## let ruff fix and format
 define new_venv
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer not found; set PYTHON=/path/to/python3" >&2; exit 1; }
 	$(PYTHON) -m venv $(1)
-	$(1)/bin/python -m pip install --quiet --constraint constraints.txt setuptools
+	$(1)/bin/python -m pip install --quiet --constraint constraints/default.txt setuptools
 endef
 
 # $(call install_cpu_torch,DIR): macOS wheels on PyPI are CPU builds already.
@@ -72,14 +72,14 @@ define install_cpu_torch
 			"stop and set TORCH_CPU_INDEX to the index of CPU wheels that PyTorch's installation page names."; fi
 endef
 
-.venv/.stamp: pyproject.toml constraints.txt
+.venv/.stamp: pyproject.toml constraints/default.txt
 	$(call new_venv,.venv)
 ifeq ($(TORCH),cpu)
 	$(call install_cpu_torch,.venv)
-	cp constraints.txt .venv/constraints.txt
+	cp constraints/default.txt .venv/constraints.txt
 else
 	# A CUDA build of torch demands the one triton it was released with.
-	sed '/^triton==/d' constraints.txt > .venv/constraints.txt
+	sed '/^triton==/d' constraints/default.txt > .venv/constraints.txt
 endif
 	.venv/bin/python -m pip install --quiet --constraint .venv/constraints.txt --no-build-isolation \
 		--editable '.[demo,trl,bench,dev]'
@@ -89,9 +89,9 @@ endif
 # Environments of their own: other versions, and the extras that their tests need.
 .venv-triton36/.stamp: EXTRAS = test
 .venv-verl/.stamp: EXTRAS = verl,test
-.venv-triton36/.stamp .venv-verl/.stamp: .venv-%/.stamp: pyproject.toml constraints-%.txt
+.venv-triton36/.stamp .venv-verl/.stamp: .venv-%/.stamp: pyproject.toml constraints/%.txt
 	$(call new_venv,.venv-$*)
 	$(call install_cpu_torch,.venv-$*)
-	.venv-$*/bin/python -m pip install --quiet --constraint constraints-$*.txt \
+	.venv-$*/bin/python -m pip install --quiet --constraint constraints/$*.txt \
 		--no-build-isolation --editable '.[$(EXTRAS)]'
 	@touch $@
