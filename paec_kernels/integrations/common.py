@@ -8,7 +8,7 @@ from paec_kernels.losses.paec_config import PAECConfig
 
 
 def numbers(plan: Plan, config: PAECConfig) -> dict[str, float]:
-    """The plan for a log, and the ``loss`` that it makes; without what is NaN, as the anchor until it is set."""
+    """Read the plan for a log, with the ``loss`` that it makes and without what is NaN, as the anchor until it is set."""
     loss = config.lam * plan.penalty - config.beta * plan.mean_entropy
     values = plan._asdict() | {"loss": loss}
     read = torch.stack(list(values.values())).tolist()  # one wait for the device
@@ -16,7 +16,7 @@ def numbers(plan: Plan, config: PAECConfig) -> dict[str, float]:
 
 
 def sources_of_noise(model: nn.Module) -> list[str]:
-    """What makes two passes over the same tokens differ: dropout, layer drop and jitter, as ``path.name=value``."""
+    """Name what makes two passes over the same tokens differ: dropout, layer drop, jitter; as ``path.name=value``."""
     found = []
     for path, module in model.named_modules():
         for name, value in vars(module).items():

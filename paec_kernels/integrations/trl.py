@@ -167,7 +167,7 @@ class PAECGRPOTrainer(GRPOTrainer):
         return loss
 
     def _save_optimizer_and_scheduler(self, output_dir):
-        # Among the files that come before trainer_state.json, without which a checkpoint is not resumed from.
+        # Written before trainer_state.json, whose absence marks a checkpoint as incomplete.
         super()._save_optimizer_and_scheduler(output_dir)
         if self.args.should_save:
             with whole_file(Path(output_dir) / STATE_NAME) as partial:
@@ -186,7 +186,7 @@ class PAECGRPOTrainer(GRPOTrainer):
         self.paec.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
 
     def _stats_of(self, batch: dict[str, Any]) -> TokenStats:
-        """Statistics ``[B, T]`` of a micro-batch's completions by the present weights, without a graph."""
+        """Return the statistics ``[B, T]`` of a micro-batch's completions by the present weights, without a graph."""
         just_generated = self._step % (self.args.steps_per_generation * self.num_iterations) == 0
         if just_generated and "paec_entropy" in batch:
             return TokenStats(*(batch[f"paec_{name}"] for name in TokenStats._fields))
@@ -201,7 +201,7 @@ class PAECGRPOTrainer(GRPOTrainer):
         return self._scored.pop()[1]
 
     def _new_plan(self) -> Plan:
-        """The plan of what was observed; its numbers are then in the trainer's log."""
+        """Plan over what was observed, and put the plan's numbers into the trainer's log."""
         plan = self.paec.plan()
         for name, value in numbers(plan, self.paec.config).items():
             self._metrics["train"][f"paec/{name}"].append(value)
@@ -228,7 +228,7 @@ class _Head:
         logit_scale: float,
         outputs: tuple[str, ...],
     ) -> tuple[Tensor | None, Tensor, None, None, None]:
-        """Arguments and result of TRL's kernel: ``hidden [N, D]`` of the tokens to be scored, ``[N]`` each."""
+        """Score tokens with the arguments and the result of TRL's kernel: ``hidden [N, D]`` in, ``[N]`` each out."""
         stats = linear_token_stats(
             hidden,
             weight.to(hidden.dtype),
@@ -244,7 +244,7 @@ class _Head:
         return stats.logp, stats.entropy, None, None, None
 
     def take(self, scored: Tensor) -> TokenStats:
-        """The statistics kept since the last call, laid out where ``scored [B, T]`` is True; 0 elsewhere."""
+        """Lay the statistics kept since the last call out where ``scored [B, T]`` is True, with 0 elsewhere."""
         if not self.pieces:
             raise RuntimeError("no statistics: model.forward was replaced after PAECGRPOTrainer was constructed")
         pieces, self.pieces = self.pieces, []
@@ -253,7 +253,7 @@ class _Head:
 
 
 def _with_head(forward: Callable, head: _Head) -> types.MethodType:
-    """TRL's scoring forward with its kernel replaced by ``head``: the same code, with other globals.
+    """Return TRL's scoring forward with its kernel replaced by ``head``: the same code, with other globals.
 
     The second global makes it hand over only the tokens to be scored, as TRL does on a GPU.
     """
@@ -300,7 +300,7 @@ def _gather_in_backward(value: Tensor, *parameters: Any) -> None:
 
 
 def _valid(batch: dict[str, Any]) -> Tensor:
-    """bool ``[B, T]``, True where TRL's loss counts a token."""
+    """Tell where TRL's loss counts a token, bool ``[B, T]``."""
     mask = batch["completion_mask"]
     return (mask * batch["tool_mask"] if "tool_mask" in batch else mask).bool()
 
