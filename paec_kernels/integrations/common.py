@@ -8,7 +8,7 @@ from paec_kernels.losses.paec_config import PAECConfig
 
 
 def numbers(plan: Plan, config: PAECConfig) -> dict[str, float]:
-    """Read the plan for a log, with the ``loss`` that it makes and without what is NaN, as the anchor until it is set."""
+    """Read the plan for a log, with the ``loss`` it makes, without what is NaN, as the anchor until it is set."""
     loss = config.lam * plan.penalty - config.beta * plan.mean_entropy
     values = plan._asdict() | {"loss": loss}
     read = torch.stack(list(values.values())).tolist()  # one wait for the device
