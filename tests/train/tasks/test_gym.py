@@ -108,7 +108,7 @@ def test_a_configuration_of_ones_own() -> None:
 
 
 def test_bad_names_and_configurations_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"dataset must be one of reasoning-gym's ab, .* got 'sums'"):
+    with pytest.raises(ValueError, match=r"dataset must be one of ab, .* got 'sums'"):
         GymTask("sums")
     for config in ({"min_terms": 0}, {"colour": 1}):
         with pytest.raises(ValueError, match=r"config must be one that reasoning-gym's chain_sum takes, got \{"):
