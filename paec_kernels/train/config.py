@@ -40,8 +40,8 @@ class TrainConfig:
     preset: Literal["tiny", "smollm2", "paper"] = "tiny"
     """Set of defaults for all options below."""
     out: Path = Path("runs/train")
-    """Folder for config.json, log.jsonl, eval.json, checkpoint.pt and TensorBoard's events. A run that is there already
-    goes on from its checkpoint."""
+    """Folder for config.json, log.jsonl, eval.json, checkpoint.pt and TensorBoard's events.
+    A run that is there already goes on from its checkpoint."""
     model: str = "tiny"
     """tiny, smollm2, or a Hugging Face id or folder."""
     chat: bool | None = None
@@ -63,8 +63,8 @@ class TrainConfig:
     answers: int = 16
     """Answers sampled for each prompt: the size of a group."""
     updates: int = 2
-    """Optimiser steps for each batch, each on its own part of the prompts. With 1 every ratio is 1: grpo, cispo and
-    kl-cov are then the same."""
+    """Optimiser steps for each batch, each on its own part of the prompts.
+    With 1 every ratio is 1: grpo, cispo and kl-cov are then the same."""
     micro_batch: int = 64
     """Answers in a forward and backward pass; an optimiser step accumulates the gradients of as many as it needs."""
     max_new_tokens: int = 32
@@ -80,8 +80,8 @@ class TrainConfig:
     operator: Literal["logits", "linear"] = "logits"
     """Take statistics from logits, or from hidden states, with logits that exist a chunk at a time."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Precision of the forward pass, by autocast; weights stay float32. auto: bfloat16 on a GPU that has it, else
-    float32."""
+    """Precision of the forward pass, by autocast; weights stay float32.
+    auto: bfloat16 on a GPU that has it, else float32."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device to compute on. auto: a GPU if there is one."""
     checkpoint_every: int = 25

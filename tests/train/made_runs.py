@@ -45,7 +45,7 @@ def write_run(
             "reward": 0.5 + 0.01 * step,
             "entropy": value,
             "selected_entropy": 3 * value,
-            "floor": floor if step > 1 else None,
+            "floor": floor if step > 1 else 0.0,
         }
         for step, value in enumerate(entropy, start=1)
     ]
