@@ -126,26 +126,18 @@ def evaluate(
     return Evaluation(settings, results)
 
 
-def summarise(evaluation: Evaluation, *, confidence: float = 0.95) -> dict[str, Summary]:
+def summarise(evaluation: Evaluation) -> dict[str, Summary]:
     """Return each task's means over its problems, and under "macro" those over the tasks, with bootstrap intervals.
 
     The metrics: "greedy", "mean@k", "maj@k", "pass@1" to "pass@k" in powers of two (k samples each), "distinct"
     (answers of a problem's samples) and "length" (tokens of a sampled response).
     """
-    names = _metric_names(evaluation.settings.samples)
-    return {
-        name: dict(zip(names, metrics.bootstrap(group, confidence=confidence), strict=True))
-        for name, group in _groups(evaluation).items()
-    }
+    return _by_task(evaluation, metrics.bootstrap)
 
 
 def mean_scores(evaluation: Evaluation) -> dict[str, dict[str, float]]:
     """Return the means of `summarise` alone, which take no resampling."""
-    names = _metric_names(evaluation.settings.samples)
-    return {
-        name: dict(zip(names, np.mean([rows.mean(axis=0) for rows in group], axis=0).tolist(), strict=True))
-        for name, group in _groups(evaluation).items()
-    }
+    return _by_task(evaluation, lambda tasks: np.mean([values.mean(axis=0) for values in tasks], axis=0).tolist())
 
 
 def pass_ks(samples: int) -> list[int]:
@@ -153,30 +145,28 @@ def pass_ks(samples: int) -> list[int]:
     return sorted({2**i for i in range(samples.bit_length())} | {samples})
 
 
-def _metric_names(samples: int) -> list[str]:
-    passes = [f"pass@{k}" for k in pass_ks(samples)]
-    return ["greedy", f"mean@{samples}", f"maj@{samples}", *passes, "distinct", "length"]
+def _by_task(evaluation: Evaluation, reduce: Callable[[list[np.ndarray]], list[Any]]) -> dict[str, dict[str, Any]]:
+    """Reduce each task's values [problems, metrics], and under "macro" those of all tasks, to an item a metric."""
+    scores = {task: _scores(results) for task, results in evaluation.tasks.items()}
+    values = {task: np.stack(list(of_task.values()), axis=1) for task, of_task in scores.items()}
+    groups = {task: [of_task] for task, of_task in values.items()} | {"macro": list(values.values())}
+    names = next(iter(scores.values()))
+    return {group: dict(zip(names, reduce(tasks), strict=True)) for group, tasks in groups.items()}
 
 
-def _groups(evaluation: Evaluation) -> dict[str, list[np.ndarray]]:
-    """Return for each task, and for "macro", the values of the tasks that it averages."""
-    values = {task: _values(results) for task, results in evaluation.tasks.items()}
-    return {task: [rows] for task, rows in values.items()} | {"macro": list(values.values())}
-
-
-def _values(results: Sequence[ProblemResult]) -> np.ndarray:
-    """Return a task's metrics, float64 [problems, metrics]."""
+def _scores(results: Sequence[ProblemResult]) -> dict[str, np.ndarray]:
+    """Return the metrics of a task's problems, float64 [problems] each."""
     correct = np.array([result.correct for result in results])
     answers = [result.answers for result in results]
-    columns = [
-        np.array([float(result.greedy_correct) for result in results]),
-        metrics.mean_at_k(correct),
-        metrics.majority_vote(correct, answers),
-        *(metrics.pass_at_k(correct, k) for k in pass_ks(correct.shape[1])),
-        metrics.distinct_answers(answers),
-        np.array([np.mean(result.lengths) for result in results]),
-    ]
-    return np.stack(columns, axis=1)
+    k = correct.shape[1]
+    return {
+        "greedy": np.array([float(result.greedy_correct) for result in results]),
+        f"mean@{k}": metrics.mean_at_k(correct),
+        f"maj@{k}": metrics.majority_vote(correct, answers),
+        **{f"pass@{n}": metrics.pass_at_k(correct, n) for n in pass_ks(k)},
+        "distinct": metrics.distinct_answers(answers),
+        "length": np.array([np.mean(result.lengths) for result in results]),
+    }
 
 
 def _batches(task: Task, settings: Settings, size: int) -> Iterator[_Batch]:

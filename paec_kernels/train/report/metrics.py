@@ -11,6 +11,8 @@ from typing import NamedTuple
 import numpy as np
 from scipy import stats  # type: ignore[import-untyped]
 
+CONFIDENCE = 0.95  # of every interval
+
 Answers = Sequence[Sequence[str | None]]
 
 
@@ -69,10 +71,8 @@ def distinct_answers(answers: Answers) -> np.ndarray:
     return np.array([float(len(set(row) - {None})) for row in answers])
 
 
-def bootstrap(
-    tasks: Sequence[np.ndarray], *, confidence: float = 0.95, resamples: int = 2000, seed: int = 0
-) -> list[Estimate]:
-    """Return macro-averages over tasks with percentile intervals, problems resampled within each task.
+def bootstrap(tasks: Sequence[np.ndarray], *, resamples: int = 2000, seed: int = 0) -> list[Estimate]:
+    """Return macro-averages over tasks with 95 % percentile intervals, problems resampled within each task.
 
     A task weighs the same whatever the number of its problems. The interval tells what other problems of the same
     kind would have given; training again with another seed is not in it.
@@ -94,12 +94,12 @@ def bootstrap(
         [rng.multinomial(len(v), np.full(len(v), 1 / len(v)), size=resamples) @ v / len(v) for v in tasks],
         axis=0,
     )  # [resamples, M]
-    low, high = np.quantile(resampled, [(1 - confidence) / 2, (1 + confidence) / 2], axis=0)
+    low, high = np.quantile(resampled, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2], axis=0)
     return [Estimate(*row) for row in np.stack([means, low, high], axis=1).tolist()]
 
 
-def t_interval(values: Sequence[float], *, confidence: float = 0.95) -> Estimate:
-    """Return the mean with Student's t interval: of runs with different seeds, or of their paired differences.
+def t_interval(values: Sequence[float]) -> Estimate:
+    """Return the mean with Student's 95 % t interval: of runs with different seeds, or of their paired differences.
 
         mean +- t(n - 1) * s / sqrt(n)
 
@@ -114,13 +114,11 @@ def t_interval(values: Sequence[float], *, confidence: float = 0.95) -> Estimate
     mean = float(np.mean(values))
     if n == 1:
         return Estimate(mean, np.nan, np.nan)
-    half = stats.t.ppf((1 + confidence) / 2, n - 1) * np.std(values, ddof=1) / np.sqrt(n)
+    half = stats.t.ppf((1 + CONFIDENCE) / 2, n - 1) * np.std(values, ddof=1) / np.sqrt(n)
     return Estimate(mean, mean - half, mean + half)
 
 
-def paired_difference(
-    values: dict[int, float], baseline: dict[int, float], *, confidence: float = 0.95
-) -> Estimate | None:
+def paired_difference(values: dict[int, float], baseline: dict[int, float]) -> Estimate | None:
     """Return values - baseline by seed with the paired t interval, or None if no seed is in both.
 
     Runs with the same seed start from the same weights and see the same problems, so much of what a seed does
@@ -129,7 +127,7 @@ def paired_difference(
     seeds = sorted(values.keys() & baseline.keys())
     if not seeds:
         return None
-    return t_interval([values[seed] - baseline[seed] for seed in seeds], confidence=confidence)
+    return t_interval([values[seed] - baseline[seed] for seed in seeds])
 
 
 def _checked(correct: np.ndarray) -> np.ndarray:
