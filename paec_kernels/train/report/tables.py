@@ -16,27 +16,22 @@ from paec_kernels.train.report.evaluate import Evaluation, mean_scores, summaris
 from paec_kernels.train.report.metrics import Estimate
 from paec_kernels.train.run_folder import Run
 
+DIGITS = {"length": 0, "distinct": 2, "final entropy": 3}  # after the point; all other metrics are in per cent
+
 
 def format_evaluation(evaluation: Evaluation) -> Table:
     """Return tasks by metrics with 95 % intervals below the means, the macro-average last."""
     settings = evaluation.settings
     summary = summarise(evaluation)
     shown = _without_passes(list(summary["macro"]))
-    table = Table(
-        title=f"{settings.samples} samples a problem at temperature {settings.temperature:g}; "
+    table = _terminal_table(
+        f"{settings.samples} samples a problem at temperature {settings.temperature:g}; "
         "scores in per cent, 95 % intervals over problems",
-        title_justify="left",
-        box=SIMPLE_HEAD,
+        ["task", "problems", *shown],
     )
-    table.add_column("task", no_wrap=True)
-    for name in ("problems", *shown):
-        table.add_column(name, justify="right")
     counts = {task: len(results) for task, results in evaluation.tasks.items()}
     for task, scores in summary.items():
-        cells = []
-        for name in shown:
-            mean, low, high = (_number(name, value) for value in scores[name])
-            cells.append(f"{mean}\n[dim]{low}-{high}[/]")
+        cells = [f"{_number(name, scores[name].mean)}\n[dim]{_interval(name, scores[name])}[/]" for name in shown]
         if task == "macro":
             table.add_section()
             table.add_row("macro-average", str(sum(counts.values())), *cells, style="bold")
@@ -46,20 +41,23 @@ def format_evaluation(evaluation: Evaluation) -> Table:
 
 
 def format_comparison(comparison: Comparison) -> list[Table]:
-    """Return the table of means and, if there is a baseline, that of differences from it.
-
-    All of it fits 80 columns: an interval is below its mean, and only an arm's name may be folded.
-    """
+    """Return the table of means and, if there is a baseline, that of differences from it."""
     tables = []
     for title, header, lines in _tables(comparison):
-        table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-        table.add_column(header[0], overflow="fold", min_width=7)
-        for name in header[1:]:
-            table.add_column(name.replace(" ", "\n"), justify="right", no_wrap=True)
+        table = _terminal_table(title, header)
         for line in lines:
             table.add_row(line[0], *(cell.replace(" ", "\n", 1) for cell in line[1:]))
         tables.append(table)
     return tables
+
+
+def _terminal_table(title: str, header: Sequence[str]) -> Table:
+    """Return a table whose numbers fit 80 columns: intervals are below means, and only the first column may fold."""
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column(header[0], overflow="fold", min_width=7)
+    for name in header[1:]:
+        table.add_column(name.replace(" ", "\n"), justify="right", no_wrap=True)
+    return table
 
 
 def to_markdown(comparison: Comparison) -> str:
@@ -136,11 +134,16 @@ def _cell(metric: str, estimate: Estimate | None, signed: bool = False) -> str:
 
 
 def _number(metric: str, value: float) -> str:
-    """Return a score in per cent, but "distinct", "length" and "final entropy" as they are; a dash for NaN."""
+    """Return a score in per cent, but those of DIGITS as they are; a dash for NaN."""
     if math.isnan(value):
         return "-"
-    digits = {"length": 0, "distinct": 2, "final entropy": 3}
-    return f"{value:.{digits[metric]}f}" if metric in digits else f"{100 * value:.1f}"
+    return f"{value:.{DIGITS[metric]}f}" if metric in DIGITS else f"{100 * value:.1f}"
+
+
+def _interval(metric: str, estimate: Estimate) -> str:
+    """Return low-high, of a score in whole per cents: more would not fit 80 columns."""
+    ends = (estimate.low, estimate.high)
+    return "-".join(_number(metric, end) if metric in DIGITS else f"{100 * end:.0f}" for end in ends)
 
 
 def _plain(row: Row) -> dict[str, Any]:

@@ -113,12 +113,14 @@ def test_another_file_is_refused(tmp_path: Path, content: str) -> None:
 
 
 def test_the_table_shows_each_task_and_the_average() -> None:
-    console = Console(width=140, record=True, file=None, quiet=False)
+    console = Console(width=80)
     with console.capture() as capture:
         console.print(format_evaluation(run(Rote(), Counting("a", 10, 2), Counting("b", 500, 9))))
     lines = capture.get().splitlines()
     (row,) = [line for line in lines if line.split()[:1] == ["a"]]
     assert row.split() == ["a", "2", "100.0", "33.3", "50.0", "100.0", "2.00", "2"]
+    intervals = lines[lines.index(row) + 1]
+    assert intervals.split() == ["100-100", "33-33", "50-50", "100-100", "2.00-2.00", "2-2"]
     (row,) = [line for line in lines if line.split()[:1] == ["macro-average"]]
     assert row.split() == ["macro-average", "5", "100.0", "33.3", "50.0", "100.0", "2.00", "2"]
 
