@@ -4,7 +4,7 @@ import json
 import multiprocessing
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -13,14 +13,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from paec_kernels.train import loop
-from paec_kernels.train.config import CompareConfig, EvalConfig, EvalOptions, TrainConfig, plain
+from paec_kernels.train.config import CompareConfig, EvalConfig, TrainConfig, plain
 from paec_kernels.train.models.by_name import pick_device, starting_policy, trained_policy
 from paec_kernels.train.models.policy import Policy
 from paec_kernels.train.presets import with_algo
 from paec_kernels.train.report import plots, tables
 from paec_kernels.train.report.compare import compare as compare_runs
+from paec_kernels.train.report.evaluate import Settings
 from paec_kernels.train.report.evaluate import evaluate as evaluate_policy
-from paec_kernels.train.report.evaluate import format_table
 from paec_kernels.train.run_folder import find_runs, read_run
 from paec_kernels.train.tasks.by_name import load_tasks
 from paec_kernels.train.tasks.task import Task
@@ -63,15 +63,17 @@ def evaluate(config: EvalConfig) -> int:
         with _progress(_console()) as progress:
             _make_start(start, progress)
         policy = starting_policy(start, device)
-    max_new_tokens = config.max_new_tokens or options["max_new_tokens"]
-    temperature = config.temperature or options["temperature"]
-    out = config.out or config.run or Path("runs/eval")
-    _evaluate(policy, tasks, config.evaluate, max_new_tokens, temperature, out, _console())
+    settings = Settings(
+        **asdict(config.evaluate),
+        max_new_tokens=config.max_new_tokens or options["max_new_tokens"],
+        temperature=config.temperature or options["temperature"],
+    )
+    _evaluate(policy, tasks, settings, config.out or config.run or Path("runs/eval"), _console())
     return 0
 
 
 def compare(config: CompareConfig) -> int:
-    """Train what is missing, then tables, files and plots."""
+    """Train what is missing, then show the tables and write files and plots."""
     console = _console()
     if config.runs:
         folders = find_runs(config.runs)
@@ -87,7 +89,7 @@ def compare(config: CompareConfig) -> int:
         folders = [run.out for run in runs]
     read = [read_run(folder, arm_fields=config.arm_fields) for folder in folders]
     comparison = compare_runs(read, arm_fields=config.arm_fields)
-    for table in tables.format_tables(comparison):
+    for table in tables.format_comparison(comparison):
         console.print(table)
     written = tables.save(comparison, read, config.out) + plots.save_plots(comparison, read, config.out)
     console.print("wrote " + ", ".join(map(str, written)))
@@ -95,7 +97,7 @@ def compare(config: CompareConfig) -> int:
 
 
 def _train_all(runs: list[TrainConfig], jobs: int, console: Console) -> bool:
-    """Whether all were trained and evaluated; False after SIGINT, which every process gets."""
+    """Return whether all were trained and evaluated: False after SIGINT, which every process gets."""
     load_tasks(runs[0].tasks, runs[0].eval_tasks)
     threads = max(1, torch.get_num_threads() // jobs)
     context = multiprocessing.get_context("spawn")
@@ -111,7 +113,7 @@ def _train_all(runs: list[TrainConfig], jobs: int, console: Console) -> bool:
 
 
 def _make_start(config: TrainConfig, progress: Progress) -> None:
-    """The tiny model's warm start, with a bar, where it is not cached yet."""
+    """Make the tiny model's warm start, with a bar, unless it is cached."""
     if config.model != "tiny":
         return
     total = config.warm_start.skill_steps + config.warm_start.habit_steps
@@ -133,35 +135,23 @@ def _train_one(config: TrainConfig, threads: int) -> bool:
 
 
 def _evaluate_run(config: TrainConfig, policy: Policy, tasks: Sequence[Task], console: Console) -> None:
-    _evaluate(policy, tasks, config.evaluate, config.max_new_tokens, config.temperature, config.out, console)
+    settings = Settings(**asdict(config.evaluate), max_new_tokens=config.max_new_tokens, temperature=config.temperature)
+    _evaluate(policy, tasks, settings, config.out, console)
 
 
-def _evaluate(
-    policy: Policy,
-    tasks: Sequence[Task],
-    options: EvalOptions,
-    max_new_tokens: int,
-    temperature: float,
-    out: Path,
-    console: Console,
-) -> None:
+def _evaluate(policy: Policy, tasks: Sequence[Task], settings: Settings, out: Path, console: Console) -> None:
     with _progress(console) as progress:
         bar = progress.add_task("evaluate")
-        evaluation = evaluate_policy(
-            policy,
-            tasks,
-            problems=options.problems,
-            samples=options.samples,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            seed=options.seed,
-            on_progress=lambda done, total: progress.update(bar, completed=done, total=total),
-        )
+
+        def show(done: int, total: int) -> None:
+            progress.update(bar, completed=done, total=total)
+
+        evaluation = evaluate_policy(policy, tasks, settings, on_progress=show)
     if not _is_first_process():
         return
     out.mkdir(parents=True, exist_ok=True)
     evaluation.save(out / "eval.json")
-    console.print(format_table(evaluation))
+    console.print(tables.format_evaluation(evaluation))
     console.print(f"wrote {out / 'eval.json'}")
 
 

@@ -26,12 +26,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 import paec_kernels as pk
 from paec_kernels.losses.ranks import mean_over_ranks
-from paec_kernels.train import algorithms, checkpoint
+from paec_kernels.train import algorithms
 from paec_kernels.train.config import TrainConfig, plain, seed_of
 from paec_kernels.train.models.by_name import pick_device, starting_policy
 from paec_kernels.train.models.policy import Policy, Rollout
 from paec_kernels.train.operator_clock import OperatorClock
-from paec_kernels.train.run_log import RunLog
+from paec_kernels.train.run_folder import RunLog, load_checkpoint, save_checkpoint
 from paec_kernels.train.tasks.by_name import load_tasks
 from paec_kernels.train.tasks.task import Problem, Task
 
@@ -121,7 +121,7 @@ def train(
         on_step: called with each step's row of log.jsonl, on rank 0.
         tasks: those that ``config`` names, where the caller has loaded them.
     Raises:
-        checkpoint.OtherConfigError: the checkpoint belongs to another configuration; nothing is overwritten.
+        OtherConfigError: the checkpoint belongs to another configuration; nothing is overwritten.
         FloatingPointError: a gradient is not finite; the last checkpoint stands.
         Interrupted: on SIGINT, after the step under way is done and saved.
     """
@@ -140,7 +140,7 @@ def train(
     run = Run(config, policy, model, optimizer, algorithm, OperatorClock(device))
     path = config.out / "checkpoint.pt"
     if path.exists():
-        run.load_state_dict(checkpoint.load(path, config.identity()))
+        run.load_state_dict(load_checkpoint(path, config.identity()))
     log = RunLog(config.out, plain(config), run.steps_done) if rank == 0 else None
 
     with _sigint_after_step() as interrupted, closing(log) if log else nullcontext():
@@ -151,7 +151,7 @@ def train(
                 on_step(row)
             stop = _on_any_rank(interrupted(), device)
             if rank == 0 and (stop or run.steps_done % config.checkpoint_every == 0 or run.steps_done == config.steps):
-                checkpoint.save(run.state_dict(), path)
+                save_checkpoint(run.state_dict(), path)
             if stop and run.steps_done < config.steps:
                 raise Interrupted(f"stopped after step {run.steps_done} of {config.steps}")
     return run

@@ -1,44 +1,94 @@
 """Defaults that belong together, by the name that ``--preset`` takes."""
 
 from dataclasses import replace
+from pathlib import Path
 
-from paec_kernels.train.algorithms import ALGORITHMS
-from paec_kernels.train.config import AlgoName, TrainConfig
-from paec_kernels.train.recipes import PAPER
+from paec_kernels.losses.paec_config import PAECConfig
+from paec_kernels.train.algorithms import ALGORITHMS, PAECOptions
+from paec_kernels.train.config import AlgoName, EvalOptions, TrainConfig
+
+DATA = Path("data")  # relative to where the command is started
 
 
 def with_algo(config: TrainConfig, algo: AlgoName) -> TrainConfig:
-    """The same run with another method: its options are the preset's own where it has some, else the defaults."""
+    """Return the same run with another method: with the preset's own options if it has some, else the defaults."""
     if algo == config.algo:
         return config
     return replace(config, algo=algo, method=ALGORITHMS[algo]())
 
 
-PRESETS = {
-    "tiny": TrainConfig(),
-    # SmolLM2-135M on the datasets of reasoning-gym that gave most groups with right and wrong answers, of 14 tried (5
-    # of them in two difficulties):
-    #     paec eval --model smollm2 --tasks NAME --evaluate.problems 6 --evaluate.samples 8 --max-new-tokens 96
-    # Beside each: mean@8, and how many of the 6 problems were mixed. Six tell little: look at the log's mixed_groups.
-    # Left out: single-digit products (0.25, 4), where 25 problems remain to train on. Datasets whose answers are words,
-    # which count only inside <answer> tags (syllogism, ransom_note, calendar_arithmetic), were never right.
-    "smollm2": TrainConfig(
-        preset="smollm2",
-        model="smollm2",
-        tasks=(
-            "gym:basic_arithmetic,max_terms=2,max_digits=1",  # 0.15, 4
-            "gym:letter_counting",  # 0.10, 4
-            "gym:chain_sum,max_terms=2,max_digits=1",  # 0.13, 3
-            "gym:simple_equations,max_terms=2,max_value=10",  # 0.06, 3
-            "gym:aiw",  # 0.06, 3
-        ),
-        steps=100,
-        prompts=10,
-        answers=8,
-        micro_batch=8,
-        max_new_tokens=96,
-        learning_rate=2e-6,
-        operator="linear",
+# SmolLM2-135M on the datasets of reasoning-gym that gave most groups with right and wrong answers, of 14 tried (5 of
+# them in two difficulties):
+#     paec eval --model smollm2 --tasks NAME --evaluate.problems 6 --evaluate.samples 8 --max-new-tokens 96
+# Beside each: mean@8, and how many of the 6 problems were mixed. Six tell little: look at the log's mixed_groups.
+# Left out: single-digit products (0.25, 4), where 25 problems remain to train on. Datasets whose answers are words,
+# which count only inside <answer> tags (syllogism, ransom_note, calendar_arithmetic), were never right.
+SMOLLM2 = TrainConfig(
+    preset="smollm2",
+    model="smollm2",
+    tasks=(
+        "gym:basic_arithmetic,max_terms=2,max_digits=1",  # 0.15, 4
+        "gym:letter_counting",  # 0.10, 4
+        "gym:chain_sum,max_terms=2,max_digits=1",  # 0.13, 3
+        "gym:simple_equations,max_terms=2,max_value=10",  # 0.06, 3
+        "gym:aiw",  # 0.06, 3
     ),
-    "paper": replace(TrainConfig(preset="paper"), **PAPER),
-}
+    steps=100,
+    prompts=10,
+    answers=8,
+    micro_batch=8,
+    max_new_tokens=96,
+    learning_rate=2e-6,
+    operator="linear",
+)
+
+# The run of PAEC's paper (arXiv 2606.08543), as far as it is known. Each value says where it comes from: [reported] in
+# public summaries of the paper; [DAPO] in DAPO's paper (arXiv 2503.14476), whose data and loss this run takes, where
+# those summaries are silent; [ours] where both are.
+# The files are the public data sets as JSONL, in the formats that `tasks/jsonl.py` describes:
+# BytedTsinghua-SIA/DAPO-Math-17k; AIME 2024, 2025 and 2026; HuggingFaceH4/MATH-500; AMC 2023.
+PAPER = TrainConfig(
+    preset="paper",
+    model="Qwen/Qwen2.5-Math-1.5B",  # [reported]
+    chat=True,  # [ours], as verl, in which DAPO was trained, does with every prompt
+    tasks=(str(DATA / "dapo-math-17k.jsonl"),),  # [reported]
+    eval_tasks=tuple(  # [reported]
+        str(DATA / f"{name}.jsonl") for name in ("aime24", "aime25", "aime26", "math500", "amc23")
+    ),
+    algo="paec",  # [reported]
+    method=PAECOptions(
+        clip_low=0.2,  # [DAPO]
+        clip_high=0.28,  # [DAPO]
+        paec=PAECConfig(
+            top_p=0.95,  # [ours]
+            nucleus_norm="log_size",  # [ours]
+            alpha=0.5,  # [ours]
+            tau_c=1.0,  # [ours]
+            rho=0.8,  # [reported]
+            tau_m=0.05,  # [ours]
+            beta=0.005,  # [ours]
+            lam=1.0,  # [ours]
+            rho_min=0.8,  # [ours]
+            anchor_steps=4,  # [reported]
+            entropy_support="full",  # [ours]
+        ),
+    ),
+    steps=200,  # [ours]
+    prompts=128,  # [ours], a quarter of DAPO's
+    answers=16,  # [DAPO]
+    updates=4,  # [DAPO], an optimiser step for each 512 answers
+    micro_batch=4,  # [ours], does not change the result
+    max_new_tokens=2048,  # [ours], leaves a prompt half of the model's 4096 positions
+    temperature=1.0,  # [DAPO]
+    learning_rate=1e-6,  # [DAPO], constant but for a warm-up there
+    weight_decay=0.1,  # [ours], as verl's scripts for DAPO have it
+    max_grad_norm=1.0,  # [ours], as weight_decay
+    operator="linear",  # [ours], does not change the result
+    precision="bfloat16",  # [ours]
+    evaluate=EvalOptions(
+        problems=500,  # [ours], all of each benchmark
+        samples=32,  # [ours], DAPO's on AIME
+    ),
+)
+
+PRESETS = {"tiny": TrainConfig(), "smollm2": SMOLLM2, "paper": PAPER}

@@ -1,6 +1,7 @@
 """What each process of `test_evaluate` runs; a module of its own, so that spawned processes can import it."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ def run(rank: int, world_size: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
     policy = Rote()
-    evaluate(policy, TASKS, **SETTINGS | {"problems": 9}, batch_size=12).save(Path(folder, f"{rank}.json"))
+    evaluate(policy, TASKS, replace(SETTINGS, problems=9), batch_size=12).save(Path(folder, f"{rank}.json"))
     asked = sum(problems for problems, answers, _ in policy.calls if answers > 1)
     Path(folder, f"{rank}.asked").write_text(json.dumps(asked))
     dist.destroy_process_group()

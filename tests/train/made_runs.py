@@ -21,7 +21,7 @@ def evaluation(right: Sequence[float], samples: int = 4, seed: int = 0) -> Evalu
                 ProblemResult(f"task {number}: {problem}?", "1", "1", correct[0], 9, answers, correct, [8] * samples)
             )
         tasks[f"task{number}"] = results
-    return Evaluation(Settings(5, samples, 16, 1.0, seed), tasks)
+    return Evaluation(Settings(5, samples, seed, max_new_tokens=16, temperature=1.0), tasks)
 
 
 def write_run(
@@ -45,9 +45,7 @@ def write_run(
             "reward": 0.5 + 0.01 * step,
             "entropy": value,
             "selected_entropy": 3 * value,
-            "floor": floor if step > 1 else None,
-            "seconds": 2.0,
-            "operator_seconds": 0.5,
+            "floor": floor if step > 1 else 0.0,
         }
         for step, value in enumerate(entropy, start=1)
     ]

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from paec_kernels.train.models.policy import Rollout
+from paec_kernels.train.report.evaluate import Settings
 from paec_kernels.train.tasks.task import Problem
 
 
@@ -57,4 +58,4 @@ class Counting:
         return float(self.extract(text) == problem.answer)
 
 
-SETTINGS = {"problems": 3, "samples": 6, "max_new_tokens": 4, "temperature": 0.7, "seed": 5}
+SETTINGS = Settings(problems=3, samples=6, seed=5, max_new_tokens=4, temperature=0.7)

@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from paec_kernels.train import checkpoint, loop
+from paec_kernels.train import loop
 from paec_kernels.train.algorithms import ALGORITHMS
 from paec_kernels.train.config import TrainConfig, plain
 from paec_kernels.train.models.by_name import starting_policy
 from paec_kernels.train.models.warm_start import WarmStart
 from paec_kernels.train.presets import with_algo
-from paec_kernels.train.run_log import read_rows
+from paec_kernels.train.run_folder import OtherConfigError, read_checkpoint, read_rows
 
 WORKER = Path(__file__).parent / "train_worker.py"
 TIMES = ("seconds", "sample_seconds", "operator_seconds")
@@ -46,7 +46,7 @@ def config(tmp_path, cache) -> TrainConfig:
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
-    return checkpoint.read(run / "checkpoint.pt")["model"]
+    return read_checkpoint(run / "checkpoint.pt")["model"]
 
 
 def assert_same_bits(a, b):
@@ -160,7 +160,7 @@ def test_an_interrupted_run_goes_on_to_the_bit(config):
     stopped = replace(config, out=config.out / "stopped")
     with pytest.raises(loop.Interrupted, match="step 3 of 5"):
         loop.train(stopped, interrupt)
-    assert checkpoint.read(stopped.out / "checkpoint.pt")["steps_done"] == 3
+    assert read_checkpoint(stopped.out / "checkpoint.pt")["steps_done"] == 3
     assert signal.getsignal(signal.SIGINT) is before
     loop.train(stopped)
     assert_same_bits(weights(config.out / "whole"), weights(stopped.out))
@@ -202,21 +202,13 @@ def test_another_config_is_refused(config):
     loop.train(replace(config, steps=1))
     files = {path: path.read_bytes() for path in config.out.iterdir() if path.is_file()}
     other = replace(config, temperature=0.5, method=replace(config.method, clip_high=0.3))
-    with pytest.raises(checkpoint.OtherConfigError) as refused:
+    with pytest.raises(OtherConfigError) as refused:
         loop.train(other)
     assert "temperature: checkpoint 1.0, here 0.5" in str(refused.value)
     assert "method.clip_high: checkpoint 0.28, here 0.3" in str(refused.value)
     assert "steps" not in str(refused.value)
     assert files == {path: path.read_bytes() for path in config.out.iterdir() if path.is_file()}
     loop.train(replace(config, steps=2))  # more steps of the same run are no other run
-
-
-def test_a_run_from_before_an_option_goes_on(config):
-    loop.train(replace(config, steps=1))
-    state = checkpoint.read(config.out / "checkpoint.pt")
-    state["config"].pop("chat", None)
-    checkpoint.save(state, config.out / "checkpoint.pt")
-    assert loop.train(replace(config, steps=2, chat=None)).steps_done == 2
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run(config, monkeypatch):

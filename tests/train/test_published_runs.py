@@ -1,35 +1,102 @@
-"""The tables in bench_results/rlvr and in the README are those of the runs that are published with them."""
+"""The files in bench_results/rlvr are made from the runs published with them, and its page says what the files say."""
 
+import re
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from paec_kernels.train.report import tables
-from paec_kernels.train.report.compare import compare
-from paec_kernels.train.run_folder import find_runs, read_run
+from paec_kernels.train.report.compare import Comparison, compare, run_scores
+from paec_kernels.train.report.metrics import paired_difference
+from paec_kernels.train.report.tables import _cell, save
+from paec_kernels.train.run_folder import Run, find_runs, read_run
 
-ROOT = Path(__file__).parents[2]
-PUBLISHED = ROOT / "bench_results" / "rlvr"
+PUBLISHED = Path(__file__).parents[2] / "bench_results" / "rlvr"
 
 
 @pytest.fixture(scope="module")
-def made_again(tmp_path_factory) -> Path:
+def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("published")
     with tarfile.open(PUBLISHED / "runs.tar.xz") as archive:
         archive.extractall(folder, filter="data")
-    runs = [read_run(run) for run in find_runs([folder / "runs"])]
-    tables.save(compare(runs), runs, folder / "out")
-    return folder / "out"
+    return folder
 
 
-@pytest.mark.parametrize("name", ["comparison.md", "comparison.csv", "runs.csv"])
-def test_the_tables_are_those_of_the_runs(made_again, name):
-    assert (made_again / name).read_text() == (PUBLISHED / name).read_text()
+@pytest.fixture(scope="module")
+def runs(folder: Path) -> list[Run]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        return [read_run(run) for run in find_runs([Path("runs")])]
 
 
-def test_the_readme_holds_the_same_tables():
+@pytest.fixture(scope="module")
+def comparison(runs: list[Run]) -> Comparison:
+    return compare(runs)
+
+
+def test_the_files_are_those_of_the_runs(folder: Path, comparison: Comparison, runs: list[Run]) -> None:
+    for path in save(comparison, runs, folder / "out"):
+        assert path.read_text() == (PUBLISHED / path.name).read_text(), path.name
+
+
+def claims(comparison: Comparison, runs: list[Run]) -> Iterator[str]:
+    """Yield the page's phrases with figures, one space between words, made from the runs."""
+    config = runs[0].config
+    assert {(run.config["steps"], run.config["updates"], run.config["temperature"]) for run in runs} == {(200, 2, 1.0)}
+    assert runs[0].evaluation.settings.temperature == 1.0
+    seeds = {comparison.row(arm, "greedy").seeds for arm in comparison.arms}
+    assert (len(comparison.arms), seeds, len(config["tasks"])) == (10, {8}, 5)  # in words on the page
+    batch = f"{config['steps']} batches of {config['prompts']} prompts with {config['answers']} answers each"
+    yield f"{batch}, {config['updates']} optimiser steps a batch."
+    yield f"{config['steps']} batches is about when"
+    yield f"shortly before batch {config['steps']}"
+    yield "Reward is 1 for a right answer, else 0."
+    settings = runs[0].evaluation.settings
+    yield f"{settings.problems} problems of each task that training never sees, each with a greedy answer and "
+    yield f"{settings.samples} samples at temperature {settings.temperature:g}."
+    yield "95 % t interval"  # the comparison's own
+
+    routeless = [run for run in runs if run_scores(run)["length"] < 10]
+    by_arm = {arm: sum(run.arm == arm for run in routeless) for arm in comparison.arms}
+    counts = ", ".join(f"{arm} {count}" for arm, count in by_arm.items() if count)
+    yield f"shorter than 10 tokens on average): {counts}, of {seeds.pop()} each."
+
+    shown = [name for name in comparison.metrics if name not in ("pass@1", "pass@2", "pass@4", "pass@8")]
+    found: dict[str, list[str]] = {}
+    for row in comparison.rows:
+        if row.metric in shown and row.difference and row.difference.low * row.difference.high > 0:
+            found.setdefault(row.arm, []).append(f"{row.metric} {_cell(row.metric, row.difference, signed=True)}")
+    n_intervals = len(shown) * (len(comparison.arms) - 1)
+    yield f"that excludes 0, {sum(map(len, found.values()))} of the {n_intervals} in the table: "
+    yield " ".join(f"- `{arm}`: {', '.join(cells)}" for arm, cells in found.items()) + " ##"
+    yield f"of {n_intervals} that hold nothing but noise a few would exclude 0."
+
+    difference = comparison.row("paec", "maj@16").difference
+    assert difference.low < 0 < difference.high
+    yield "The interval includes 0."
+    votes = {arm: {run.seed: run_scores(run)["maj@16"] for run in runs if run.arm == arm} for arm in ("paec", "grpo")}
+    differences = {seed: votes["paec"][seed] - votes["grpo"][seed] for seed in votes["grpo"]}
+    worst = max(differences, key=differences.__getitem__)
+    assert differences[worst] > 0.5 * sum(differences.values())
+    assert ("grpo", worst) in {(run.arm, run.seed) for run in routeless}
+    del votes["paec"][worst]
+    without = paired_difference(votes["paec"], votes["grpo"])
+    assert without.high - without.low < 0.5 * (difference.high - difference.low)
+    yield f"without seed {worst} it is {_cell('maj@16', without, signed=True)}."
+
+
+def test_the_page_says_what_the_files_say(comparison: Comparison, runs: list[Run]) -> None:
+    page = (PUBLISHED / "README.md").read_text()
     tables = [line for line in (PUBLISHED / "comparison.md").read_text().splitlines() if line.startswith("|")]
-    readme = (ROOT / "README.md").read_text().splitlines()
     assert len(tables) == 2 * 2 + 10 + 9
-    assert [line for line in tables if line not in readme] == []
+    assert [line for line in page.splitlines() if line.startswith("|")] == tables
+
+    prose = re.sub(r"```.*?```", "", page, flags=re.DOTALL)
+    prose = " ".join(line for line in prose.splitlines() if not line.startswith("|"))
+    prose = " ".join(prose.split())
+    prose = prose.replace("Commit 23f862a, 2026-11-24, torch 2.13.0 on a CPU.", "")  # known to no file
+    for claim in claims(comparison, runs):
+        assert claim in prose
+        prose = prose.replace(claim, "")
+    assert re.findall(r"\d\S*", prose) == []  # no figure is typed by hand

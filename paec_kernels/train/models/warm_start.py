@@ -3,7 +3,6 @@
 import hashlib
 import json
 import math
-import os
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -12,8 +11,9 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
+from paec_kernels.checks import integer, number
+from paec_kernels.saved_state import whole_file
 from paec_kernels.train.models.tiny import PAD_ID, TinyModel, encode
-from paec_kernels.train.ranges import above_zero, at_least
 from paec_kernels.train.tasks.families import END, FAMILIES, Family, Habits
 
 
@@ -25,20 +25,22 @@ class WarmStart:
     skill_steps: int = 1000
     """Steps in which half of the solutions take the careful route, so that it is learned at all."""
     habit_steps: int = 200
-    """Steps after them, with the habits' share."""
+    """Steps after them, in which as many are careful as the habits say."""
     batch: int = 128
+    """Solutions in a step."""
     learning_rate: float = 2e-3
-    """Of AdamW; falls to a tenth by cosine over the skill steps and stays there."""
+    """AdamW's learning rate; it falls to a tenth by cosine over the skill steps and stays there."""
     seed: int = 0
+    """Seed of the weights and of the solutions."""
 
     def __post_init__(self) -> None:
-        at_least(self, 1, "skill_steps", "batch")
-        at_least(self, 0, "habit_steps")
-        above_zero(self, "learning_rate")
+        for name, least in (("skill_steps", 1), ("habit_steps", 0), ("batch", 1)):
+            integer(name, getattr(self, name), least=least)
+        number("learning_rate", self.learning_rate, above=0)
 
 
 def batch_loss(model: TinyModel, families: Sequence[Family], options: WarmStart, step: int) -> torch.Tensor:
-    """Mean cross-entropy (nats) of the solutions' letters in the step's batch, drawn evenly from the families."""
+    """Return the mean cross-entropy (nats) of the letters in the step's solutions, drawn evenly from the families."""
     habits = options.habits if step >= options.skill_steps else replace(options.habits, careful=0.5)
     rng = random.Random(f"warm start {options.seed} {step}")
     prompts, solutions = [], []
@@ -58,7 +60,7 @@ def batch_loss(model: TinyModel, families: Sequence[Family], options: WarmStart,
 def warm_start(
     options: WarmStart, folder: Path, on_step: Callable[[int, float], None] = lambda step, loss: None
 ) -> TinyModel:
-    """The model after the steps, from ``folder`` if it was made before.
+    """Return the model after the steps, from ``folder`` if it was made before.
 
     Args:
         on_step: called with each step's number from 0, and its loss in nats.
@@ -82,7 +84,6 @@ def warm_start(
         optimizer.zero_grad()  # after, so that no gradient goes along with the model
         on_step(step, loss.item())
     folder.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}.partial")  # several processes may make the same file at once
-    torch.save(model.state_dict(), partial)
-    os.replace(partial, path)
+    with whole_file(path) as partial:
+        torch.save(model.state_dict(), partial)
     return model

@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 
 from paec_kernels.train.algorithms import ALGORITHMS
 from paec_kernels.train.report import metrics
-from paec_kernels.train.report.evaluate import summarise
+from paec_kernels.train.report.evaluate import mean_scores
 from paec_kernels.train.report.metrics import Estimate
 from paec_kernels.train.run_folder import Run
 
-OF_TRAINING = ("training reward", "final entropy", "operator share")
+OF_TRAINING = ("training reward", "final entropy")
 FINAL_SHARE = 0.1  # the last tenth of the steps gives the final entropy
 
 
@@ -27,6 +27,8 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Comparison:
+    """What `compare` found."""
+
     arms: list[str]
     metrics: list[str]
     baseline: str
@@ -38,12 +40,12 @@ class Comparison:
 
 
 def compare(runs: Sequence[Run], *, baseline: str = "grpo", arm_fields: Sequence[str] = ("algo",)) -> Comparison:
-    """Each arm's macro-averages over its seeds with 95 % t intervals, and paired differences from ``baseline``.
+    """Return each arm's macro-averages over its seeds with 95 % t intervals, and paired differences from ``baseline``.
 
     Without a run of the baseline there are no differences.
 
     Args:
-        arm_fields: those that the runs were read with.
+        arm_fields: the fields that the runs were read with.
     Raises:
         ValueError: no runs; two of one arm and seed; or evaluations of other tasks, problems or settings.
     """
@@ -63,21 +65,15 @@ def compare(runs: Sequence[Run], *, baseline: str = "grpo", arm_fields: Sequence
 
 
 def run_scores(run: Run) -> dict[str, float]:
-    """A run's macro-averages, and OF_TRAINING: "training reward", the mean over all its steps, which is the higher the
-    sooner the policy learns; "final entropy", the mean over the last tenth of them, nats; "operator share", of the
-    time that they took."""
+    """Return a run's macro-averages and OF_TRAINING: "training reward", the mean over all its steps, which is the
+    higher the sooner the policy learns; and "final entropy", the mean over the last tenth of them, in nats."""
     final = run.log["entropy"][-max(1, round(FINAL_SHARE * len(run.log["step"]))) :]
-    of_training = (
-        float(run.log["reward"].mean()),
-        float(final.mean()),
-        float(run.log["operator_seconds"].sum() / run.log["seconds"].sum()),
-    )
-    macro = {name: estimate.mean for name, estimate in summarise(run.evaluation)["macro"].items()}
-    return macro | dict(zip(OF_TRAINING, of_training, strict=True))
+    of_training = (float(run.log["reward"].mean()), float(final.mean()))
+    return mean_scores(run.evaluation)["macro"] | dict(zip(OF_TRAINING, of_training, strict=True))
 
 
 def sort_arms(arms: Iterable[str]) -> list[str]:
-    """Without repeats, in the order of ALGORITHMS; others after them by name."""
+    """Return the arms without repeats, in the order of ALGORITHMS; others after them by name."""
     order = list(ALGORITHMS)
     return sorted(set(arms), key=lambda arm: (order.index(arm) if arm in order else len(order), arm))
 
@@ -115,7 +111,7 @@ def _check_alike(first: Run, other: Run, name: str, value: Any, other_value: Any
 
 
 def _differing(runs: Sequence[Run], besides: set[str]) -> dict[str, list[Any]]:
-    """By field, its values in order of appearance.
+    """Return the values, in order of appearance, of each field that differs.
 
     A method's own options belong to the arm, so they count only where they differ inside an arm. Folders and devices
     say nothing about what was trained.

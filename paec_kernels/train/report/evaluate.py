@@ -9,13 +9,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
 
+from paec_kernels.checks import integer, number
 from paec_kernels.saved_state import whole_file
-from paec_kernels.train.config import seed_of
+from paec_kernels.train.config import EvalOptions, seed_of
 from paec_kernels.train.models.policy import Policy
-from paec_kernels.train.ranges import above_zero, at_least
 from paec_kernels.train.report import metrics
 from paec_kernels.train.report.metrics import Estimate
 from paec_kernels.train.tasks.task import Problem, Task
@@ -37,31 +35,35 @@ class ProblemResult:
     lengths: list[int]
 
 
-@dataclass(frozen=True)
-class Settings:
+@dataclass(frozen=True, kw_only=True)
+class Settings(EvalOptions):
     """What an evaluation was asked for; two are comparable where these agree."""
 
-    problems: int  # of each task, at most
-    samples: int
     max_new_tokens: int
     temperature: float
-    seed: int
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        integer("max_new_tokens", self.max_new_tokens, least=1)
+        number("temperature", self.temperature, above=0)  # the greedy responses come by themselves
 
 
 @dataclass(frozen=True)
 class Evaluation:
+    """The results of each task's problems, by the task's name."""
+
     settings: Settings
     tasks: dict[str, list[ProblemResult]]
 
     def save(self, path: Path) -> None:
-        """JSON with the summary beside the raw results; whole or not at all."""
+        """Write JSON with the summary beside the raw results; whole or not at all."""
         document = asdict(self) | {"summary": summarise(self)}
         with whole_file(path) as partial:
             partial.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
 
     @classmethod
     def load(cls, path: Path) -> "Evaluation":
-        """What `save` wrote; the summary is computed anew when asked for.
+        """Read what `save` wrote; the summary is computed anew when asked for.
 
         Raises:
             ValueError: the file holds something else.
@@ -86,132 +88,92 @@ class _Batch(NamedTuple):
 def evaluate(
     policy: Policy,
     tasks: Sequence[Task],
+    settings: Settings,
     *,
-    problems: int,
-    samples: int,
-    max_new_tokens: int,
-    temperature: float,
-    seed: int,
     batch_size: int = 256,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Evaluation:
-    """One greedy and ``samples`` sampled responses to each evaluation problem.
+    """Sample one greedy and ``settings.samples`` other responses to each evaluation problem.
 
-    Each problem is sampled with a seed of its own, made from ``seed``, its task's name and its place, so that a
-    problem's answers do not depend on which other tasks or problems are evaluated.
+    Each problem is sampled with a seed of its own, made from the settings' seed, its task's name and its place, so that
+    a problem's answers do not depend on which other tasks or problems are evaluated.
 
     With more than one rank each takes its share of the batches, which are those of a single process, and all ranks
     return all results. Every rank must call it, with the same arguments and weights.
 
     Args:
-        problems: of each task; all where it has fewer.
-        batch_size: responses sampled at once; at least a problem's ``samples`` are.
+        batch_size: responses sampled at once; at least a problem's samples are.
         on_progress: called with this rank's responses done and their total.
     Raises:
-        ValueError: a number below 1, a temperature that is not positive, no task, or one name twice.
+        ValueError: a batch size below 1, no task, or one name twice.
     """
-    settings = Settings(problems, samples, max_new_tokens, temperature, seed)
-    _check(settings, tasks, batch_size)
-    batches = [batch for task in tasks for batch in _batches(task, settings, max(1, batch_size // samples))]
+    integer("batch_size", batch_size, least=1)
+    names = [task.name for task in tasks]
+    if not names or len(set(names)) < len(names) or "macro" in names:
+        raise ValueError(f"tasks must be at least one, with names that differ and are not 'macro', got {names}")
+    batches = [batch for task in tasks for batch in _batches(task, settings, max(1, batch_size // settings.samples))]
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     ours = batches[rank::world]
-    done, total = 0, (1 + samples) * sum(len(batch.problems) for batch in ours)
+    done, total = 0, (1 + settings.samples) * sum(len(batch.problems) for batch in ours)
     found = []
     for batch in ours:
         found.append(_results(policy, batch, settings))
-        done += (1 + samples) * len(batch.problems)
+        done += (1 + settings.samples) * len(batch.problems)
         on_progress(done, total)
-    results: dict[str, list[ProblemResult]] = {task.name: [] for task in tasks}
+    results: dict[str, list[ProblemResult]] = {name: [] for name in names}
     for batch, of_batch in zip(batches, _of_all_ranks(found, len(batches)), strict=True):
         results[batch.task.name] += of_batch
     return Evaluation(settings, results)
 
 
-def summarise(evaluation: Evaluation, *, confidence: float = 0.95) -> dict[str, Summary]:
-    """Each task's means over its problems, and under "macro" the means over the tasks, with bootstrap intervals.
+def summarise(evaluation: Evaluation) -> dict[str, Summary]:
+    """Return each task's means over its problems, and under "macro" those over the tasks, with bootstrap intervals.
 
     The metrics: "greedy", "mean@k", "maj@k", "pass@1" to "pass@k" in powers of two (k samples each), "distinct"
     (answers of a problem's samples) and "length" (tokens of a sampled response).
     """
-    names = metric_names(evaluation.settings.samples)
-    values = {task: _values(results) for task, results in evaluation.tasks.items()}
-    summary = {
-        task: dict(zip(names, metrics.bootstrap([rows], confidence=confidence), strict=True))
-        for task, rows in values.items()
-    }
-    macro = metrics.bootstrap(list(values.values()), confidence=confidence)
-    return summary | {"macro": dict(zip(names, macro, strict=True))}
+    return _by_task(evaluation, metrics.bootstrap)
 
 
-def metric_names(samples: int) -> list[str]:
-    """The metrics of an evaluation with so many samples of a problem, in the order of its tables."""
-    passes = [f"pass@{k}" for k in pass_ks(samples)]
-    return ["greedy", f"mean@{samples}", f"maj@{samples}", *passes, "distinct", "length"]
+def mean_scores(evaluation: Evaluation) -> dict[str, dict[str, float]]:
+    """Return the means of `summarise` alone, which take no resampling."""
+    return _by_task(evaluation, lambda tasks: np.mean([values.mean(axis=0) for values in tasks], axis=0).tolist())
 
 
 def pass_ks(samples: int) -> list[int]:
-    """1, 2, 4 ... and the number of samples itself."""
+    """Return 1, 2, 4 ... and the number of samples itself."""
     return sorted({2**i for i in range(samples.bit_length())} | {samples})
 
 
-def format_number(metric: str, value: float) -> str:
-    """A score in per cent, "distinct" and "length" as they are; a dash for NaN."""
-    if np.isnan(value):
-        return "-"
-    if metric == "length":
-        return f"{value:.0f}"
-    return f"{value:.2f}" if metric == "distinct" else f"{100 * value:.1f}"
+def _by_task(evaluation: Evaluation, reduce: Callable[[list[np.ndarray]], list[Any]]) -> dict[str, dict[str, Any]]:
+    """Reduce each task's values [problems, metrics], and under "macro" those of all tasks, to an item a metric."""
+    scores = {task: _scores(results) for task, results in evaluation.tasks.items()}
+    values = {task: np.stack(list(of_task.values()), axis=1) for task, of_task in scores.items()}
+    groups = {task: [of_task] for task, of_task in values.items()} | {"macro": list(values.values())}
+    names = next(iter(scores.values()))
+    return {group: dict(zip(names, reduce(tasks), strict=True)) for group, tasks in groups.items()}
 
 
-def format_table(evaluation: Evaluation) -> Table:
-    """Tasks by metrics with 95 % intervals below the means, the macro-average last."""
-    samples = evaluation.settings.samples
-    shown = list(
-        dict.fromkeys(["greedy", f"mean@{samples}", f"maj@{samples}", f"pass@{samples}", "distinct", "length"])
-    )
-    table = Table(
-        title=f"{samples} samples a problem at temperature {evaluation.settings.temperature:g}; "
-        "scores in per cent, 95 % intervals over problems",
-        title_justify="left",
-        box=SIMPLE_HEAD,
-    )
-    table.add_column("task", no_wrap=True)
-    for name in ("problems", *shown):
-        table.add_column(name, justify="right")
-    for task, summary in summarise(evaluation).items():
-        is_macro = task == "macro"
-        cells = [
-            f"{format_number(metric, e.mean)}\n[dim]{format_number(metric, e.low)}-{format_number(metric, e.high)}[/]"
-            for metric, e in ((metric, summary[metric]) for metric in shown)
-        ]
-        count = sum(map(len, evaluation.tasks.values())) if is_macro else len(evaluation.tasks[task])
-        if is_macro:
-            table.add_section()
-        table.add_row("macro-average" if is_macro else task, f"{count}", *cells, style="bold" if is_macro else None)
-    return table
-
-
-def _values(results: Sequence[ProblemResult]) -> np.ndarray:
-    """[problems, metrics], the columns of `metric_names`."""
+def _scores(results: Sequence[ProblemResult]) -> dict[str, np.ndarray]:
+    """Return the metrics of a task's problems, float64 [problems] each."""
     correct = np.array([result.correct for result in results])
     answers = [result.answers for result in results]
-    columns = [
-        np.array([float(result.greedy_correct) for result in results]),
-        metrics.mean_at_k(correct),
-        metrics.majority_vote(correct, answers),
-        *(metrics.pass_at_k(correct, k) for k in pass_ks(correct.shape[1])),
-        metrics.distinct_answers(answers),
-        np.array([np.mean(result.lengths) for result in results]),
-    ]
-    return np.stack(columns, axis=1)
+    k = correct.shape[1]
+    return {
+        "greedy": np.array([float(result.greedy_correct) for result in results]),
+        f"mean@{k}": metrics.mean_at_k(correct),
+        f"maj@{k}": metrics.majority_vote(correct, answers),
+        **{f"pass@{n}": metrics.pass_at_k(correct, n) for n in pass_ks(k)},
+        "distinct": metrics.distinct_answers(answers),
+        "length": np.array([np.mean(result.lengths) for result in results]),
+    }
 
 
 def _batches(task: Task, settings: Settings, size: int) -> Iterator[_Batch]:
     problems = task.eval_problems(settings.problems)
+    seeds = [seed_of(settings.seed, "evaluate", task.name, place) for place in range(len(problems))]
     for start in range(0, len(problems), size):
-        places = range(start, min(start + size, len(problems)))
-        seeds = [seed_of(settings.seed, "evaluate", task.name, place) for place in places]
-        yield _Batch(task, [problems[place] for place in places], seeds)
+        yield _Batch(task, problems[start : start + size], seeds[start : start + size])
 
 
 def _results(policy: Policy, batch: _Batch, settings: Settings) -> list[ProblemResult]:
@@ -219,57 +181,32 @@ def _results(policy: Policy, batch: _Batch, settings: Settings) -> list[ProblemR
     sampled = _respond(policy, batch, settings.samples, settings.max_new_tokens, settings.temperature)
     results = []
     for problem, (greedy_texts, greedy_lengths), (texts, lengths) in zip(batch.problems, greedy, sampled, strict=True):
-        judged = {text: _judge(batch.task, problem, text) for text in {*greedy_texts, *texts}}
-        answers, correct = zip(*(judged[text] for text in texts), strict=True)
-        results.append(
-            ProblemResult(
-                problem.prompt,
-                problem.answer,
-                *judged[greedy_texts[0]],
-                greedy_lengths[0],
-                list(answers),
-                list(correct),
-                lengths,
-            )
+        task = batch.task
+        judged = {text: (task.extract(text), task.reward(problem, text) == 1.0) for text in {*greedy_texts, *texts}}
+        answers, correct = map(list, zip(*(judged[text] for text in texts), strict=True))
+        greedy_answer, greedy_correct = judged[greedy_texts[0]]
+        result = ProblemResult(
+            problem.prompt, problem.answer, greedy_answer, greedy_correct, greedy_lengths[0], answers, correct, lengths
         )
+        results.append(result)
     return results
-
-
-def _of_all_ranks(found: list[Any], count: int) -> list[Any]:
-    """``count`` items in order, of which each rank found every world-th from its own rank on."""
-    if not dist.is_initialized():
-        return found
-    parts: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, found)
-    return [parts[i % len(parts)][i // len(parts)] for i in range(count)]
 
 
 def _respond(
     policy: Policy, batch: _Batch, answers: int, max_new_tokens: int, temperature: float
 ) -> Iterator[tuple[list[str], list[int]]]:
-    """For each problem its responses, and their lengths in tokens."""
-    rollout = policy.sample(
-        [problem.prompt for problem in batch.problems],
-        answers,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        seeds=batch.seeds,
-    )
+    """Yield for each problem its responses, and their lengths in tokens."""
+    prompts = [problem.prompt for problem in batch.problems]
+    rollout = policy.sample(prompts, answers, max_new_tokens=max_new_tokens, temperature=temperature, seeds=batch.seeds)
     texts, lengths = policy.texts(rollout), rollout.valid.sum(dim=1).tolist()
     for start in range(0, len(texts), answers):
         yield texts[start : start + answers], lengths[start : start + answers]
 
 
-def _judge(task: Task, problem: Problem, text: str) -> tuple[str | None, bool]:
-    return task.extract(text), task.reward(problem, text) == 1.0
-
-
-def _check(settings: Settings, tasks: Sequence[Task], batch_size: int) -> None:
-    at_least(settings, 1, "problems", "samples", "max_new_tokens")
-    at_least(settings, 0, "seed")
-    above_zero(settings, "temperature")  # the greedy responses come by themselves
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    names = [task.name for task in tasks]
-    if not names or len(set(names)) < len(names) or "macro" in names:
-        raise ValueError(f"tasks must be at least one, with names that differ and are not 'macro', got {names}")
+def _of_all_ranks(found: list[Any], count: int) -> list[Any]:
+    """Return ``count`` items in order, of which each rank found every world-th from its own rank on."""
+    if not dist.is_initialized():
+        return found
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, found)
+    return [parts[i % len(parts)][i // len(parts)] for i in range(count)]

@@ -1,4 +1,4 @@
-"""Scores of sampled answers, each a value per problem; and the intervals that go with their means.
+"""Scores of sampled answers, a value for each problem, and the intervals that go with their means.
 
 ``correct`` is bool ``[problems, k]``; ``answers`` is ``[problems][k]``, each a canonical string, or None for a
 response without an answer.
@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 from scipy import stats  # type: ignore[import-untyped]
+
+CONFIDENCE = 0.95  # of every interval
 
 Answers = Sequence[Sequence[str | None]]
 
@@ -23,12 +25,12 @@ class Estimate(NamedTuple):
 
 
 def mean_at_k(correct: np.ndarray) -> np.ndarray:
-    """The share of a problem's samples that are right, float64 ``[problems]``."""
+    """Return the share of a problem's samples that are right, float64 ``[problems]``."""
     return _checked(correct).mean(axis=1)
 
 
 def pass_at_k(correct: np.ndarray, k: int) -> np.ndarray:
-    """The chance that k of a problem's n samples, drawn without replacement, hold a right one; ``[problems]``.
+    """Return the chance that k of a problem's n samples, drawn without replacement, hold a right one; ``[problems]``.
 
         1 - C(n - c, k) / C(n, k) = 1 - product over i = n - c + 1 .. n of (1 - k / i),  c of the n are right
 
@@ -45,7 +47,7 @@ def pass_at_k(correct: np.ndarray, k: int) -> np.ndarray:
 
 
 def majority_vote(correct: np.ndarray, answers: Answers) -> np.ndarray:
-    """maj@k: 1 where the most frequent answer is right, ``[problems]``.
+    """Return maj@k, 1 where the most frequent answer is right, ``[problems]``.
 
     None is no vote, and without any vote a problem scores 0. Answers that tie for the most votes are drawn with
     equal chances, and the expected value counts.
@@ -65,21 +67,19 @@ def majority_vote(correct: np.ndarray, answers: Answers) -> np.ndarray:
 
 
 def distinct_answers(answers: Answers) -> np.ndarray:
-    """How many different answers a problem got, None not counted; float64 ``[problems]``."""
+    """Return how many different answers a problem got, None not counted; float64 ``[problems]``."""
     return np.array([float(len(set(row) - {None})) for row in answers])
 
 
-def bootstrap(
-    tasks: Sequence[np.ndarray], *, confidence: float = 0.95, resamples: int = 2000, seed: int = 0
-) -> list[Estimate]:
-    """Macro-averages over tasks with percentile intervals, problems resampled within each task.
+def bootstrap(tasks: Sequence[np.ndarray], *, resamples: int = 2000, seed: int = 0) -> list[Estimate]:
+    """Return macro-averages over tasks with 95 % percentile intervals, problems resampled within each task.
 
     A task weighs the same whatever the number of its problems. The interval tells what other problems of the same
     kind would have given; training again with another seed is not in it.
 
     Args:
         tasks: for each, values ``[problems, M]``; problems may differ in number, M may not.
-        seed: of the resampling, which is the same for each of the M columns.
+        seed: seed of the resampling, which is the same for each of the M columns.
     Returns:
         M estimates.
     Raises:
@@ -94,17 +94,17 @@ def bootstrap(
         [rng.multinomial(len(v), np.full(len(v), 1 / len(v)), size=resamples) @ v / len(v) for v in tasks],
         axis=0,
     )  # [resamples, M]
-    low, high = np.quantile(resampled, [(1 - confidence) / 2, (1 + confidence) / 2], axis=0)
+    low, high = np.quantile(resampled, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2], axis=0)
     return [Estimate(*row) for row in np.stack([means, low, high], axis=1).tolist()]
 
 
-def t_interval(values: Sequence[float], *, confidence: float = 0.95) -> Estimate:
-    """The mean with Student's t interval: of runs with different seeds, or of their paired differences.
+def t_interval(values: Sequence[float]) -> Estimate:
+    """Return the mean with Student's 95 % t interval: of runs with different seeds, or of their paired differences.
 
         mean +- t(n - 1) * s / sqrt(n)
 
     Args:
-        values: n of them; with one the interval is NaN. A NaN among them makes everything NaN.
+        values: n numbers; with one the interval is NaN. A NaN among them makes everything NaN.
     Raises:
         ValueError: no values.
     """
@@ -114,14 +114,12 @@ def t_interval(values: Sequence[float], *, confidence: float = 0.95) -> Estimate
     mean = float(np.mean(values))
     if n == 1:
         return Estimate(mean, np.nan, np.nan)
-    half = stats.t.ppf((1 + confidence) / 2, n - 1) * np.std(values, ddof=1) / np.sqrt(n)
+    half = stats.t.ppf((1 + CONFIDENCE) / 2, n - 1) * np.std(values, ddof=1) / np.sqrt(n)
     return Estimate(mean, mean - half, mean + half)
 
 
-def paired_difference(
-    values: dict[int, float], baseline: dict[int, float], *, confidence: float = 0.95
-) -> Estimate | None:
-    """values - baseline by seed, with the paired t interval; None where no seed is in both.
+def paired_difference(values: dict[int, float], baseline: dict[int, float]) -> Estimate | None:
+    """Return values - baseline by seed with the paired t interval, or None if no seed is in both.
 
     Runs with the same seed start from the same weights and see the same problems, so much of what a seed does
     cancels. The interval takes the differences of the seeds as draws from one normal distribution.
@@ -129,7 +127,7 @@ def paired_difference(
     seeds = sorted(values.keys() & baseline.keys())
     if not seeds:
         return None
-    return t_interval([values[seed] - baseline[seed] for seed in seeds], confidence=confidence)
+    return t_interval([values[seed] - baseline[seed] for seed in seeds])
 
 
 def _checked(correct: np.ndarray) -> np.ndarray:

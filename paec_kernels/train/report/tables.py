@@ -1,4 +1,4 @@
-"""A comparison as tables for terminals and Markdown, and as JSON and CSV files."""
+"""Evaluations and comparisons as tables for terminals and Markdown; comparisons also as JSON and CSV files."""
 
 import csv
 import json
@@ -12,9 +12,65 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from paec_kernels.train.report.compare import OF_TRAINING, Comparison, Row, run_scores
-from paec_kernels.train.report.evaluate import format_number, summarise
+from paec_kernels.train.report.evaluate import Evaluation, mean_scores, summarise
 from paec_kernels.train.report.metrics import Estimate
 from paec_kernels.train.run_folder import Run
+
+DIGITS = {"length": 0, "distinct": 2, "final entropy": 3}  # after the point; all other metrics are in per cent
+
+
+def format_evaluation(evaluation: Evaluation) -> Table:
+    """Return tasks by metrics with 95 % intervals below the means, the macro-average last."""
+    settings = evaluation.settings
+    summary = summarise(evaluation)
+    shown = _without_passes(list(summary["macro"]))
+    table = _terminal_table(
+        f"{settings.samples} samples a problem at temperature {settings.temperature:g}; "
+        "scores in per cent, 95 % intervals over problems",
+        ["task", "problems", *shown],
+    )
+    counts = {task: len(results) for task, results in evaluation.tasks.items()}
+    for task, scores in summary.items():
+        cells = [f"{_number(name, scores[name].mean)}\n[dim]{_interval(name, scores[name])}[/]" for name in shown]
+        if task == "macro":
+            table.add_section()
+            table.add_row("macro-average", str(sum(counts.values())), *cells, style="bold")
+        else:
+            table.add_row(task, str(counts[task]), *cells)
+    return table
+
+
+def format_comparison(comparison: Comparison) -> list[Table]:
+    """Return the table of means and, if there is a baseline, that of differences from it."""
+    tables = []
+    for title, header, lines in _tables(comparison):
+        table = _terminal_table(title, header)
+        for line in lines:
+            table.add_row(line[0], *(cell.replace(" ", "\n", 1) for cell in line[1:]))
+        tables.append(table)
+    return tables
+
+
+def _terminal_table(title: str, header: Sequence[str]) -> Table:
+    """Return a table whose numbers fit 80 columns: intervals are below means, and only the first column may fold."""
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column(header[0], overflow="fold", min_width=7)
+    for name in header[1:]:
+        table.add_column(name.replace(" ", "\n"), justify="right", no_wrap=True)
+    return table
+
+
+def to_markdown(comparison: Comparison) -> str:
+    """Return the same tables in Markdown, and what the configs differ in."""
+    parts = []
+    for title, header, lines in _tables(comparison):
+        rule = ["---", *["---:"] * (len(header) - 1)]
+        body = "\n".join(f"| {' | '.join(line)} |" for line in (header, rule, *lines))
+        parts.append(f"{title}\n\n{body}\n")
+    if comparison.differing:
+        fields = "; ".join(f"`{name}` ({', '.join(map(str, values))})" for name, values in comparison.differing.items())
+        parts.append(f"The runs also differ in {fields}.\n")
+    return "\n".join(parts)
 
 
 def save(comparison: Comparison, runs: Sequence[Run], out: Path) -> list[Path]:
@@ -31,8 +87,8 @@ def save(comparison: Comparison, runs: Sequence[Run], out: Path) -> list[Path]:
         summary.append([row.arm, row.metric, row.seeds, *("" if math.isnan(x) else x for x in numbers)])
     raw: list[list[Any]] = [["arm", "seed", "task", "metric", "value"]]
     for run in runs:
-        for task, scores in summarise(run.evaluation).items():
-            raw += [[run.arm, run.seed, task, name, estimate.mean] for name, estimate in scores.items()]
+        for task, scores in mean_scores(run.evaluation).items():
+            raw += [[run.arm, run.seed, task, name, value] for name, value in scores.items()]
         raw += [[run.arm, run.seed, "", name, run_scores(run)[name]] for name in OF_TRAINING]
     text = {
         "comparison.json": json.dumps(document, indent=1, allow_nan=False) + "\n",
@@ -46,39 +102,9 @@ def save(comparison: Comparison, runs: Sequence[Run], out: Path) -> list[Path]:
     return [out / name for name in (*text, "comparison.csv", "runs.csv")]
 
 
-def to_markdown(comparison: Comparison) -> str:
-    """Both tables, of means and of differences, and what the configs differ in."""
-    parts = []
-    for title, header, lines in _tables(comparison):
-        rule = ["---", *["---:"] * (len(header) - 1)]
-        body = "\n".join(f"| {' | '.join(line)} |" for line in (header, rule, *lines))
-        parts.append(f"{title}\n\n{body}\n")
-    if comparison.differing:
-        fields = "; ".join(f"`{name}` ({', '.join(map(str, values))})" for name, values in comparison.differing.items())
-        parts.append(f"The runs also differ in {fields}.\n")
-    return "\n".join(parts)
-
-
-def format_tables(comparison: Comparison) -> list[Table]:
-    """The same for a terminal."""
-    tables = []
-    for title, header, lines in _tables(comparison):
-        # All of it fits 80 columns: an interval is below its mean, and only an arm's name may be folded.
-        table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-        table.add_column(header[0], overflow="fold", min_width=7)
-        for name in header[1:]:
-            table.add_column(name.replace(" ", "\n"), justify="right", no_wrap=True)
-        for line in lines:
-            table.add_row(line[0], *(cell.replace(" ", "\n", 1) for cell in line[1:]))
-        tables.append(table)
-    return tables
-
-
 def _tables(comparison: Comparison) -> Iterator[tuple[str, list[str], list[list[str]]]]:
-    """Title, header and cells of the table of means and, where there are any, of that of differences."""
-    passes = [name for name in comparison.metrics if name.startswith("pass@")]  # all are in the files
-    hidden = {"operator share", *passes[:-1]}
-    shown = [name for name in comparison.metrics if name not in hidden]
+    """Yield title, header and cells of the table of means and, if there are any, of that of differences."""
+    shown = _without_passes(comparison.metrics)
     means = []
     differences = []
     for arm in comparison.arms:
@@ -93,6 +119,12 @@ def _tables(comparison: Comparison) -> Iterator[tuple[str, list[str], list[list[
         yield title, ["arm", *shown], differences
 
 
+def _without_passes(names: Sequence[str]) -> list[str]:
+    """Return the metrics without pass@k for k below the number of samples; all are in the files."""
+    passes = [name for name in names if name.startswith("pass@")]
+    return [name for name in names if name not in passes[:-1]]
+
+
 def _cell(metric: str, estimate: Estimate | None, signed: bool = False) -> str:
     if estimate is None:
         return "-"
@@ -102,11 +134,20 @@ def _cell(metric: str, estimate: Estimate | None, signed: bool = False) -> str:
 
 
 def _number(metric: str, value: float) -> str:
-    return f"{value:.3f}" if metric == "final entropy" else format_number(metric, value)
+    """Return a score in per cent, but those of DIGITS as they are; a dash for NaN."""
+    if math.isnan(value):
+        return "-"
+    return f"{value:.{DIGITS[metric]}f}" if metric in DIGITS else f"{100 * value:.1f}"
+
+
+def _interval(metric: str, estimate: Estimate) -> str:
+    """Return low-high, of a score in whole per cents: more would not fit 80 columns."""
+    ends = (estimate.low, estimate.high)
+    return "-".join(_number(metric, end) if metric in DIGITS else f"{100 * end:.0f}" for end in ends)
 
 
 def _plain(row: Row) -> dict[str, Any]:
-    """For JSON, which has no NaN."""
+    """Return a row for JSON, which has no NaN."""
     plain: dict[str, Any] = row._asdict()
     for name in ("estimate", "difference"):
         estimate = plain[name]

@@ -13,22 +13,21 @@ from paec_kernels.train.tasks.task import Task
 
 
 def load_tasks(train: Sequence[str], evaluation: Sequence[str] = ()) -> tuple[list[Task], list[Task]]:
-    """The tasks of a training run and of its evaluation, by default on the training's tasks.
+    """Return the tasks of a training run and of its evaluation, which are by default the same.
 
     Raises:
         ValueError: a name of no task, or a .jsonl file that is not as it must be.
     """
     evaluation = evaluation or train
+    trained, evaluated = ([name for name in names if name.endswith(".jsonl")] for names in (train, evaluation))
     names = dict.fromkeys((*train, *evaluation))
     tasks: dict[str, Task] = {name: _generated(name) for name in names if not name.endswith(".jsonl")}
-    files = [name for name in names if name not in tasks]
-    if files:
+    if trained or evaluated:
         # Imported where it is needed, as reasoning-gym below: math-verify and it take seconds, and families need none.
         from paec_kernels.train.tasks import jsonl
 
-        trained, evaluated = ([name for name in uses if name in files] for uses in (train, evaluation))
         to_train, to_evaluate = jsonl.load(trained, evaluated)
-        tasks |= dict(zip(trained, to_train, strict=True)) | dict(zip(evaluated, to_evaluate, strict=False))
+        tasks |= zip((*trained, *evaluated), (*to_train, *to_evaluate), strict=True)
     return [tasks[name] for name in train], [tasks[name] for name in evaluation]
 
 

@@ -38,9 +38,9 @@ class Habits:
     """How the worked solutions are written that the model first learns from."""
 
     careful: float = 0.001
-    """Share that takes the careful route: so rare that a policy which narrows early never tries it."""
+    """Share of solutions that take the careful route: so rare that a policy which narrows early never tries it."""
     slip: float = 0.15
-    """Share in which one digit is wrong."""
+    """Share of solutions with one digit replaced by a random one."""
 
 
 def add(prompt: str) -> Work:
@@ -139,7 +139,7 @@ class Family:
         return float(self.extract(text) == problem.answer)
 
     def solution(self, problem: Problem, habits: Habits, rng: random.Random) -> str:
-        """A worked solution as the model first learns them, without its end token."""
+        """Return a worked solution as the model first learns them, without its end token."""
         work = self.work(problem.prompt)
         if rng.random() < habits.careful:
             text = f"c{';'.join(work.steps)}={work.answer}"
@@ -160,13 +160,11 @@ class Family:
                 return Problem(self.name, prompt, work.answer)
 
 
-FAMILIES = {
-    family.name: family
-    for family in (
-        Family("add", _draw_add, add),
-        Family("sub", _draw_sub, sub),
-        Family("parity", _draw_parity, parity),
-        Family("sort", _draw_sort, sort),
-        Family("count", _draw_count, count),
-    )
-}
+_ALL = (
+    Family("add", _draw_add, add),
+    Family("sub", _draw_sub, sub),
+    Family("parity", _draw_parity, parity),
+    Family("sort", _draw_sort, sort),
+    Family("count", _draw_count, count),
+)
+FAMILIES = {family.name: family for family in _ALL}

@@ -8,6 +8,7 @@ import reasoning_gym  # type: ignore[import-untyped]
 from reasoning_gym.factory import DATASETS  # type: ignore[import-untyped]
 from reasoning_gym.utils import extract_answer  # type: ignore[import-untyped]
 
+from paec_kernels import checks
 from paec_kernels.train.tasks.task import Problem
 
 INSTRUCTION = "Provide your final answer between <answer> and </answer> tags."
@@ -20,7 +21,7 @@ NUMBER = re.compile(r"(?:(?<![\w)])[-+])?\d+(?:,\d{3})*(?:\.\d+)?(?!\d)")  # in 
 
 
 class GymProblem(Problem):
-    """A problem with all that its generator told; the scorer reads from there."""
+    """A problem with its generator's entry, from which the scorer reads."""
 
     entry: dict[str, Any]
 
@@ -39,8 +40,7 @@ class GymTask:
     """
 
     def __init__(self, dataset: str, **config: Any) -> None:
-        if dataset not in DATASETS:
-            raise ValueError(f"dataset must be one of reasoning-gym's {', '.join(sorted(DATASETS))}, got {dataset!r}")
+        checks.one_of("dataset", dataset, sorted(DATASETS))
         self.name = ",".join([f"gym:{dataset}", *(f"{field}={value}" for field, value in config.items())])
         self._dataset, self._config = dataset, config
         self._chunk = lru_cache(maxsize=4)(self._make)
@@ -52,9 +52,12 @@ class GymTask:
             ) from error
 
     def train_problem(self, index: int) -> Problem:
-        """The problem of a seed of its own; ValueError where nearly all that the dataset makes are for evaluation."""
-        if index < 0:
-            raise ValueError(f"index must be >= 0, got {index}")
+        """Return a problem made from a seed of its own.
+
+        Raises:
+            ValueError: nearly all problems that the dataset makes are kept for evaluation.
+        """
+        checks.integer("index", index, least=0)
         for attempt in range(ATTEMPTS):
             # The first attempt takes the index's own seed; others come from far away.
             place = (index + attempt * 1_000_000_007) % len(TRAIN_SEEDS)
@@ -69,12 +72,12 @@ class GymTask:
     def extract(self, text: str) -> str | None:
         answer = extract_answer(text)
         if not self._has_numbers:
-            return answer or None  # as it is: in a grid, lines and spaces count
+            return answer or None  # unchanged: in a grid, lines and spaces count
         numbers = NUMBER.findall(text if answer is None else answer)
         return _plain_number(numbers[-1]) if numbers else answer
 
     def reward(self, problem: Problem, text: str) -> float:
-        """1.0 where the library gives the extracted answer its full score."""
+        """Return 1.0 if the library gives the extracted answer its full score, else 0.0."""
         assert isinstance(problem, GymProblem)  # made here
         return float(self._chunk(0).score_answer(self.extract(text), problem.entry) >= 1.0)
 
@@ -102,6 +105,6 @@ class GymTask:
 
 
 def _plain_number(text: str) -> str:
-    """Without a plus, without commas, and without decimals that are all 0."""
+    """Return the number without a plus, without commas, and without decimals that are all 0."""
     plain = text.replace(",", "").removeprefix("+")
     return plain.split(".")[0] if re.fullmatch(r"-?\d+\.0+", plain) else plain

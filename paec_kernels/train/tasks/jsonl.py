@@ -4,8 +4,7 @@ Each line is an object. Names are read in any case, and the first of these that 
 
 - the question: ``problem``, ``question`` or ``prompt``; a string, or a chat as DAPO's (a list of objects with
   ``content``, whose texts are joined). A chat is taken as it is, as it brings its own instruction; a string gets one.
-- the answer: ``answer``, ``reward_model.ground_truth``, ``ground_truth``, ``final_answer``, or a ``solution`` that
-  ends in a ``\\boxed{}``; a string or a number.
+- the answer: ``answer`` or ``reward_model.ground_truth``; a string or a number.
 """
 
 import hashlib
@@ -16,16 +15,15 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from paec_kernels import checks
 from paec_kernels.train.tasks import math_answers
 from paec_kernels.train.tasks.task import Problem
 
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
 QUESTION_FIELDS = ("problem", "question", "prompt")
-ANSWER_FIELDS = ("answer", "reward_model.ground_truth", "ground_truth", "final_answer", "solution")
+ANSWER_FIELDS = ("answer", "reward_model.ground_truth")
 HELD_OUT = 10  # a file for both uses keeps every tenth question, by its hash, for evaluation
-SPECIFIC = 30
-
-Use = Literal["train", "eval", "both"]
+SPECIFIC = 30  # characters of a question that is long enough to be told inside another
 
 
 class _Line(NamedTuple):
@@ -41,15 +39,14 @@ class JsonlTask:
     answer. Training goes through the problems in a new order each time round.
 
     Args:
-        use: what the file is for. ``both`` splits it by a hash of the question, so that the parts do not change
-            with the order of lines or with what is added.
+        use: ``train``, ``eval`` or ``both``, which splits the file by a hash of the question, so that the parts do
+            not change with the order of lines or with what is added.
     Raises:
         ValueError: the file, a line or a field is not as the module says; the message names them.
     """
 
-    def __init__(self, path: str | Path, use: Use) -> None:
-        if use not in ("train", "eval", "both"):
-            raise ValueError(f"use must be train, eval or both, got {use!r}")
+    def __init__(self, path: str | Path, use: Literal["train", "eval", "both"]) -> None:
+        checks.one_of("use", use, ("train", "eval", "both"))
         self.path, self.use = Path(path), use
         self.name = self.path.stem
         lines = list(_read(self.path, self.name))
@@ -61,16 +58,13 @@ class JsonlTask:
         self._order = lru_cache(maxsize=2)(self._shuffled)
 
     def train_problem(self, index: int) -> Problem:
-        """ValueError for a file that is for evaluation."""
         if not self._train:
             raise ValueError(f"{self.path} is for evaluation: its use is {self.use!r}")
-        if index < 0:
-            raise ValueError(f"index must be >= 0, got {index}")
+        checks.integer("index", index, least=0)
         epoch, place = divmod(index, len(self._train))
         return self._train[self._order(epoch)[place]].problem
 
     def eval_problems(self, count: int) -> list[Problem]:
-        """In the file's order; ValueError for a file that is for training."""
         if not self._eval:
             raise ValueError(f"{self.path} is for training: its use is {self.use!r}")
         return [line.problem for line in self._eval[:count]]
@@ -88,26 +82,24 @@ class JsonlTask:
 
 
 def load(train: Sequence[str | Path], evaluation: Sequence[str | Path]) -> tuple[list[JsonlTask], list[JsonlTask]]:
-    """The tasks of a training run and of its evaluation; a file that is in both is split.
+    """Return the tasks of a training run and of its evaluation; a file that is in both is split.
 
     Raises:
         ValueError: as JsonlTask; or a question is in a training and in an evaluation file.
     """
-    evaluated = {Path(path).resolve() for path in evaluation}
-    trained = {Path(path).resolve() for path in train}
+    trained, evaluated = ([Path(path).resolve() for path in paths] for paths in (train, evaluation))
+    paths = dict(zip((*trained, *evaluated), (*train, *evaluation), strict=True))
     tasks = {
-        path.resolve(): JsonlTask(
-            path, "train" if path.resolve() not in evaluated else "eval" if path.resolve() not in trained else "both"
-        )
-        for path in map(Path, dict.fromkeys((*train, *evaluation)))
+        file: JsonlTask(path, "train" if file not in evaluated else "eval" if file not in trained else "both")
+        for file, path in paths.items()
     }
-    found = [[tasks[Path(path).resolve()] for path in paths] for paths in (train, evaluation)]
-    refuse_overlap(*found)
-    return found[0], found[1]
+    to_train, to_evaluate = ([tasks[file] for file in files] for files in (trained, evaluated))
+    refuse_overlap(to_train, to_evaluate)
+    return to_train, to_evaluate
 
 
 def refuse_overlap(train: Sequence[JsonlTask], evaluation: Sequence[JsonlTask]) -> None:
-    """Raises ValueError where a question that is evaluated is trained on too, spacing aside; names both lines.
+    """Raise ValueError if a question that is evaluated is trained on too, spacing aside; names both lines.
 
     A question of SPECIFIC characters or more is also found inside a longer one, such as a chat with its instruction.
     """
@@ -163,10 +155,8 @@ def _answer(row: dict[str, Any], where: str) -> str:
         value = int(value)  # AMC23 writes 27.0
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
-    is_whole = isinstance(value, str) and (name != "solution" or "\\boxed" in value)
-    if not isinstance(value, float) and not is_whole:
-        wanted = "a text with \\boxed{}" if name == "solution" else "a text or a number"
-        raise ValueError(f"{where}: {name} must be {wanted}, got {str(value)[:60]!r}")
+    if not isinstance(value, float | str):
+        raise ValueError(f"{where}: {name} must be a text or a number, got {str(value)[:60]!r}")
     answer = str(value).strip()
     if not answer.isdecimal() and not math_answers.parse_expected(answer):
         raise ValueError(f"{where}: {name} must be an answer that math-verify can read, got {answer[:60]!r}")

@@ -17,7 +17,7 @@ _EXTRACTION = (LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConf
 
 @lru_cache(maxsize=4096)
 def parse_response(text: str) -> list[Any]:
-    """What math-verify finds: the answer as sympy has it, then as it was written; nothing where there is none.
+    """Return what math-verify finds: the answer as sympy has it, then as it was written; nothing if there is none.
 
     Only the last ``\\boxed{}`` counts; math-verify would join all that a response tried on its way into a set.
     """
@@ -26,21 +26,21 @@ def parse_response(text: str) -> list[Any]:
 
 @lru_cache(maxsize=4096)
 def parse_expected(answer: str) -> list[Any]:
-    """Of a data set's answer, which is LaTeX without its dollars, or a solution that ends in a ``\\boxed{}``."""
+    """Parse a data set's answer, which is LaTeX without its dollars."""
     return parse_response(f"${answer}$")
 
 
 def is_right(expected: str, text: str) -> bool:
-    """math-verify's verdict on the final answer in ``text``."""
+    """Return math-verify's verdict on the final answer in ``text``."""
     return bool(verify(parse_expected(expected), parse_response(text), timeout_seconds=SECONDS))
 
 
 @lru_cache(maxsize=4096)
 def final_answer(text: str) -> str | None:
-    """The final answer in ``text``, in a form that equal answers share, so that they vote together.
+    """Return the final answer in ``text``, in a form that equal answers share, so that they vote together.
 
-    Numbers are evaluated to DIGITS digits, so 1/2 is 0.5; expressions are expanded, of an equation the right-hand side
-    counts, elements of sets have one order. What sympy cannot do in time stays as it was written.
+    Numbers are evaluated to DIGITS digits, so 1/2 is 0.5; expressions are expanded; an equation counts by its
+    right-hand side; sets are sorted. What sympy cannot do in time stays as it was written.
     """
     parsed = parse_response(text)
     if not parsed:

@@ -18,17 +18,17 @@ class Task(Protocol):
     def name(self) -> str: ...
 
     def train_problem(self, index: int) -> Problem:
-        """The ``index``-th training problem; any index >= 0, always the same problem for the same index."""
+        """Return the ``index``-th training problem, for any index >= 0 always the same one."""
         ...
 
     def eval_problems(self, count: int) -> list[Problem]:
-        """The first ``count`` evaluation problems, or all where there are fewer."""
+        """Return the first ``count`` evaluation problems, or all if there are fewer."""
         ...
 
     def extract(self, text: str) -> str | None:
-        """The final answer in a response, in a canonical form that majority voting may compare; None without one."""
+        """Return a response's final answer in a canonical form that majority voting may compare; None without one."""
         ...
 
     def reward(self, problem: Problem, text: str) -> float:
-        """1.0 where the response's final answer is right, else 0.0."""
+        """Return 1.0 if the response's final answer is right, else 0.0."""
         ...

@@ -10,12 +10,12 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 
-from paec_kernels.train import checkpoint
 from paec_kernels.train.config import TrainConfig, plain
 from paec_kernels.train.models import hugging_face
 from paec_kernels.train.models.by_name import starting_policy, trained_policy
 from paec_kernels.train.models.hugging_face import HFPolicy, load
 from paec_kernels.train.models.policy import Policy, Rollout
+from paec_kernels.train.run_folder import save_checkpoint
 
 WORDS = ["<pad>", "<bos>", "<end>", "<turn>", *"abcdefghijklmnop"]
 PAD, BOS, END, TURN = range(4)
@@ -248,7 +248,7 @@ def test_a_run_and_its_checkpoint_use_the_chat_template_alike(
     config = TrainConfig(model=str(tmp_path / "model"), chat=chat)
     policy = starting_policy(config, torch.device("cpu"))
     assert policy.chat is expected
-    checkpoint.save({"model": policy.module.state_dict()}, tmp_path / "checkpoint.pt")
+    save_checkpoint({"model": policy.module.state_dict()}, tmp_path / "checkpoint.pt")
     (tmp_path / "config.json").write_text(json.dumps(plain(config)))
     assert trained_policy(tmp_path, torch.device("cpu")).chat is expected
 

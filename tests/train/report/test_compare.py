@@ -12,7 +12,7 @@ from train import made_runs
 from train.made_runs import evaluation, write_run
 
 from paec_kernels.train.report.compare import Comparison, compare, sort_arms
-from paec_kernels.train.report.tables import format_tables, save, to_markdown
+from paec_kernels.train.report.tables import format_comparison, save, to_markdown
 from paec_kernels.train.run_folder import Run, find_runs, read_run
 
 
@@ -32,7 +32,7 @@ def test_means_and_paired_differences(runs: list[Run]) -> None:
     assert found.arms == ["grpo", "paec"]
     assert found.metrics == [
         *("greedy", "mean@4", "maj@4", "pass@1", "pass@2", "pass@4", "distinct", "length"),
-        *("training reward", "final entropy", "operator share"),
+        *("training reward", "final entropy"),
     ]
     grpo, paec = found.row("grpo", "mean@4"), found.row("paec", "mean@4")
     assert (grpo.seeds, paec.seeds) == (2, 3)
@@ -48,14 +48,13 @@ def test_what_the_log_gives(runs: list[Run]) -> None:
     found = compare(runs)
     assert found.row("grpo", "final entropy").estimate.mean == pytest.approx((0.3 + (0.2 + 0.1) / 2) / 2)
     assert found.row("grpo", "training reward").estimate.mean == pytest.approx(0.5 + 0.01 * (1.5 + 10.5) / 2)
-    assert found.row("paec", "operator share").estimate.mean == pytest.approx(0.25)
 
 
 def test_without_the_baseline_there_are_no_differences(runs: list[Run]) -> None:
     found = compare([run for run in runs if run.arm == "paec"])
     assert [row.difference for row in found.rows] == [None] * len(found.rows)
     assert "Differences" not in to_markdown(found)
-    assert len(format_tables(found)) == 1
+    assert len(format_comparison(found)) == 1
 
 
 def test_arms_by_more_fields(tmp_path: Path) -> None:
@@ -129,7 +128,7 @@ def test_tables(runs: list[Run]) -> None:
 
     console = Console(width=100)
     with console.capture() as capture:
-        console.print(*format_tables(compare(runs)))
+        console.print(*format_comparison(compare(runs)))
     assert "± 89.6" in capture.get()
     assert "+18.8" in capture.get()
 
@@ -141,45 +140,13 @@ def test_eighty_columns_hold_every_number(tmp_path: Path) -> None:
     found = compare([read_run(folder) for folder in find_runs([tmp_path])])
     console = Console(width=80)
     with console.capture() as capture:
-        console.print(*format_tables(found))
+        console.print(*format_comparison(found))
     printed = capture.get().split()
     markdown = to_markdown(found)
     cells = [cell.split() for line in markdown.splitlines() for cell in line.strip("| ").split(" | ")[1:]]
     numbers = [number for cell in cells for number in cell if number[-1:].isdigit() and "@" not in number]
     assert len(numbers) == 2 * 2 * 8 + 2 * 8
     assert [number for number in numbers if number not in printed] == []
-
-
-def test_runs_are_found_below_a_folder(tmp_path: Path) -> None:
-    for name in ("a/1", "a/0", "b"):
-        write_run(tmp_path / name, "paec", 0)
-    (tmp_path / "c").mkdir()
-    assert find_runs([tmp_path / "b", tmp_path]) == [tmp_path / name for name in ("b", "a/0", "a/1")]
-    for missing in ("c", "d"):
-        with pytest.raises(ValueError, match=rf"folders must hold finished runs .* got .*/{missing}"):
-            find_runs([tmp_path / missing])
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("config.json", "{", r"config.json must be a JSON object"),
-        ("config.json", '{"algo": "paec"}', r"config.json must hold the field 'seed', got algo"),
-        ("config.json", '{"seed": 1}', r"config.json must hold the field 'algo', got seed"),
-        ("log.jsonl", "", r"log.jsonl must hold at least one step"),
-        ("log.jsonl", "{\n", r"log.jsonl must hold a JSON object a line"),
-        ("log.jsonl", '{"step": 1, "reward": 0.5}\n', r"log.jsonl, line 1: .* entropy is missing"),
-        ("eval.json", None, r"must have been evaluated: there is no .*/eval.json"),
-    ],
-)
-def test_broken_folders_are_refused(tmp_path: Path, name: str, content: str | None, message: str) -> None:
-    folder = write_run(tmp_path / "run", "paec", 0)
-    if content is None:
-        (folder / name).unlink()
-    else:
-        (folder / name).write_text(content)
-    with pytest.raises(ValueError, match=message):
-        read_run(folder)
 
 
 def test_runs_that_cannot_be_compared(tmp_path: Path, runs: list[Run]) -> None:

@@ -1,6 +1,7 @@
 """Evaluation of a policy that answers by rote: who is asked what, and what is kept of it."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,17 +10,18 @@ from rich.console import Console
 from train import evaluate_rank_worker
 from train.rote import SETTINGS, Counting, Rote
 
-from paec_kernels.train.report.evaluate import Evaluation, Settings, evaluate, format_table, pass_ks, summarise
+from paec_kernels.train.report.evaluate import Evaluation, evaluate, mean_scores, pass_ks, summarise
+from paec_kernels.train.report.tables import format_evaluation
 
 
-def run(policy: Rote, *tasks: Counting, **changed) -> Evaluation:
-    return evaluate(policy, tasks, **SETTINGS | changed)
+def run(policy: Rote, *tasks: Counting, batch_size: int = 256, **changed) -> Evaluation:
+    return evaluate(policy, tasks, replace(SETTINGS, **changed), batch_size=batch_size)
 
 
 def test_every_answer_is_kept() -> None:
     policy = Rote()
     found = run(policy, Counting("a", 10, 2), Counting("b", 500, 9))
-    assert found.settings == Settings(**SETTINGS)
+    assert found.settings == SETTINGS
     assert {name: len(results) for name, results in found.tasks.items()} == {"a": 2, "b": 3}
     for result in (result for results in found.tasks.values() for result in results):
         number, seed = int(result.prompt), policy.seeds[result.prompt, 0.7]
@@ -34,8 +36,12 @@ def test_every_answer_is_kept() -> None:
 
 def test_the_summary_is_that_of_the_answers() -> None:
     # Each problem: 2 of 6 right, 2 plus one, 2 without an answer; so the vote is a tie.
-    summary = summarise(run(Rote(), Counting("a", 10, 2), Counting("b", 500, 9)))
+    found = run(Rote(), Counting("a", 10, 2), Counting("b", 500, 9))
+    summary = summarise(found)
     assert list(summary) == ["a", "b", "macro"]
+    assert mean_scores(found) == {
+        task: {name: estimate.mean for name, estimate in scores.items()} for task, scores in summary.items()
+    }
     means = {name: estimate.mean for name, estimate in summary["macro"].items()}
     assert means == pytest.approx(
         {
@@ -54,7 +60,7 @@ def test_the_summary_is_that_of_the_answers() -> None:
 
 def test_problems_are_asked_in_batches() -> None:
     policy, progress = Rote(), []
-    evaluate(policy, [Counting("a", 10, 9)], **SETTINGS, batch_size=12, on_progress=lambda *at: progress.append(at))
+    evaluate(policy, [Counting("a", 10, 9)], SETTINGS, batch_size=12, on_progress=lambda *at: progress.append(at))
     assert policy.calls == [(2, 1, 0.0), (2, 6, 0.7), (1, 1, 0.0), (1, 6, 0.7)]
     assert progress == [(14, 21), (21, 21)]
 
@@ -69,7 +75,7 @@ def test_a_problem_is_answered_the_same_whatever_else_is_asked() -> None:
 @pytest.mark.parametrize("world", [2, 4])  # more ranks than batches: one has nothing to do
 def test_ranks_share_the_problems_and_all_have_the_whole(tmp_path: Path, world: int) -> None:
     mp.spawn(evaluate_rank_worker.run, (world, str(tmp_path)), nprocs=world)
-    alone = evaluate(Rote(), evaluate_rank_worker.TASKS, **SETTINGS | {"problems": 9}, batch_size=12)
+    alone = evaluate(Rote(), evaluate_rank_worker.TASKS, replace(SETTINGS, problems=9), batch_size=12)
     asked = [json.loads((tmp_path / f"{rank}.asked").read_text()) for rank in range(world)]
     assert sum(asked) == sum(map(len, alone.tasks.values()))
     assert max(asked) <= 4
@@ -107,19 +113,20 @@ def test_another_file_is_refused(tmp_path: Path, content: str) -> None:
 
 
 def test_the_table_shows_each_task_and_the_average() -> None:
-    console = Console(width=140, record=True, file=None, quiet=False)
+    console = Console(width=80)
     with console.capture() as capture:
-        console.print(format_table(run(Rote(), Counting("a", 10, 2), Counting("b", 500, 9))))
+        console.print(format_evaluation(run(Rote(), Counting("a", 10, 2), Counting("b", 500, 9))))
     lines = capture.get().splitlines()
     (row,) = [line for line in lines if line.split()[:1] == ["a"]]
     assert row.split() == ["a", "2", "100.0", "33.3", "50.0", "100.0", "2.00", "2"]
+    intervals = lines[lines.index(row) + 1]
+    assert intervals.split() == ["100-100", "33-33", "50-50", "100-100", "2.00-2.00", "2-2"]
     (row,) = [line for line in lines if line.split()[:1] == ["macro-average"]]
     assert row.split() == ["macro-average", "5", "100.0", "33.3", "50.0", "100.0", "2.00", "2"]
 
 
-@pytest.mark.parametrize(("samples", "expected"), [(1, [1]), (4, [1, 2, 4]), (6, [1, 2, 4, 6])])
-def test_pass_ks(samples: int, expected: list[int]) -> None:
-    assert pass_ks(samples) == expected
+def test_pass_ks() -> None:
+    assert [pass_ks(samples) for samples in (1, 4, 6)] == [[1], [1, 2, 4], [1, 2, 4, 6]]
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,9 @@
 """Tasks on reasoning-gym: which problems, which answers, and whose verdict."""
 
-import json
-
 import pytest
 
 pytest.importorskip("reasoning_gym", reason="needs the training's packages: pip install 'paec-kernels[train]'")
-from paec_kernels.train.tasks.gym import ATTEMPTS, EVAL_POOL, GymTask
+from paec_kernels.train.tasks.gym import EVAL_POOL, GymTask
 
 
 def test_a_problem_is_the_librarys() -> None:
@@ -43,7 +41,6 @@ def test_a_dataset_without_enough_problems_says_so() -> None:
     task.__dict__["_eval_prompts"] = seen  # as if all that there is were kept
     with pytest.raises(ValueError, match=f"gym:chain_sum,.* makes too few different problems to keep {EVAL_POOL}"):
         task.train_problem(0)
-    assert ATTEMPTS > 10
 
 
 @pytest.mark.parametrize(
@@ -77,9 +74,7 @@ def test_other_answers_need_tags(text: str, answer: str | None) -> None:
     assert GymTask("rotate_matrix").extract(text) == answer
 
 
-@pytest.mark.parametrize(
-    "dataset", ["basic_arithmetic", "chain_sum", "gcd", "rotate_matrix", "word_sorting", "syllogism"]
-)
+@pytest.mark.parametrize("dataset", ["basic_arithmetic", "rotate_matrix", "word_sorting", "syllogism"])
 def test_the_generators_own_answers_are_right(dataset: str) -> None:
     task = GymTask(dataset)
     for problem in [*task.eval_problems(10), task.train_problem(3)]:
@@ -101,21 +96,11 @@ def test_the_librarys_scorer_judges() -> None:
     assert task.reward(problem, f"<answer>{wrong}</answer>") == 0.0
 
 
-def test_a_configuration_of_ones_own() -> None:
-    task = GymTask("chain_sum", min_terms=2, max_terms=2, min_digits=1, max_digits=1)
-    assert all(problem.entry["metadata"]["num_terms"] == 2 for problem in task.eval_problems(20))
-    assert task.name == "gym:chain_sum,min_terms=2,max_terms=2,min_digits=1,max_digits=1"
-
-
 def test_bad_names_and_configurations_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"dataset must be one of reasoning-gym's ab, .* got 'sums'"):
+    with pytest.raises(ValueError, match=r"dataset must be one of ab, .* got 'sums'"):
         GymTask("sums")
     for config in ({"min_terms": 0}, {"colour": 1}):
         with pytest.raises(ValueError, match=r"config must be one that reasoning-gym's chain_sum takes, got \{"):
             GymTask("chain_sum", **config)
     with pytest.raises(ValueError, match="index must be >= 0, got -1"):
         GymTask("chain_sum").train_problem(-1)
-
-
-def test_a_problem_is_plain_text() -> None:
-    assert json.loads(json.dumps(GymTask("gcd").train_problem(0)))[0] == "gym:gcd"

@@ -61,10 +61,9 @@ def test_the_benchmarks_formats(name: str, count: int, answers: list[str]) -> No
     "row",
     [
         {"Problem": "1 + 1?", "Answer": "2"},
-        {"QUESTION": "1 + 1?", "ground_truth": 2},
-        {"prompt": "1 + 1?", "reward_model": {"ground_truth": "2"}},
-        {"problem": "1 + 1?", "solution": r"It is $\boxed{2}$.", "answer": None},
-        {"problem": "1 + 1?", "question": "2 + 2?", "final_answer": 2.0},
+        {"QUESTION": "1 + 1?", "answer": 2},
+        {"prompt": "1 + 1?", "reward_model": {"ground_truth": "2"}, "answer": None},
+        {"problem": "1 + 1?", "question": "2 + 2?", "answer": 2.0},
         {"prompt": [{"role": "system", "content": "Add."}, {"role": "user", "content": " 1 + 1?"}], "answer": "2"},
     ],
 )
@@ -81,7 +80,7 @@ def test_names_of_fields(tmp_path: Path, row: dict) -> None:
         ("{", r"must be a JSON object, got '\{'"),
         ("[1]", r"must be a JSON object, got '\[1\]'"),
         ({"text": "?", "answer": 1}, "the question must be in one of problem, question, prompt, got text, answer"),
-        ({"problem": "?"}, "the answer must be in one of answer, reward_model.ground_truth, .*, got problem"),
+        ({"problem": "?"}, "the answer must be in one of answer, reward_model.ground_truth, got problem"),
         ({"problem": " ", "answer": 1}, "problem must be a text or a list of turns with content, got ' '"),
         (
             {"prompt": [{"role": "user"}], "answer": 1},
@@ -91,7 +90,6 @@ def test_names_of_fields(tmp_path: Path, row: dict) -> None:
         ({"prompt": ["?"], "answer": 1}, "prompt must be a text or a list of turns with content"),
         ({"problem": "?", "answer": [1]}, r"answer must be a text or a number, got '\[1\]'"),
         ({"problem": "?", "answer": True}, "answer must be a text or a number, got 'True'"),
-        ({"problem": "?", "solution": "It is 3."}, r"solution must be a text with \\boxed\{\}, got 'It is 3.'"),
         ({"problem": "?", "answer": " "}, "answer must be an answer that math-verify can read, got ''"),
     ],
 )
@@ -105,7 +103,7 @@ def test_bad_arguments_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"path must be a JSONL file in UTF-8, got .*none.jsonl"):
         JsonlTask(tmp_path / "none.jsonl", "train")
     path = numbered(tmp_path / "a.jsonl", range(2))
-    with pytest.raises(ValueError, match="use must be train, eval or both, got 'test'"):
+    with pytest.raises(ValueError, match="use must be one of train, eval, both, got 'test'"):
         JsonlTask(path, "test")
     with pytest.raises(ValueError, match="index must be >= 0, got -1"):
         JsonlTask(path, "train").train_problem(-1)
