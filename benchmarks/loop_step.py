@@ -13,6 +13,7 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
+from paec_kernels.train.operator_clock import OperatorClock
 from torch import Tensor
 
 import paec_kernels as pk
@@ -24,7 +25,6 @@ from benchmarks.workload import ADVANTAGE, CLIP_HIGH, RATIO_NOISE, Case
 from paec_kernels.train import algorithms, loop
 from paec_kernels.train.config import TrainConfig
 from paec_kernels.train.models.by_name import pick_device, starting_policy
-from paec_kernels.train.operator_clock import OperatorClock
 from paec_kernels.train.tasks.by_name import load_tasks
 
 CONFIG = TrainConfig(method=algorithms.PAECOptions(paec=pk.PAECConfig(anchor_steps=1)))

@@ -1,17 +1,16 @@
 """Entropy control for RL with verifiable rewards, from fused kernels."""
 
 from paec_kernels import reference
+from paec_kernels.losses.covariance import clip_cov_selection, kl_cov_selection
 from paec_kernels.losses.drop_in import PAECLoss
 from paec_kernels.losses.paec import PAEC
 from paec_kernels.losses.paec_config import PAECConfig
 from paec_kernels.losses.policy import (
     cispo_loss,
     clip_cov_loss,
-    clip_cov_selection,
     group_advantages,
     grpo_loss,
     kl_cov_loss,
-    kl_cov_selection,
 )
 from paec_kernels.losses.rivals import AER, SIREN, AERConfig, GlobalEntropy, GlobalEntropyConfig, SIRENConfig
 from paec_kernels.ops.linear import linear_token_stats

@@ -29,7 +29,7 @@ def number(
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, got {value!r}")
     x = float(value)
-    allowed = math.isfinite(x) or x in (least, most)
+    allowed = -math.inf < x < math.inf or x in (least, most)  # torch.compile traces no math.isfinite
     high_enough = (least is None or x >= least) and (above is None or x > above)
     if not (allowed and high_enough and (most is None or x <= most)):
         raise ValueError(f"{name} must be {_expected(least, above, most)}, got {value!r}")
@@ -49,6 +49,18 @@ def integer(name: str, value: Any, *, least: int | None = None, most: int | None
     if (least is not None and n < least) or (most is not None and n > most):
         raise ValueError(f"{name} must be {_expected(least, None, most, finite=True)}, got {value!r}")
     return n
+
+
+def number_field(config: Any, name: str, **bounds: float) -> None:
+    """Check a field of a frozen dataclass as `number` does, and keep it as a float."""
+    value = number(f"{type(config).__name__}.{name}", getattr(config, name), **bounds)
+    object.__setattr__(config, name, value)
+
+
+def integer_field(config: Any, name: str, *, least: int) -> None:
+    """Check a field of a frozen dataclass as `integer` does, and keep it as an int."""
+    value = integer(f"{type(config).__name__}.{name}", getattr(config, name), least=least)
+    object.__setattr__(config, name, value)
 
 
 def boolean(name: str, value: Any) -> None:

@@ -11,14 +11,20 @@ ABSENT = "absent"
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A path to write to, beside ``path``, which it replaces in one step when the block ends without an error."""
-    partial = path.with_name(path.name + ".partial")
-    yield partial
-    os.replace(partial, path)
+    """Give a path to write to, beside ``path``, which it replaces in one step when the block ends without an error.
+
+    The path is this process' own, so that several may write the same file at once; after an error it is gone.
+    """
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def differing_fields(saved: Mapping[str, Any], ours: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """``field: checkpoint VALUE, here VALUE`` for each that differs; nested fields by their dotted names."""
+    """List ``field: checkpoint VALUE, here VALUE`` for each that differs; nested fields by their dotted names."""
     found = []
     for name in {**ours, **saved}:
         theirs, own = saved.get(name, ABSENT), ours.get(name, ABSENT)

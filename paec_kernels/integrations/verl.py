@@ -16,6 +16,7 @@ the ``_target_`` the keys ``paec`` are refused.
 
 import os
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ from paec_kernels.integrations.common import numbers, sources_of_noise
 from paec_kernels.losses.paec import PAEC, Plan
 from paec_kernels.losses.paec_config import PAECConfig
 from paec_kernels.ops.operator import token_stats
+from paec_kernels.saved_state import whole_file
 from paec_kernels.types import TokenStats
 
 STATE_NAME = "paec.pt"
@@ -108,9 +110,8 @@ class PAECTrainingWorker(TrainingWorker):
         super().save_checkpoint(local_path, *args, **options)
         if self.paec is not None and local_path is not None:
             # Every rank writes the same, since a checkpoint may lie on each node's own disk.
-            path = os.path.join(local_path, STATE_NAME)
-            torch.save(self.paec.state_dict(), f"{path}.{self.rank}.tmp")
-            os.replace(f"{path}.{self.rank}.tmp", path)
+            with whole_file(Path(local_path) / STATE_NAME) as partial:
+                torch.save(self.paec.state_dict(), partial)
 
     def load_checkpoint(self, local_path: str, *args: Any, **options: Any) -> None:
         """Raises FileNotFoundError where the checkpoint was written without PAEC, besides what verl raises."""

@@ -1,11 +1,11 @@
 """Score, soft mask and gradient coefficients of N token positions, by Triton or by plain PyTorch.
 
 None is differentiable: score and mask are constants of the loss [reported: stop-gradient], and the
-coefficients are its gradient. The Triton forms are ``torch.library`` operators, opaque to ``torch.compile``;
-float64 statistics (the reference's) are always computed by PyTorch.
+coefficients are its gradient. float64 statistics (the reference's) are always computed by PyTorch.
 """
 
 import math
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -30,8 +30,8 @@ def position_score(stats: TokenStats, valid: Tensor, config: PAECConfig, backend
     if config.nucleus_norm == "log_vocab":
         assert config.vocab_size is not None
         h_scale = 1 / math.log(config.vocab_size)
-    if _uses_triton(backend, margin):
-        return _position_score(
+    if kernels := _kernels(backend, margin):
+        return kernels.position_score(
             nucleus_entropy, nucleus_size, margin, valid, config.alpha, config.tau_c, h_scale, log_size
         )
     if log_size:
@@ -54,8 +54,8 @@ def soft_mask(
         mask ``[N]``, and ``[2]``: sum(m), sum(m * entropy), the same to the bit in every run.
     """
     score, entropy = score.detach(), _flat(entropy)
-    if _uses_triton(backend, score):
-        return _soft_mask(score, entropy, threshold, tau_m)
+    if kernels := _kernels(backend, score):
+        return kernels.soft_mask(score, entropy, threshold, tau_m)
     valid = score != INVALID
     mask = torch.where(valid, torch.sigmoid((score - threshold) / tau_m), 0.0)
     return mask, torch.stack([mask.sum(), (mask * torch.where(valid, entropy, 0.0)).sum()])
@@ -74,8 +74,8 @@ def penalty_coefficients(
     Args:
         mask: ``[N]``; mask_sum, mean_entropy, floor: 0-d, of the whole batch.
     """
-    if _uses_triton(backend, mask):
-        return _penalty_coefficients(mask, mask_sum, mean_entropy, floor, config.beta, config.lam)
+    if kernels := _kernels(backend, mask):
+        return kernels.penalty_coefficients(mask, mask_sum, mean_entropy, floor, config.beta, config.lam)
     slope = -config.beta - 2 * config.lam * (floor - mean_entropy).clamp(min=0)
     # 0 at invalid positions even where the scale is not finite: without any valid token, or in a NaN step.
     return torch.where(mask == 0, 0.0, slope / mask_sum * mask)
@@ -85,52 +85,10 @@ def _flat(x: Tensor) -> Tensor:
     return x.detach().reshape(-1).contiguous()
 
 
-def _uses_triton(backend: str, x: Tensor) -> bool:
-    return resolve_backend(backend, x.device) == "triton" and x.dtype == torch.float32
-
-
-@torch.library.custom_op("paec::position_score", mutates_args=())
-def _position_score(
-    nucleus_entropy: Tensor,
-    nucleus_size: Tensor,
-    margin: Tensor,
-    valid: Tensor,
-    alpha: float,
-    tau_c: float,
-    h_scale: float,
-    log_size: bool,
-) -> Tensor:
+def _kernels(backend: str, x: Tensor) -> ModuleType | None:
+    """Return the Triton forms where they are to be used; imported there alone, since not every machine has Triton."""
+    if resolve_backend(backend, x.device) != "triton" or x.dtype != torch.float32:
+        return None
     from paec_kernels.losses import mask_kernels
 
-    return mask_kernels.position_score(nucleus_entropy, nucleus_size, margin, valid, alpha, tau_c, h_scale, log_size)
-
-
-@_position_score.register_fake
-def _(nucleus_entropy, nucleus_size, margin, valid, alpha, tau_c, h_scale, log_size):
-    return torch.empty_like(margin)
-
-
-@torch.library.custom_op("paec::soft_mask", mutates_args=())
-def _soft_mask(score: Tensor, entropy: Tensor, threshold: Tensor, tau_m: float) -> tuple[Tensor, Tensor]:
-    from paec_kernels.losses import mask_kernels
-
-    return mask_kernels.soft_mask(score, entropy, threshold, tau_m)
-
-
-@_soft_mask.register_fake
-def _(score, entropy, threshold, tau_m):
-    return torch.empty_like(score), score.new_empty(2)
-
-
-@torch.library.custom_op("paec::penalty_coefficients", mutates_args=())
-def _penalty_coefficients(
-    mask: Tensor, mask_sum: Tensor, mean_entropy: Tensor, floor: Tensor, beta: float, lam: float
-) -> Tensor:
-    from paec_kernels.losses import mask_kernels
-
-    return mask_kernels.penalty_coefficients(mask, mask_sum, mean_entropy, floor, beta, lam)
-
-
-@_penalty_coefficients.register_fake
-def _(mask, mask_sum, mean_entropy, floor, beta, lam):
-    return torch.empty_like(mask)
+    return mask_kernels

@@ -1,6 +1,7 @@
 """Triton kernels over vectors of N token positions. Import only where Triton is installed.
 
-Triton launches on the current device, which need not be the tensors': hence ``device_of``.
+Each launcher is a ``torch.library`` operator, opaque to ``torch.compile``. Triton launches on the current device, which
+need not be the tensors': hence ``device_of``.
 
 Sums are deterministic: each program writes the partial sum of its block, and the partials are added in a
 fixed order; no atomics. Vectors are contiguous float32; ``valid`` is bool, ``nucleus_size`` an integer.
@@ -62,6 +63,7 @@ def _penalty_coefficients_kernel(
     tl.store(coefficient_ptr + offsets, tl.where(mask == 0, 0.0, scale * mask), mask=inside)
 
 
+@torch.library.custom_op("paec::position_score", mutates_args=())
 def position_score(
     nucleus_entropy: Tensor,
     nucleus_size: Tensor,
@@ -83,6 +85,12 @@ def position_score(
     return score
 
 
+@position_score.register_fake
+def _(nucleus_entropy, nucleus_size, margin, valid, alpha, tau_c, h_scale, log_size):
+    return torch.empty_like(margin)
+
+
+@torch.library.custom_op("paec::soft_mask", mutates_args=())
 def soft_mask(score: Tensor, entropy: Tensor, threshold: Tensor, tau_m: float) -> tuple[Tensor, Tensor]:
     """mask ``[N]`` and ``[2]``: sum(mask), sum(mask * entropy)."""
     n = score.numel()
@@ -97,6 +105,12 @@ def soft_mask(score: Tensor, entropy: Tensor, threshold: Tensor, tau_m: float) -
     return mask, partial.sum(dim=1)
 
 
+@soft_mask.register_fake
+def _(score, entropy, threshold, tau_m):
+    return torch.empty_like(score), score.new_empty(2)
+
+
+@torch.library.custom_op("paec::penalty_coefficients", mutates_args=())
 def penalty_coefficients(
     mask: Tensor, mask_sum: Tensor, mean_entropy: Tensor, floor: Tensor, beta: float, lam: float
 ) -> Tensor:
@@ -109,3 +123,8 @@ def penalty_coefficients(
             beta, lam, n, BLOCK=BLOCK, num_warps=NUM_WARPS, enable_fp_fusion=True,
         )  # fmt: skip
     return coefficient
+
+
+@penalty_coefficients.register_fake
+def _(mask, mask_sum, mean_entropy, floor, beta, lam):
+    return torch.empty_like(mask)

@@ -1,8 +1,8 @@
-"""The method's constants."""
+"""The constants of PAEC."""
 
-import math
-from dataclasses import dataclass, fields
-from numbers import Integral, Real
+from dataclasses import dataclass
+
+from paec_kernels import checks
 
 NUCLEUS_NORMS = ("log_size", "log_vocab", "none")
 ENTROPY_SUPPORTS = ("full", "nucleus")
@@ -55,45 +55,17 @@ class PAECConfig:
     vocab_size: int | None = None
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            if field.type is float:
-                self._as_finite_float(field.name)
-        self._require("top_p", 0 < self.top_p <= 1, "in (0, 1]")
+        checks.number_field(self, "top_p", above=0, most=1)
         for name in ("alpha", "rho"):
-            self._require(name, 0 <= getattr(self, name) <= 1, "in [0, 1]")
+            checks.number_field(self, name, least=0, most=1)
         for name in ("tau_c", "tau_m"):
-            self._require(name, getattr(self, name) > 0, "> 0")
+            checks.number_field(self, name, above=0)
         for name in ("beta", "lam", "rho_min"):
-            self._require(name, getattr(self, name) >= 0, ">= 0")
-        self._as_int("anchor_steps")
-        self._require("anchor_steps", self.anchor_steps >= 1, ">= 1")
-        self._require_one_of("nucleus_norm", NUCLEUS_NORMS)
-        self._require_one_of("entropy_support", ENTROPY_SUPPORTS)
+            checks.number_field(self, name, least=0)
+        checks.integer_field(self, "anchor_steps", least=1)
+        checks.one_of("PAECConfig.nucleus_norm", self.nucleus_norm, NUCLEUS_NORMS)
+        checks.one_of("PAECConfig.entropy_support", self.entropy_support, ENTROPY_SUPPORTS)
         if self.vocab_size is not None:
-            self._as_int("vocab_size")
-            self._require("vocab_size", self.vocab_size >= 2, ">= 2")
+            checks.integer_field(self, "vocab_size", least=2)
         elif self.nucleus_norm == "log_vocab":
             raise ValueError("PAECConfig.vocab_size is None, but nucleus_norm='log_vocab' needs an int >= 2")
-
-    def _as_finite_float(self, name: str) -> None:
-        value = getattr(self, name)
-        if isinstance(value, bool) or not isinstance(value, Real):
-            raise TypeError(f"PAECConfig.{name} must be a number, got {value!r}")
-        object.__setattr__(self, name, float(value))
-        self._require(name, math.isfinite(value), "finite")
-
-    def _as_int(self, name: str) -> None:
-        value = getattr(self, name)
-        if isinstance(value, bool) or not isinstance(value, Integral):
-            raise TypeError(f"PAECConfig.{name} must be an int, got {value!r}")
-        object.__setattr__(self, name, int(value))
-
-    def _require(self, name: str, holds: bool, expected: str) -> None:
-        if not holds:
-            raise ValueError(f"PAECConfig.{name} must be {expected}, got {getattr(self, name)!r}")
-
-    def _require_one_of(self, name: str, choices: tuple[str, ...]) -> None:
-        value = getattr(self, name)
-        if not isinstance(value, str):
-            raise TypeError(f"PAECConfig.{name} must be one of {choices}, got {value!r}")
-        self._require(name, value in choices, f"one of {choices}")

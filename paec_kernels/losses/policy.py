@@ -5,15 +5,11 @@ Marks: [paper] the method's paper says so, [code] the implementation or recipe t
 """
 
 import math
-from collections.abc import Sequence
-from numbers import Real
-from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from paec_kernels.losses.ranks import gather_columns, world_size
+from paec_kernels import checks
 
 STD_EPSILON = 1e-4  # TRL's; keeps a group of equal rewards at advantage 0
 MAX_LOG_RATIO = 20.0  # verl's; the exponential of more overflows, and infinity times advantage 0 is NaN
@@ -79,14 +75,14 @@ def grpo_loss(
     check_numbers(clip_low, clip_high, normalizer, kl_coef=kl_coef)
     if kl_coef > 0 and ref_logp is None:
         raise ValueError(f"kl_coef = {kl_coef!r} needs ref_logp, got None")
-    logp, log_ratio, advantages = _where_valid(logp, old_logp, advantages, valid)
+    logp, log_ratio, advantages = where_valid(logp, old_logp, advantages, valid)
     objective = _clipped_surrogate(log_ratio, advantages, clip_low, clip_high)
     metrics = _ratio_metrics(log_ratio.detach(), advantages, valid, clip_low, clip_high)
     if ref_logp is not None:
         kl = _k3(torch.where(valid, ref_logp.detach(), 0.0) - logp)
         if kl_coef > 0:
             objective = objective - kl_coef * kl
-        metrics["ref_kl"] = _mean(kl.detach(), valid)
+        metrics["ref_kl"] = mean_over(kl.detach(), valid)
     return _negative_mean(objective, valid, normalizer), metrics
 
 
@@ -118,11 +114,11 @@ def cispo_loss(
     """
     check_tokens(logp=logp, old_logp=old_logp, advantages=advantages, valid=valid)
     check_numbers(clip_low, clip_high, normalizer)
-    logp, log_ratio, advantages = _where_valid(logp, old_logp, advantages, valid)
+    logp, log_ratio, advantages = where_valid(logp, old_logp, advantages, valid)
     ratio = log_ratio.detach().exp()
     objective = ratio.clamp(1 - clip_low, 1 + clip_high) * advantages * logp
     metrics = _ratio_metrics(log_ratio.detach(), advantages, valid, clip_low, clip_high)
-    low, high = _mean(ratio < 1 - clip_low, valid), _mean(ratio > 1 + clip_high, valid)
+    low, high = mean_over(ratio < 1 - clip_low, valid), mean_over(ratio > 1 + clip_high, valid)
     metrics |= {"clip_fraction": low + high, "clip_fraction_low": low, "clip_fraction_high": high}
     return _negative_mean(objective, valid, normalizer), metrics
 
@@ -156,10 +152,10 @@ def clip_cov_loss(
     """
     check_tokens(logp=logp, old_logp=old_logp, advantages=advantages, valid=valid, removed=removed)
     check_numbers(clip_low, clip_high, normalizer)
-    _, log_ratio, advantages = _where_valid(logp, old_logp, advantages, valid)
+    _, log_ratio, advantages = where_valid(logp, old_logp, advantages, valid)
     objective = torch.where(removed, 0.0, _clipped_surrogate(log_ratio, advantages, clip_low, clip_high))
     metrics = _ratio_metrics(log_ratio.detach(), advantages, valid, clip_low, clip_high)
-    metrics["selected_fraction"] = _mean(removed, valid)
+    metrics["selected_fraction"] = mean_over(removed, valid)
     return _negative_mean(objective, valid, normalizer), metrics
 
 
@@ -193,134 +189,15 @@ def kl_cov_loss(
     """
     check_tokens(logp=logp, old_logp=old_logp, advantages=advantages, valid=valid, penalised=penalised)
     check_numbers(normalizer=normalizer, kl_coef=kl_coef)
-    _, log_ratio, advantages = _where_valid(logp, old_logp, advantages, valid)
+    _, log_ratio, advantages = where_valid(logp, old_logp, advantages, valid)
     objective = log_ratio.exp() * advantages - kl_coef * torch.where(penalised, log_ratio.abs(), 0.0)
     metrics = _ratio_metrics(log_ratio.detach(), advantages, valid, 1.0, math.inf)
     metrics = {name: metrics[name] for name in ("approx_kl", "ratio_mean", "ratio_max")}
-    metrics["selected_fraction"] = _mean(penalised, valid)
+    metrics["selected_fraction"] = mean_over(penalised, valid)
     return _negative_mean(objective, valid, normalizer), metrics
 
 
-@torch.no_grad()
-def clip_cov_selection(
-    logp: Sequence[Tensor],
-    old_logp: Sequence[Tensor],
-    advantages: Sequence[Tensor],
-    valid: Sequence[Tensor],
-    *,
-    seed: int,
-    fraction: float = 2e-4,
-    cov_low: float = 1.0,
-    cov_high: float = 5.0,
-    clip_low: float = 1.0,
-    clip_high: float = 1.0,
-    process_group: dist.ProcessGroup | None = None,
-) -> list[Tensor]:
-    """Which tokens of an optimiser step Clip-Cov removes (arXiv 2505.22617, section 4).
-
-        cov = (logp - mean logp) (A - mean A), means over the step's N valid tokens
-        max(1, floor(fraction N)) tokens, at random, of those with cov_low < cov < cov_high
-
-    Tokens that PPO's clipping already silences are not candidates [code]. The pick depends on the seed and on the
-    candidates in the order of ranks, micro-batches, rows and positions, not on how they are split.
-
-    Args:
-        logp, old_logp, advantages, valid: as in ``clip_cov_loss``, one tensor for each micro-batch of this rank.
-        seed: of the random pick, the same on every rank.
-        fraction, cov_low, cov_high: 2e-4, 1 and 5 [code].
-        process_group: the data-parallel ranks, as in ``PAEC``; all must call.
-    Returns:
-        one bool mask ``[...]`` for each micro-batch; False everywhere with no candidate.
-    Raises:
-        TypeError, ValueError: a wrong type, shape, device or range.
-    """
-    _check_selection(fraction, logp=logp, old_logp=old_logp, advantages=advantages, valid=valid)
-    check_numbers(clip_low, clip_high)
-    _check_number("cov_low", cov_low, least=-math.inf)
-    _check_number("cov_high", cov_high, least=-math.inf)
-    if not cov_low <= cov_high:
-        raise ValueError(f"cov_low must be <= cov_high = {cov_high!r}, got {cov_low!r}")
-    silenced = []
-    for log_p, old, a, v in zip(logp, old_logp, advantages, valid, strict=True):
-        check_tokens(logp=log_p, old_logp=old, advantages=a, valid=v)
-        _, log_ratio, a = _where_valid(log_p, old, a, v)
-        silenced.append(_silenced(log_ratio.exp(), a, clip_low, clip_high).any(0))
-    step = _StepTokens(logp, advantages, valid, silenced, process_group=process_group)
-    candidates = (step.valid & (step.extra == 0) & (step.cov > cov_low) & (step.cov < cov_high)).nonzero()[:, 0]
-    generator = torch.Generator("cpu").manual_seed(seed)  # on the CPU: the same pick on every device
-    shuffled = torch.randperm(len(candidates), generator=generator, device="cpu").to(candidates.device)
-    return step.masks(candidates[shuffled[: step.at_least_one(fraction)]])
-
-
-@torch.no_grad()
-def kl_cov_selection(
-    logp: Sequence[Tensor],
-    advantages: Sequence[Tensor],
-    valid: Sequence[Tensor],
-    *,
-    fraction: float = 2e-3,
-    process_group: dist.ProcessGroup | None = None,
-) -> list[Tensor]:
-    """Which tokens of an optimiser step KL-Cov penalises (arXiv 2505.22617, section 4).
-
-        cov = (logp - mean logp) (A - mean A), means over the step's N valid tokens
-        the max(1, floor(fraction N)) tokens of the highest cov; among equals, those that come first
-
-    Args:
-        logp, advantages, valid: as in ``kl_cov_loss``, one tensor for each micro-batch of this rank.
-        fraction: 2e-3, for a 7B model; 2e-4 for 32B [code].
-        process_group: the data-parallel ranks, as in ``PAEC``; all must call.
-    Returns:
-        one bool mask ``[...]`` for each micro-batch.
-    Raises:
-        TypeError, ValueError: a wrong type, shape, device or range.
-    """
-    _check_selection(fraction, logp=logp, advantages=advantages, valid=valid)
-    for log_p, a, v in zip(logp, advantages, valid, strict=True):
-        check_tokens(logp=log_p, advantages=a, valid=v)
-    step = _StepTokens(logp, advantages, valid, process_group=process_group)
-    descending = torch.where(step.valid, step.cov, -math.inf).sort(descending=True, stable=True).indices
-    return step.masks(descending[: step.at_least_one(fraction)])
-
-
-class _StepTokens:
-    """Every token of an optimiser step on every rank, with its covariance; the way back to micro-batches."""
-
-    def __init__(
-        self,
-        logp: Sequence[Tensor],
-        advantages: Sequence[Tensor],
-        valid: Sequence[Tensor],
-        extra: Sequence[Tensor] | None = None,
-        *,
-        process_group: dist.ProcessGroup | None,
-    ) -> None:
-        self._shapes = [v.shape for v in valid]
-        self._group = process_group
-        columns = []
-        for i, v in enumerate(valid):
-            rows = [logp[i], advantages[i].expand(v.shape), torch.zeros_like(logp[i]) if extra is None else extra[i]]
-            columns.append(torch.stack([torch.where(v, row, math.inf).flatten() for row in rows]))
-        log_p, a, self.extra = gather_columns(torch.cat(columns, dim=1), process_group)
-        self.valid = self.extra != math.inf
-        self.cov = (log_p - _mean(log_p, self.valid)) * (a - _mean(a, self.valid))
-
-    def at_least_one(self, fraction: float) -> int:
-        n_valid = int(self.valid.sum())
-        return min(n_valid, max(1, int(fraction * n_valid)))
-
-    def masks(self, chosen: Tensor) -> list[Tensor]:
-        """This rank's part of the chosen positions, a mask for each of its micro-batches."""
-        mask = torch.zeros_like(self.valid)
-        mask[chosen] = True
-        ranks = world_size(self._group)
-        mine = mask.chunk(ranks)[dist.get_rank(self._group) if ranks > 1 else 0] if len(mask) else mask
-        sizes = [shape.numel() for shape in self._shapes]
-        parts = mine[: sum(sizes)].split(sizes)
-        return [part.view(shape) for part, shape in zip(parts, self._shapes, strict=True)]
-
-
-def _where_valid(logp: Tensor, old_logp: Tensor, advantages: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def where_valid(logp: Tensor, old_logp: Tensor, advantages: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """logp, log-ratio and advantages ``[...]``, 0 at invalid positions; only logp keeps its gradient."""
     logp = torch.where(valid, logp, 0.0)
     old_logp = torch.where(valid, old_logp.detach(), 0.0)
@@ -338,7 +215,7 @@ def _negative_mean(objective: Tensor, valid: Tensor, normalizer: float | Tensor 
     return -objective.sum() / (total + (total == 0))  # 0 / 1 with no valid token in the whole step
 
 
-def _silenced(ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float) -> Tensor:
+def silenced_by_clipping(ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float) -> Tensor:
     """Where PPO's clipping takes the gradient away, ``[2, ...]``: r too low, A < 0; r too high, A > 0."""
     return torch.stack([(ratio < 1 - clip_low) & (advantages < 0), (ratio > 1 + clip_high) & (advantages > 0)])
 
@@ -351,24 +228,24 @@ def _ratio_metrics(
     log_ratio: Tensor, advantages: Tensor, valid: Tensor, clip_low: float, clip_high: float
 ) -> dict[str, Tensor]:
     ratio = log_ratio.exp()
-    too_low, too_high = _silenced(ratio, advantages, clip_low, clip_high)
-    fraction_low, fraction_high = _mean(too_low, valid), _mean(too_high, valid)
+    too_low, too_high = silenced_by_clipping(ratio, advantages, clip_low, clip_high)
+    fraction_low, fraction_high = mean_over(too_low, valid), mean_over(too_high, valid)
     return {
         "clip_fraction": fraction_low + fraction_high,
         "clip_fraction_low": fraction_low,
         "clip_fraction_high": fraction_high,
-        "approx_kl": _mean(_k3(log_ratio), valid),
-        "ratio_mean": _mean(ratio, valid),
+        "approx_kl": mean_over(_k3(log_ratio), valid),
+        "ratio_mean": mean_over(ratio, valid),
         "ratio_max": torch.cat([torch.where(valid, ratio, 0.0).reshape(-1), ratio.new_zeros(1)]).max(),
     }
 
 
-def _mean(x: Tensor, valid: Tensor) -> Tensor:
+def mean_over(x: Tensor, valid: Tensor) -> Tensor:
     return torch.where(valid, x, 0.0).sum() / valid.sum().clamp(min=1)
 
 
 def check_tokens(**named: Tensor | None) -> None:
-    """The tensors of a batch of tokens must fit together.
+    """Refuse tensors of a batch of tokens that do not fit together.
 
     The first is floating, ``[...]``, and gives device and shape. ``advantages`` and ``accuracy`` may have dimensions
     of size 1; ``valid``, ``removed`` and ``penalised`` are bool, all others floating; ``ref_logp`` may be None.
@@ -377,29 +254,13 @@ def check_tokens(**named: Tensor | None) -> None:
         TypeError, ValueError: the argument that does not fit is named, with its value and what was expected.
     """
     first_name, first = next(iter(named.items()))
+    checks.tensor(first_name, first, kind="floating")
+    assert first is not None  # the check refuses it
     for name, value in named.items():
-        if name == "ref_logp" and value is None:
-            continue
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {value!r}")
-        assert isinstance(first, Tensor)
-        if name in ("valid", "removed", "penalised"):
-            if value.dtype != torch.bool:
-                raise TypeError(f"{name} must be a bool tensor, got {value.dtype}")
-        elif not value.is_floating_point():
-            raise TypeError(f"{name} must be a floating tensor, got {value.dtype}")
-        if value.device != first.device:
-            raise ValueError(f"{name} must be on {first_name}'s device {first.device}, got {value.device}")
-        expected, got = tuple(first.shape), tuple(value.shape)
-        if name in ("advantages", "accuracy"):
-            # [B] against [B, T] would broadcast along the wrong dimension where B = T.
-            if len(got) != len(expected) or any(a not in (1, n) for a, n in zip(got, expected, strict=True)):
-                raise ValueError(
-                    f"{name} must have {first_name}'s shape {expected}, or 1 in some of its dimensions "
-                    f"([..., 1] for one per answer), got {got}"
-                )
-        elif got != expected:
-            raise ValueError(f"{name} must have {first_name}'s shape {expected}, got {got}")
+        if name != "ref_logp" or value is not None:
+            kind = "bool" if name in ("valid", "removed", "penalised") else "floating"
+            broadcast = name in ("advantages", "accuracy")
+            checks.tensor(name, value, kind=kind, like=(first_name, first), broadcast=broadcast)
 
 
 def check_numbers(
@@ -409,28 +270,12 @@ def check_numbers(
     *,
     kl_coef: float = 0.0,
 ) -> None:
-    """The options of the losses here, which are named as they are there."""
-    _check_number("clip_low", clip_low, most=1)
-    _check_number("clip_high", clip_high)
-    _check_number("kl_coef", kl_coef)
+    """Refuse options of these losses that are out of range; they are named as there."""
+    checks.number("clip_low", clip_low, least=0, most=1)
+    checks.number("clip_high", clip_high, least=0, most=math.inf)
+    checks.number("kl_coef", kl_coef, least=0, most=math.inf)
     if isinstance(normalizer, Tensor):
         if normalizer.dim() != 0:
             raise ValueError(f"normalizer must be a number or 0-d, got shape {tuple(normalizer.shape)}")
     elif normalizer is not None:
-        _check_number("normalizer", normalizer)
-
-
-def _check_number(name: str, value: Any, least: float = 0, most: float = math.inf) -> None:
-    is_number = isinstance(value, Real) and not isinstance(value, bool)
-    if not is_number:
-        raise TypeError(f"{name} must be a number, got {value!r}")
-    if not least <= value <= most:
-        expected = f">= {least}" if most == math.inf else f"in [{least}, {most}]"
-        raise ValueError(f"{name} must be {expected}, got {value!r}")
-
-
-def _check_selection(fraction: float, **named: Sequence[Tensor]) -> None:
-    _check_number("fraction", fraction, most=1)
-    counts = {name: len(tensors) for name, tensors in named.items()}
-    if len(set(counts.values())) > 1 or not counts["valid"]:
-        raise ValueError(f"{', '.join(counts)} must have one tensor for each micro-batch, at least one, got {counts}")
+        checks.number("normalizer", normalizer, least=0, most=math.inf)

@@ -1,30 +1,20 @@
-"""The entropy regularisers that PAEC is compared with, on TokenStats and with PAEC's life cycle.
-
-::
-
-    for mb in micro_batches:
-        with torch.no_grad(): regulariser.observe(stats_of(mb), mb.valid)
-    plan = regulariser.plan()
-    for mb in micro_batches:
-        (policy_loss(mb) + regulariser.term(stats_of(mb), mb.valid, plan)).backward()
-    optimizer.step(); regulariser.step()
+"""The entropy terms that PAEC is compared with: a uniform bonus, AER and SIREN.
 
 Marks: [paper] the method's paper says so, [code] its official implementation does so, [reported] public summaries of
 the paper say so, [ours] this package's choice where those that we have are silent. Entropies are in nats.
 """
 
-import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
-from paec_kernels.losses.policy import check_tokens
+from paec_kernels import checks
+from paec_kernels.losses.entropy_term import EntropyTerm, checked_stats
 from paec_kernels.losses.quantile import as_fraction, quantile
 from paec_kernels.losses.ranks import mean_over_ranks
-from paec_kernels.saved_state import refuse_other_config
 from paec_kernels.types import TokenStats
 
 
@@ -41,101 +31,39 @@ class EntropyPlan(NamedTuple):
     """The entropy aimed at, in nats; NaN where there is none."""
 
 
-class EntropyRegulariser(nn.Module):
-    """What the regularisers share: a mean over the optimiser step, and a checkpoint that knows its config.
+class MeanEntropyTerm(EntropyTerm):
+    """A term that depends on the whole step through a mean over its tokens or answers alone."""
 
-    Terms summed over micro-batches and averaged over ranks, as DistributedDataParallel averages gradients, equal the
-    whole batch's loss in value and gradient. With no valid token anywhere both are 0. What stands at invalid
-    positions reaches nothing. A NaN at a valid one makes the loss NaN and enters no state.
-
-    The state is in ``state_dict`` together with the config; a checkpoint of another config is refused and changes
-    nothing.
-
-    Args:
-        config: the method's constants.
-        process_group: the data-parallel ranks that share an optimiser step, as in ``PAEC``.
-    """
-
-    Config: type[Any]  # the type of `config`
-    config: Any
-    STATE: tuple[str, ...] = ()  # the attributes, floats, that a checkpoint holds
+    PLAN = EntropyPlan
 
     def __init__(self, config: Any = None, process_group: dist.ProcessGroup | None = None) -> None:
-        super().__init__()
-        config = self.Config() if config is None else config
-        if not isinstance(config, self.Config):
-            raise TypeError(f"config must be of type {self.Config.__name__}, got {config!r}")
-        self.config = config
-        self.process_group = process_group
-        self._observed: list[Tensor] = []
-        self._plan: EntropyPlan | None = None
+        super().__init__(self.CONFIG() if config is None else config, process_group)
 
-    @torch.no_grad()
-    def observe(self, stats: TokenStats, valid: Tensor) -> None:
-        """Keep a micro-batch's part of the mean, two numbers.
+    def _observation(self, stats: TokenStats, valid: Tensor) -> Tensor:
+        return torch.stack(self._sum_and_count(stats, valid))
 
-        Args:
-            stats: statistics ``[B, T]``, a row for each answer.
-            valid: bool ``[B, T]``, True at response tokens.
-        Raises:
-            TypeError, ValueError: statistics or ``valid`` of another type, dtype, shape or device.
-        """
-        self._observed.append(torch.stack(self._sum_and_count(stats, valid)))
-
-    @torch.no_grad()
-    def plan(self) -> EntropyPlan:
-        """The mean over all observed micro-batches of all ranks; all ranks must call it and have observed some.
-
-        Raises:
-            RuntimeError: nothing was observed since the last plan.
-        """
-        if not self._observed:
-            raise RuntimeError("plan() is of observed micro-batches: observe() them first")
-        observed, self._observed = self._observed, []
-        total, items = mean_over_ranks(torch.stack(observed).sum(0), self.process_group).unbind()
+    def _plan(self, observed: list[Tensor]) -> tuple[EntropyPlan, Tensor]:
+        sums = torch.stack(observed).sum(0) if observed else self.anchor_sum.new_zeros(2)
+        total, items = mean_over_ranks(sums, self.process_group).unbind()
         mean = total / (items + (items == 0))
-        coefficient, target = self._coefficient_and_target(mean)
-        self._plan = EntropyPlan(mean, items, mean.new_tensor(coefficient), torch.as_tensor(target).to(mean))
-        return self._plan
+        plan = EntropyPlan(mean, items, *(x.to(mean) for x in self._coefficient_and_target(mean)))
+        return plan, torch.where(items == 0, torch.nan, mean)
 
-    def step(self) -> None:
-        """Commit this optimiser step's mean to the state, once for each optimiser step and after it.
-
-        Raises:
-            RuntimeError: ``plan`` was not called since the last ``step``.
-        """
-        if self._plan is None:
-            raise RuntimeError("step() commits a step's mean entropy: call plan() before it")
-        plan, self._plan = self._plan, None
-        mean = float(plan.mean_entropy)
-        if plan.items > 0 and math.isfinite(mean):
-            self._commit(mean)
+    def _term(self, stats: TokenStats, valid: Tensor, plan: EntropyPlan, accuracy: Tensor | None) -> Tensor:
+        return self._weighted_sum(stats, valid, plan, accuracy) / (plan.items + (plan.items == 0))
 
     def _sum_and_count(self, stats: TokenStats, valid: Tensor) -> tuple[Tensor, Tensor]:
-        """This micro-batch's sum of what the mean is of, with its gradient, and how many it sums."""
-        entropy = _entropy(stats, valid)
+        """Return this micro-batch's sum of what the mean is of, with its gradient, and how many it sums."""
+        entropy = checked_stats(stats, valid).entropy
         return torch.where(valid, entropy, 0.0).sum(), valid.sum().to(entropy.dtype)
 
-    def _coefficient_and_target(self, mean: Tensor) -> tuple[float | Tensor, float | Tensor]:
+    def _coefficient_and_target(self, mean: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the plan's last two fields, given the step's mean."""
         raise NotImplementedError
 
-    def _commit(self, mean: float) -> None:
-        """Take the step's mean into the state."""
-
-    def get_extra_state(self) -> dict[str, Any]:
-        return {"config": asdict(self.config), **{name: getattr(self, name) for name in self.STATE}}
-
-    def set_extra_state(self, state: dict[str, Any]) -> None:
-        """All or nothing: a complete state of the same config."""
-        what = type(self).__name__
-        if not isinstance(state, dict) or not isinstance(state.get("config"), dict):
-            raise RuntimeError(f"the state of {what} must be a dict with its config, got {state!r}")
-        refuse_other_config(state["config"], asdict(self.config), self.Config.__name__)
-        for name in self.STATE:
-            if not isinstance(state.get(name), float):
-                raise RuntimeError(f"{name} in the state of {what} must be a float, got {state.get(name)!r}")
-        for name in self.STATE:
-            setattr(self, name, state[name])
+    def _weighted_sum(self, stats: TokenStats, valid: Tensor, plan: EntropyPlan, accuracy: Tensor | None) -> Tensor:
+        """Return the micro-batch's part of the loss, before the division by the step's items."""
+        return -plan.coefficient * self._sum_and_count(stats, valid)[0]
 
 
 @dataclass(frozen=True)
@@ -146,30 +74,20 @@ class GlobalEntropyConfig:
     """Weight of the mean entropy, >= 0, per nat; PAEC's beta, so that only the place of the bonus differs [ours]."""
 
     def __post_init__(self) -> None:
-        _check(self, coef=(0, math.inf))
+        checks.number_field(self, "coef", least=0)
 
 
-class GlobalEntropy(EntropyRegulariser):
+class GlobalEntropy(MeanEntropyTerm):
     """L = -coef * mean of H over all valid tokens: the same bonus everywhere.
 
     The classical form (A3C, arXiv 1602.01783, section 4), token by token.
     """
 
-    Config = GlobalEntropyConfig
+    CONFIG = GlobalEntropyConfig
+    config: GlobalEntropyConfig
 
-    def term(self, stats: TokenStats, valid: Tensor, plan: EntropyPlan) -> Tensor:
-        """This micro-batch's share of the loss, 0-d.
-
-        Args:
-            stats, valid: as observed, by the same weights.
-            plan: what ``plan`` returned for this optimiser step.
-        """
-        _check_plan(plan)
-        total, _ = self._sum_and_count(stats, valid)
-        return _share(-plan.coefficient * total, plan)
-
-    def _coefficient_and_target(self, mean: Tensor) -> tuple[float, float]:
-        return self.config.coef, math.nan
+    def _coefficient_and_target(self, mean: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.full_like(mean, self.config.coef), torch.full_like(mean, torch.nan)
 
 
 @dataclass(frozen=True)
@@ -184,10 +102,11 @@ class AERConfig:
     """eta, how much alpha changes for each nat that the entropy is off its target, >= 0 [ours]."""
 
     def __post_init__(self) -> None:
-        _check(self, target_ratio=(0, math.inf), initial_coef=(0, math.inf), coef_step=(0, math.inf))
+        for name in ("target_ratio", "initial_coef", "coef_step"):
+            checks.number_field(self, name, least=0)
 
 
-class AER(EntropyRegulariser):
+class AER(MeanEntropyTerm):
     """Adaptive entropy regularisation (arXiv 2510.10959): more entropy for hard questions, as much as a target asks.
 
         L = -(1/N) sum_t alpha (1 - g_t) H_t     g_t: accuracy of the group of the token's answer
@@ -197,38 +116,33 @@ class AER(EntropyRegulariser):
     That the coefficient depends on difficulty, that the target is anchored at the initial policy's entropy and below
     it, and that a global coefficient is adjusted to hold it is [paper]. Difficulty as the group's accuracy, the linear
     weight 1 - g and the integral controller are [ours]: the text that we have does not give them.
+
+    Its ``term`` needs ``accuracy``.
     """
 
-    Config = AERConfig
-    STATE = ("coef", "anchor")
+    CONFIG = AERConfig
+    config: AERConfig
+    coef: Tensor  # alpha
 
     def __init__(self, config: AERConfig | None = None, process_group: dist.ProcessGroup | None = None) -> None:
         super().__init__(config, process_group)
-        self.coef: float = self.config.initial_coef
-        self.anchor: float = math.nan  # H_0
+        self.register_buffer("coef", torch.tensor(self.config.initial_coef, dtype=torch.float32))
 
-    def term(self, stats: TokenStats, valid: Tensor, plan: EntropyPlan, accuracy: Tensor) -> Tensor:
-        """This micro-batch's share of the loss, 0-d.
+    @torch.no_grad()
+    def step(self) -> None:
+        super().step()
+        mean = self.last_mean_entropy
+        moved = self.coef + self.config.coef_step * (self.config.target_ratio * self.anchor - mean)
+        self.coef.copy_(torch.where(mean.isfinite(), moved.clamp(min=0), self.coef))
 
-        Args:
-            stats, valid: as observed, by the same weights.
-            plan: what ``plan`` returned for this optimiser step.
-            accuracy: floating ``[B, 1]``, the share of right answers in the group of each answer, in [0, 1].
-        """
-        _check_plan(plan)
-        entropy = _entropy(stats, valid)
-        check_tokens(entropy=entropy, accuracy=accuracy)
-        total = torch.where(valid, (1 - accuracy.detach()) * entropy, 0.0).sum()
-        return _share(-plan.coefficient * total, plan)
+    def _coefficient_and_target(self, mean: Tensor) -> tuple[Tensor, Tensor]:
+        return self.coef.clone(), self.config.target_ratio * self.anchor
 
-    def _coefficient_and_target(self, mean: Tensor) -> tuple[float, float]:
-        return self.coef, self.config.target_ratio * self.anchor
-
-    def _commit(self, mean: float) -> None:
-        if math.isnan(self.anchor):
-            self.anchor = mean
-        target = self.config.target_ratio * self.anchor
-        self.coef = max(0.0, self.coef + self.config.coef_step * (target - mean))
+    def _weighted_sum(self, stats: TokenStats, valid: Tensor, plan: EntropyPlan, accuracy: Tensor | None) -> Tensor:
+        entropy = checked_stats(stats, valid).entropy
+        checks.tensor("accuracy", accuracy, kind="floating", like=("stats.entropy", entropy), broadcast=True)
+        assert accuracy is not None  # the check refuses it
+        return -plan.coefficient * torch.where(valid, (1 - accuracy.detach()) * entropy, 0.0).sum()
 
 
 @dataclass(frozen=True)
@@ -243,12 +157,12 @@ class SIRENConfig:
     """Weight of the squared distance from the anchor, >= 0, per square nat [code]."""
 
     def __post_init__(self) -> None:
-        _check(self, top_p=(0, 1), rho=(0, 1), coef=(0, math.inf))
-        if self.top_p == 0:
-            raise ValueError("SIRENConfig.top_p must be in (0, 1], got 0")
+        checks.number_field(self, "top_p", above=0, most=1)
+        checks.number_field(self, "rho", least=0, most=1)
+        checks.number_field(self, "coef", least=0)
 
 
-class SIREN(EntropyRegulariser):
+class SIREN(MeanEntropyTerm):
     """Selective entropy regularisation (arXiv 2509.25133): the peaks of the nucleus entropy, held where they began.
 
         L = coef (H_bar - H_0)^2
@@ -259,85 +173,40 @@ class SIREN(EntropyRegulariser):
     answer, the mean of means, and an answer without a peak counting as 0 are [code]. There the nucleus is the largest
     set whose mass does not exceed top_p; here it is the smallest that reaches it [ours], and H_0 is of one optimiser
     step, not of a whole rollout batch [ours]. The selection is a constant of the gradient.
+
+    Its statistics are ``[B, T]``, a row for each answer.
     """
 
-    Config = SIRENConfig
-    STATE = ("anchor",)
-
-    def __init__(self, config: SIRENConfig | None = None, process_group: dist.ProcessGroup | None = None) -> None:
-        super().__init__(config, process_group)
-        self.anchor: float = math.nan  # H_0
-
-    def term(self, stats: TokenStats, valid: Tensor, plan: EntropyPlan) -> Tensor:
-        """This micro-batch's share of the loss, 0-d.
-
-        Args:
-            stats, valid: as observed, by the same weights.
-            plan: what ``plan`` returned for this optimiser step.
-        """
-        _check_plan(plan)
-        # L is not a sum over answers, but its tangent at the plan's H_bar is, and equals it there:
-        #   L = c d^2 = c d (2 H_bar - (H_bar + H_0)),  dL/dH_bar = 2 c d,  d = H_bar - H_0
-        total, items = self._sum_and_count(stats, valid)
-        distance = plan.mean_entropy - plan.target
-        tangent = 2 * total - items * (plan.mean_entropy + plan.target)
-        return _share(plan.coefficient * distance * tangent, plan)
+    CONFIG = SIRENConfig
+    config: SIRENConfig
 
     def _sum_and_count(self, stats: TokenStats, valid: Tensor) -> tuple[Tensor, Tensor]:
-        nucleus_entropy = _entropy(stats, valid, "nucleus_entropy")
+        nucleus_entropy = checked_stats(stats, valid).nucleus_entropy
         if valid.dim() != 2:
             raise ValueError(f"valid must be [B, T], a row for each answer, got shape {tuple(valid.shape)}")
         peaks = peak_positions(nucleus_entropy.detach(), valid, self.config.rho)
         sums = torch.where(peaks, nucleus_entropy, 0.0).sum(1)
         return (sums / peaks.sum(1).clamp(min=1)).sum(), valid.any(1).sum().to(sums.dtype)
 
-    def _coefficient_and_target(self, mean: Tensor) -> tuple[float, float | Tensor]:
-        return self.config.coef, mean if math.isnan(self.anchor) else self.anchor
+    def _coefficient_and_target(self, mean: Tensor) -> tuple[Tensor, Tensor]:
+        anchor = self.anchor.to(mean.dtype)
+        return torch.full_like(mean, self.config.coef), torch.where(anchor.isnan(), mean, anchor)
 
-    def _commit(self, mean: float) -> None:
-        if math.isnan(self.anchor):
-            self.anchor = mean
+    def _weighted_sum(self, stats: TokenStats, valid: Tensor, plan: EntropyPlan, accuracy: Tensor | None) -> Tensor:
+        # L is not a sum over answers, but its tangent at the plan's H_bar is, and equals it there:
+        #   L = c d^2 = c d (2 H_bar - (H_bar + H_0)),  dL/dH_bar = 2 c d,  d = H_bar - H_0
+        total, items = self._sum_and_count(stats, valid)
+        distance = plan.mean_entropy - plan.target
+        return plan.coefficient * distance * (2 * total - items * (plan.mean_entropy + plan.target))
 
 
 def peak_positions(entropy: Tensor, valid: Tensor, rho: float) -> Tensor:
-    """Where an answer's entropy exceeds the rho-quantile of its valid positions, bool ``[B, T]``.
+    """Tell where an answer's entropy exceeds the rho-quantile of its valid positions, bool ``[B, T]``.
 
     A row with NaN at a valid position is all True there, so that the NaN shows in the loss.
     """
-    score = torch.where(valid, entropy, math.inf)
+    score = torch.where(valid, entropy, torch.inf)
     if score.numel() == 0:
         return valid
     threshold = torch.func.vmap(lambda row: quantile(row, as_fraction(rho)))(score)[:, None]
     return valid & ((entropy > threshold) | threshold.isnan())
-
-
-def _entropy(stats: TokenStats, valid: Tensor, field: str = "entropy") -> Tensor:
-    """One of the statistics, after checking the arguments."""
-    if not isinstance(stats, TokenStats):
-        raise TypeError(f"stats must be a TokenStats, got {type(stats).__name__}")
-    entropy = getattr(stats, field)
-    check_tokens(**{field: entropy, "valid": valid})
-    return entropy
-
-
-def _check_plan(plan: EntropyPlan) -> None:
-    if not isinstance(plan, EntropyPlan):
-        raise TypeError(f"plan must be the EntropyPlan that plan() returned for this step, got {plan!r}")
-
-
-def _share(x: Tensor, plan: EntropyPlan) -> Tensor:
-    """x over the step's items for each rank, as ranks are averaged; 0 in an empty step."""
-    return x / (plan.items + (plan.items == 0))
-
-
-def _check(config: Any, **bounds: tuple[float, float]) -> None:
-    """Every field of these dataclasses is a number within its bounds, infinity excluded."""
-    for field in fields(config):
-        value, (low, high) = getattr(config, field.name), bounds[field.name]
-        what = f"{type(config).__name__}.{field.name}"
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise TypeError(f"{what} must be a number, got {value!r}")
-        if not (low <= value <= high and math.isfinite(value)):
-            expected = f">= {low}" if high == math.inf else f"in [{low}, {high}]"
-            raise ValueError(f"{what} must be {expected}, got {value!r}")
-        object.__setattr__(config, field.name, float(value))

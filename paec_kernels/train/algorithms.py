@@ -2,16 +2,16 @@
 
 ::
 
-    algorithm = make("paec", PAECOptions())
+    algorithm = Algorithm(PAECOptions())
     for micro_batches in optimiser_steps:
-        plan = algorithm.plan(micro_batches, seed=step)             # statistics without a gradient
-        for i, batch in enumerate(micro_batches):
-            loss, metrics = algorithm.loss(batch, plan, i)          # with a gradient
+        micro_batches, plan = algorithm.plan(micro_batches, seed=step)    # statistics without a gradient
+        for batch in micro_batches:
+            loss, metrics = algorithm.loss(with_gradient(batch), plan)
             loss.backward()
         optimizer.step(); algorithm.step()
 
-Each method is a frozen dataclass of its options, which knows its policy loss and its entropy term. Marks of their
-defaults are as in ``policy_losses`` and ``entropy_losses``.
+Each method is a frozen dataclass of its options, which knows its policy loss and its entropy term; a new one is such a
+class and its name in ``ALGORITHMS``. Marks of the defaults are as in ``losses``.
 """
 
 from collections.abc import Sequence
@@ -19,28 +19,20 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
+from paec_kernels.losses.covariance import clip_cov_selection, kl_cov_selection
+from paec_kernels.losses.entropy_term import EntropyTerm
 from paec_kernels.losses.paec import PAEC
 from paec_kernels.losses.paec import Plan as PAECPlan
 from paec_kernels.losses.paec_config import PAECConfig
-from paec_kernels.losses.policy import (
-    check_tokens,
-    cispo_loss,
-    clip_cov_loss,
-    clip_cov_selection,
-    grpo_loss,
-    kl_cov_loss,
-    kl_cov_selection,
-)
+from paec_kernels.losses.policy import check_tokens, cispo_loss, clip_cov_loss, grpo_loss, kl_cov_loss
 from paec_kernels.losses.ranks import mean_over_ranks
 from paec_kernels.losses.rivals import (
     AER,
     SIREN,
     AERConfig,
     EntropyPlan,
-    EntropyRegulariser,
     GlobalEntropy,
     GlobalEntropyConfig,
     SIRENConfig,
@@ -48,7 +40,6 @@ from paec_kernels.losses.rivals import (
 from paec_kernels.saved_state import refuse_other_config
 from paec_kernels.types import TokenStats
 
-Group = dist.ProcessGroup | None
 LossAndMetrics = tuple[Tensor, dict[str, Tensor]]
 UNIFORM_TAU_M = 1e30  # (s - q) / tau_m vanishes beside 1: every m is 1/2 to the bit, in float32 and float64
 
@@ -61,6 +52,7 @@ class Batch(NamedTuple):
     advantages: Tensor  # [B, 1]
     accuracy: Tensor  # [B, 1], the mean reward of the answer's group, in [0, 1]
     valid: Tensor  # bool [B, T], True at response tokens
+    selected: Tensor | None = None  # bool [B, T], the tokens that the policy loss treats apart; filled in by `plan`
 
 
 class Plan(NamedTuple):
@@ -68,7 +60,6 @@ class Plan(NamedTuple):
 
     normalizer: Tensor  # the step's valid tokens, divided by the ranks
     term: PAECPlan | EntropyPlan | None  # of the entropy term
-    selected: list[Tensor] | None  # bool [B, T] for each micro-batch: the tokens that Clip-Cov or KL-Cov treats
     metrics: dict[str, Tensor]  # of the whole step, 0-d, the same on every rank
 
 
@@ -81,16 +72,16 @@ class Method:
         """The nucleus mass that ``token_stats`` must be called with."""
         return PAECConfig().top_p
 
-    def select(self, micro_batches: Sequence[Batch], seed: int, group: Group) -> list[Tensor] | None:
-        """The tokens of the step that the policy loss treats apart."""
+    def select(self, micro_batches: Sequence[Batch], seed: int) -> list[Tensor] | None:
+        """Choose the tokens of the step that the policy loss treats apart, a bool mask ``[B, T]`` for each."""
         return None
 
-    def policy_loss(self, batch: Batch, normalizer: Tensor, selected: Tensor | None) -> LossAndMetrics:
-        """The loss of a micro-batch, and metrics that are means over its tokens."""
+    def policy_loss(self, batch: Batch, normalizer: Tensor) -> LossAndMetrics:
+        """Return the loss of a micro-batch, and metrics that are means over its tokens."""
         raise NotImplementedError
 
-    def entropy_term(self, group: Group, backend: str) -> PAEC | EntropyRegulariser | None:
-        """A fresh entropy term."""
+    def entropy_term(self) -> EntropyTerm | None:
+        """Make a fresh entropy term."""
         return None
 
 
@@ -103,7 +94,7 @@ class GRPOOptions(Method):
     clip_high: float = 0.28
     """Ratios above 1 + clip_high are clipped; DAPO's value."""
 
-    def policy_loss(self, batch: Batch, normalizer: Tensor, selected: Tensor | None) -> LossAndMetrics:
+    def policy_loss(self, batch: Batch, normalizer: Tensor) -> LossAndMetrics:
         return grpo_loss(*_tokens(batch), clip_low=self.clip_low, clip_high=self.clip_high, normalizer=normalizer)
 
 
@@ -114,8 +105,8 @@ class GlobalOptions(GRPOOptions):
     bonus: GlobalEntropyConfig = field(default_factory=GlobalEntropyConfig)
     """The bonus."""
 
-    def entropy_term(self, group: Group, backend: str) -> GlobalEntropy:
-        return GlobalEntropy(self.bonus, group)
+    def entropy_term(self) -> GlobalEntropy:
+        return GlobalEntropy(self.bonus)
 
 
 @dataclass(frozen=True)
@@ -129,24 +120,24 @@ class PAECOptions(GRPOOptions):
     def top_p(self) -> float:
         return self.paec.top_p
 
-    def entropy_term(self, group: Group, backend: str) -> PAEC:
-        return PAEC(self.paec, group, backend=backend)
+    def entropy_term(self) -> PAEC:
+        return PAEC(self.paec)
 
 
 @dataclass(frozen=True)
 class PAECNoMaskOptions(PAECOptions):
     """PAEC's bonus and floor on the plain mean entropy of all tokens: the mask is uniform, paec.tau_m unused."""
 
-    def entropy_term(self, group: Group, backend: str) -> PAEC:
-        return PAEC(replace(self.paec, tau_m=UNIFORM_TAU_M), group, backend=backend)
+    def entropy_term(self) -> PAEC:
+        return PAEC(replace(self.paec, tau_m=UNIFORM_TAU_M))
 
 
 @dataclass(frozen=True)
 class PAECNoPenaltyOptions(PAECOptions):
     """PAEC's bonus at the selected positions without the floor: paec.lam is unused, 0."""
 
-    def entropy_term(self, group: Group, backend: str) -> PAEC:
-        return PAEC(replace(self.paec, lam=0.0), group, backend=backend)
+    def entropy_term(self) -> PAEC:
+        return PAEC(replace(self.paec, lam=0.0))
 
 
 @dataclass(frozen=True)
@@ -158,7 +149,7 @@ class CISPOOptions(Method):
     clip_high: float = 0.28
     """Importance weights above 1 + clip_high are lowered to it; DAPO's value [ours]."""
 
-    def policy_loss(self, batch: Batch, normalizer: Tensor, selected: Tensor | None) -> LossAndMetrics:
+    def policy_loss(self, batch: Batch, normalizer: Tensor) -> LossAndMetrics:
         return cispo_loss(*_tokens(batch), clip_low=self.clip_low, clip_high=self.clip_high, normalizer=normalizer)
 
 
@@ -177,14 +168,14 @@ class ClipCovOptions(Method):
     cov_high: float = 5.0
     """Only tokens of a covariance below this [code]."""
 
-    def select(self, micro_batches: Sequence[Batch], seed: int, group: Group) -> list[Tensor]:
+    def select(self, micro_batches: Sequence[Batch], seed: int) -> list[Tensor]:
         columns = map(list, zip(*map(_tokens, micro_batches), strict=True))
-        return clip_cov_selection(*columns, seed=seed, process_group=group, **asdict(self))
+        return clip_cov_selection(*columns, seed=seed, **asdict(self))
 
-    def policy_loss(self, batch: Batch, normalizer: Tensor, selected: Tensor | None) -> LossAndMetrics:
-        assert selected is not None
+    def policy_loss(self, batch: Batch, normalizer: Tensor) -> LossAndMetrics:
+        assert batch.selected is not None  # by plan()
         return clip_cov_loss(
-            *_tokens(batch), selected, clip_low=self.clip_low, clip_high=self.clip_high, normalizer=normalizer
+            *_tokens(batch), batch.selected, clip_low=self.clip_low, clip_high=self.clip_high, normalizer=normalizer
         )
 
 
@@ -197,13 +188,13 @@ class KLCovOptions(Method):
     kl_coef: float = 1.0
     """Weight of the penalty [code]."""
 
-    def select(self, micro_batches: Sequence[Batch], seed: int, group: Group) -> list[Tensor]:
+    def select(self, micro_batches: Sequence[Batch], seed: int) -> list[Tensor]:
         logp, _, advantages, valid = map(list, zip(*map(_tokens, micro_batches), strict=True))
-        return kl_cov_selection(logp, advantages, valid, fraction=self.fraction, process_group=group)
+        return kl_cov_selection(logp, advantages, valid, fraction=self.fraction)
 
-    def policy_loss(self, batch: Batch, normalizer: Tensor, selected: Tensor | None) -> LossAndMetrics:
-        assert selected is not None
-        return kl_cov_loss(*_tokens(batch), selected, kl_coef=self.kl_coef, normalizer=normalizer)
+    def policy_loss(self, batch: Batch, normalizer: Tensor) -> LossAndMetrics:
+        assert batch.selected is not None  # by plan()
+        return kl_cov_loss(*_tokens(batch), batch.selected, kl_coef=self.kl_coef, normalizer=normalizer)
 
 
 @dataclass(frozen=True)
@@ -213,8 +204,8 @@ class AEROptions(GRPOOptions):
     aer: AERConfig = field(default_factory=AERConfig)
     """AER's constants."""
 
-    def entropy_term(self, group: Group, backend: str) -> AER:
-        return AER(self.aer, group)
+    def entropy_term(self) -> AER:
+        return AER(self.aer)
 
 
 @dataclass(frozen=True)
@@ -228,8 +219,8 @@ class SIRENOptions(GRPOOptions):
     def top_p(self) -> float:
         return self.siren.top_p
 
-    def entropy_term(self, group: Group, backend: str) -> SIREN:
-        return SIREN(self.siren, group)
+    def entropy_term(self) -> SIREN:
+        return SIREN(self.siren)
 
 
 ALGORITHMS: dict[str, type[Method]] = {
@@ -253,29 +244,28 @@ class Algorithm(nn.Module):
     of the whole step in one batch, in value and gradient. Micro-batches may differ in B and T; every rank has at least
     one, if without a valid token.
 
-    Every algorithm is measured by the same PAEC, whose anchor and floor are part of no other method's loss. A method
-    that selects as PAEC does is measured by its own. With SIREN, the positions are chosen by a nucleus of its top_p.
+    With a monitor every algorithm is measured by the same PAEC, whose anchor and floor are part of no other method's
+    loss. A method that selects as PAEC does is measured by its own. With SIREN, the positions are chosen by a nucleus
+    of its top_p.
 
     The state is in ``state_dict`` together with the method's name and options; a checkpoint of others is refused and
     changes nothing.
 
     Args:
         options: of one of ``ALGORITHMS``.
-        process_group: the data-parallel ranks that share an optimiser step, as in ``PAEC``.
-        backend: of PAEC's vector operations, as in ``PAEC``.
+        monitored: whether to measure what PAEC would select. Its plan is one more gather over ranks in each step.
     """
 
-    def __init__(self, options: Method, process_group: Group = None, *, backend: str = "auto") -> None:
+    def __init__(self, options: Method, *, monitored: bool = True) -> None:
         super().__init__()
         names = [name for name, kind in ALGORITHMS.items() if kind is type(options)]
         if not names:
             raise TypeError(f"options must be of a type in ALGORITHMS, got {options!r}")
         self.name = names[0]
         self.options = options
-        self.process_group = process_group
-        self.term: Any = options.entropy_term(process_group, backend)
+        self.term = options.entropy_term()
         measures_itself = isinstance(self.term, PAEC) and not isinstance(options, PAECNoMaskOptions)
-        self.monitor = None if measures_itself else PAEC(PAECConfig(), process_group, backend=backend)
+        self.monitor = PAEC(PAECConfig()) if monitored and not measures_itself else None
 
     @property
     def top_p(self) -> float:
@@ -283,16 +273,17 @@ class Algorithm(nn.Module):
         return self.options.top_p
 
     @torch.no_grad()
-    def plan(self, micro_batches: Sequence[Batch], *, seed: int) -> Plan:
-        """What the step's losses need to know of all its tokens. All ranks must call it.
+    def plan(self, micro_batches: Sequence[Batch], *, seed: int) -> tuple[list[Batch], Plan]:
+        """Find what the step's losses need to know of all its tokens. All ranks must call it.
 
         Args:
             micro_batches: those of this rank, by the weights that ``loss`` will see; no gradient is kept.
             seed: of random picks; the same on every rank, another one for each step.
         Returns:
-            Plan. Its metrics: ``entropy`` (nats) and ``nucleus_size`` (tokens), means over the step's valid tokens;
-            ``selected_entropy`` (PAEC's masked mean), ``floor`` (0 until it is set) and ``anchor`` (NaN until then),
-            in nats; and what the entropy term plans, as ``term/...``.
+            the micro-batches with what is ``selected``, and the plan. Its metrics: ``entropy`` (nats) and
+            ``nucleus_size`` (tokens), means over the step's valid tokens; ``selected_entropy`` (PAEC's masked mean),
+            ``floor`` (0 until it is set) and ``anchor`` (NaN until then), in nats, unless nothing measures them; and
+            what the entropy term plans, as ``term/...``.
         Raises:
             TypeError, ValueError: a micro-batch of wrong types, shapes or devices, or none at all.
         """
@@ -304,48 +295,50 @@ class Algorithm(nn.Module):
             for module in self._entropy_modules():
                 module.observe(batch.stats, batch.valid)
         term = None if self.term is None else self.term.plan()
-        monitored = term if self.monitor is None else self.monitor.plan()
-        assert isinstance(monitored, PAECPlan)
+        measured = term if self.monitor is None else self.monitor.plan()
 
         valid = [batch.valid for batch in micro_batches]
-        normalizer = mean_over_ranks(torch.stack([v.sum() for v in valid]).sum(), self.process_group)
+        normalizer = mean_over_ranks(torch.stack([v.sum() for v in valid]).sum(), None)
 
         def step_mean(values: list[Tensor]) -> Tensor:
             total = torch.stack([torch.where(v, x, 0.0).sum() for x, v in zip(values, valid, strict=True)]).sum()
-            return mean_over_ranks(total, self.process_group) / (normalizer + (normalizer == 0))
+            return mean_over_ranks(total, None) / (normalizer + (normalizer == 0))
 
         metrics = {
             "entropy": step_mean([batch.stats.entropy for batch in micro_batches]),
-            "selected_entropy": monitored.mean_entropy,
-            "floor": monitored.floor,
-            "anchor": monitored.anchor,
             "nucleus_size": step_mean([batch.stats.nucleus_size.to(batch.old_logp.dtype) for batch in micro_batches]),
         }
+        if isinstance(measured, PAECPlan):
+            metrics |= {
+                "selected_entropy": measured.mean_entropy,
+                "floor": measured.floor,
+                "anchor": measured.anchor,
+            }
         if term is not None:
             # "items" is no metric of the step: it is divided by the ranks.
             metrics |= {f"term/{name}": value for name, value in term._asdict().items() if name != "items"}
-        return Plan(normalizer, term, self.options.select(micro_batches, seed, self.process_group), metrics)
+        selected = self.options.select(micro_batches, seed)
+        if selected is not None:
+            micro_batches = [batch._replace(selected=s) for batch, s in zip(micro_batches, selected, strict=True)]
+        return list(micro_batches), Plan(normalizer, term, metrics)
 
-    def loss(self, batch: Batch, plan: Plan, index: int) -> LossAndMetrics:
-        """A micro-batch's share of the step's loss.
+    def loss(self, batch: Batch, plan: Plan) -> LossAndMetrics:
+        """Return a micro-batch's share of the step's loss.
 
         Args:
-            batch: as in ``plan``, now with the gradient of ``stats``.
+            batch: as ``plan`` returned it, now with the gradient of ``stats``.
             plan: of this optimiser step.
-            index: the micro-batch's place among those that ``plan`` was called with.
         Returns:
             the loss, 0-d, and metrics, 0-d without gradient. Both are shares: summed over micro-batches and averaged
             over ranks they are the step's. ``policy_loss``, ``entropy_loss`` (the term's, 0 without one), and the
             policy loss' own metrics.
         """
-        selected = None if plan.selected is None else plan.selected[index]
-        loss, metrics = self.options.policy_loss(batch, plan.normalizer, selected)
+        loss, metrics = self.options.policy_loss(batch, plan.normalizer)
         share = batch.valid.sum() / (plan.normalizer + (plan.normalizer == 0))
         metrics = {name: share * mean for name, mean in metrics.items() if name != "ratio_max"}
         metrics |= {"policy_loss": loss.detach(), "entropy_loss": torch.zeros_like(loss)}
         if self.term is not None:
-            by_difficulty = {"accuracy": batch.accuracy} if isinstance(self.term, AER) else {}
-            term = self.term.term(batch.stats, batch.valid, plan.term, **by_difficulty)
+            term = self.term.term(batch.stats, batch.valid, plan.term, batch.accuracy)
             metrics["entropy_loss"] = term.detach()
             loss = loss + term
         return loss, metrics
@@ -355,7 +348,7 @@ class Algorithm(nn.Module):
         for module in self._entropy_modules():
             module.step()
 
-    def _entropy_modules(self) -> list[Any]:
+    def _entropy_modules(self) -> list[EntropyTerm]:
         return [module for module in (self.monitor, self.term) if module is not None]
 
     def get_extra_state(self) -> dict[str, Any]:
@@ -365,25 +358,10 @@ class Algorithm(nn.Module):
         return state
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Raises before the parts are loaded, so that a checkpoint of other options changes nothing."""
+        """Raise before the parts are loaded, so that a checkpoint of other options changes nothing."""
         if not isinstance(state, dict):
             raise RuntimeError(f"the state of an Algorithm must be a dict of its options, got {state!r}")
         refuse_other_config(state, self.get_extra_state(), "algorithm")
-
-
-def make(name: str, options: Method | None = None, process_group: Group = None, *, backend: str = "auto") -> Algorithm:
-    """The algorithm of that name, one of ``ALGORITHMS``; with the options of its type, or their defaults.
-
-    Raises:
-        ValueError: another name.
-        TypeError: options of another method.
-    """
-    if name not in ALGORITHMS:
-        raise ValueError(f"name must be one of {', '.join(ALGORITHMS)}, got {name!r}")
-    options = ALGORITHMS[name]() if options is None else options
-    if type(options) is not ALGORITHMS[name]:
-        raise TypeError(f"options of {name!r} must be {ALGORITHMS[name].__name__}, got {options!r}")
-    return Algorithm(options, process_group, backend=backend)
 
 
 def _tokens(batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -394,7 +372,7 @@ def _tokens(batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def _check_batch(batch: Batch) -> None:
     if not isinstance(batch, Batch) or not isinstance(batch.stats, TokenStats):
         raise TypeError(f"micro_batches must be Batches of TokenStats, got {batch!r}")
-    stats, old_logp, advantages, accuracy, valid = batch
+    stats, old_logp, advantages, accuracy, valid, _ = batch
     check_tokens(logp=stats.logp, old_logp=old_logp, advantages=advantages, accuracy=accuracy, valid=valid)
     if not bool(((accuracy >= 0) & (accuracy <= 1)).all()):
         raise ValueError(f"accuracy must be in [0, 1], got {accuracy.tolist()}")

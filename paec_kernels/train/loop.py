@@ -9,7 +9,7 @@ same process; there is no reference model and no KL penalty; no curriculum, no d
 learning rate is constant; data-parallel ranks hold whole models. For more, use TRL or verl.
 
 Whatever is random depends on the seed, the step and the prompt's place alone, so a checkpoint needs no generator's
-state: parameters, optimiser, anchor and step are all there is to a run.
+state: it holds parameters, optimiser, anchor and step, and a run is nothing else.
 """
 
 import signal
@@ -30,7 +30,6 @@ from paec_kernels.train import algorithms
 from paec_kernels.train.config import TrainConfig, plain, seed_of
 from paec_kernels.train.models.by_name import pick_device, starting_policy
 from paec_kernels.train.models.policy import Policy, Rollout
-from paec_kernels.train.operator_clock import OperatorClock
 from paec_kernels.train.run_folder import RunLog, load_checkpoint, save_checkpoint
 from paec_kernels.train.tasks.by_name import load_tasks
 from paec_kernels.train.tasks.task import Problem, Task
@@ -44,11 +43,10 @@ class Interrupted(Exception):
 
 
 class MicroBatch(NamedTuple):
-    """Answers of whole or partial groups, B in all."""
+    """Answers of whole or partial groups, and what the losses must know of them."""
 
     rollout: Rollout
-    advantages: Tensor  # [B, 1]
-    accuracy: Tensor  # [B, 1], mean reward of the answer's group
+    batch: algorithms.Batch
 
 
 @dataclass
@@ -60,7 +58,6 @@ class Run:
     model: nn.Module  # policy.module, wrapped where there is more than one process
     optimizer: torch.optim.Optimizer
     algorithm: algorithms.Algorithm
-    clock: OperatorClock
     steps_done: int = 0
 
     def state_dict(self) -> dict[str, Any]:
@@ -79,30 +76,23 @@ class Run:
         self.steps_done = state["steps_done"]
 
     def statistics(self, model: nn.Module, rollout: Rollout) -> pk.TokenStats:
-        """Of the answers' tokens [B, T] under the current weights."""
+        """Return the statistics of the answers' tokens, [B, T], under the current weights."""
         options: dict[str, Any] = {
             "token_ids": rollout.token_ids,
             "valid": rollout.valid,
             "top_p": self.algorithm.top_p,
             "temperature": self.config.temperature,
         }
-        linear = self.config.operator == "linear"
         with self._autocast():
             hidden = model(rollout.sequences, rollout.attention_mask, rollout.prompt_length)
-            source = hidden if linear else hidden @ self.policy.head.T
-            with self.clock.forward():
-                if linear:
-                    stats = pk.linear_token_stats(source, self.policy.head, **options)
-                else:
-                    stats = pk.token_stats(source, inplace_backward=True, **options)
-        if source.requires_grad:
-            self.clock.watch_backward(source, stats)
-        return stats
+            if self.config.operator == "linear":
+                return pk.linear_token_stats(hidden, self.policy.head, **options)
+            return pk.token_stats(hidden @ self.policy.head.T, inplace_backward=True, **options)
 
     @torch.no_grad()
-    def look(self, micro_batches: Sequence[MicroBatch]) -> list[pk.TokenStats]:
-        """The statistics of each, without gradient."""
-        return [self.statistics(self.policy.module, batch.rollout) for batch in micro_batches]
+    def look(self, rollout: Rollout) -> pk.TokenStats:
+        """Return the statistics without gradient, on this rank alone."""
+        return self.statistics(self.policy.module, rollout)
 
     def _autocast(self) -> AbstractContextManager:
         device = self.policy.head.device
@@ -136,8 +126,7 @@ def train(
     policy = starting_policy(config, device)
     model = DistributedDataParallel(policy.module) if world > 1 else policy.module
     optimizer = torch.optim.AdamW(policy.module.parameters(), config.learning_rate, weight_decay=config.weight_decay)
-    algorithm = algorithms.make(config.algo, config.method).to(device)
-    run = Run(config, policy, model, optimizer, algorithm, OperatorClock(device))
+    run = Run(config, policy, model, optimizer, algorithms.Algorithm(config.method).to(device))
     path = config.out / "checkpoint.pt"
     if path.exists():
         run.load_state_dict(load_checkpoint(path, config.identity()))
@@ -158,20 +147,17 @@ def train(
 
 
 def train_step(run: Run, tasks: Sequence[Task], rank: int, world: int) -> Row:
-    """One batch of rollouts and its optimiser steps; its row of the log."""
+    """Sample one batch of rollouts, take its optimiser steps, and return its row of the log."""
     config, start = run.config, time.perf_counter()
     rollout, rewards = sample(config, run.policy, tasks, run.steps_done, rank, world)
     sample_seconds = time.perf_counter() - start
 
-    updates = split(config, rollout, rewards, world)
-    seen = [run.look(micro_batches) for micro_batches in updates]  # by the weights that sampled the answers
-    old_logps = [[_logp(stats) for stats in of_update] for of_update in seen]
     metrics: list[Row] = []
-    for number, micro_batches in enumerate(updates):
+    for number, micro_batches in enumerate(split(run, rollout, rewards)):
         if number > 0:  # the weights have changed since
-            seen[number] = run.look(micro_batches)
+            micro_batches = look_again(run, micro_batches)
         seed = seed_of(config.seed, "update", run.steps_done, number)
-        metrics.append(optimiser_step(run, micro_batches, seen[number], old_logps[number], seed))
+        metrics.append(optimiser_step(run, micro_batches, seed))
 
     run.steps_done += 1
     lengths = rollout.valid.sum(1).float()
@@ -187,14 +173,13 @@ def train_step(run: Run, tasks: Sequence[Task], rank: int, world: int) -> Row:
         **{name: sum(row[name] for row in metrics) / len(metrics) for name in metrics[0]},
         "seconds": time.perf_counter() - start,
         "sample_seconds": sample_seconds,
-        "operator_seconds": run.clock.seconds(),
     }
 
 
 def sample(
     config: TrainConfig, policy: Policy, tasks: Sequence[Task], step: int, rank: int, world: int
 ) -> tuple[Rollout, Tensor]:
-    """A group of answers to every ``world``-th prompt of the step, and their rewards [prompts, answers]."""
+    """Sample a group of answers to every ``world``-th prompt of the step, with their rewards [prompts, answers]."""
     places = range(rank, config.prompts, world)
     asked = [problem_at(tasks, config.seed, step * config.prompts + place) for place in places]
     rollout = policy.sample(
@@ -210,45 +195,53 @@ def sample(
 
 
 def problem_at(tasks: Sequence[Task], seed: int, index: int) -> tuple[Task, Problem]:
-    """The tasks take turns; each seed has problems of its own."""
+    """Find the problem of a place in the order of all: the tasks take turns, and each seed has problems of its own."""
     turn, which = divmod(index, len(tasks))
     return tasks[which], tasks[which].train_problem(seed * PROBLEMS_OF_A_SEED + turn)
 
 
-def split(config: TrainConfig, rollout: Rollout, rewards: Tensor, world: int) -> list[list[MicroBatch]]:
-    """The micro-batches of each optimiser step. As ranks take every ``world``-th prompt, a step has the same prompts
-    however many ranks there are."""
+def split(run: Run, rollout: Rollout, rewards: Tensor) -> list[list[MicroBatch]]:
+    """Make the micro-batches of each optimiser step, with statistics by the weights that sampled the answers.
+
+    As ranks take every ``world``-th prompt, a step has the same prompts however many ranks there are.
+    """
     advantages = pk.group_advantages(rewards).flatten()[:, None]
-    accuracy = rewards.mean(1).repeat_interleave(config.answers)[:, None]
-    per_update = len(advantages) // config.updates
+    accuracy = rewards.mean(1).repeat_interleave(run.config.answers)[:, None]
+    per_update = len(advantages) // run.config.updates
     updates = []
     for first in range(0, len(advantages), per_update):
         by_length = first + rollout.valid[first : first + per_update].sum(1).argsort(stable=True)  # little padding
-        parts = by_length.split(config.micro_batch)
-        updates.append([MicroBatch(rollout.rows(rows), advantages[rows], accuracy[rows]) for rows in parts])
+        micro_batches = []
+        for rows in by_length.split(run.config.micro_batch):
+            part = rollout.rows(rows)
+            stats = run.look(part)
+            assert stats.logp is not None  # token ids are always given
+            batch = algorithms.Batch(stats, stats.logp, advantages[rows], accuracy[rows], part.valid)
+            micro_batches.append(MicroBatch(part, batch))
+        updates.append(micro_batches)
     return updates
 
 
-def optimiser_step(
-    run: Run, micro_batches: list[MicroBatch], seen: list[pk.TokenStats], old_logps: list[Tensor], seed: int
-) -> Row:
-    """Plan over all tokens, then train on them; metrics of the step over all ranks.
+def look_again(run: Run, micro_batches: list[MicroBatch]) -> list[MicroBatch]:
+    """Take the statistics by the current weights; the old log-probs stay those of the sampling."""
+    return [MicroBatch(rollout, batch._replace(stats=run.look(rollout))) for rollout, batch in micro_batches]
+
+
+def optimiser_step(run: Run, micro_batches: list[MicroBatch], seed: int) -> Row:
+    """Plan over all tokens, then train on them; return the step's metrics over all ranks.
 
     Args:
-        seen: of each micro-batch, without gradient, by the current weights.
-        old_logps: of each micro-batch, by the weights that sampled it.
+        micro_batches: with statistics by the current weights.
         seed: the same on every rank.
+    Raises:
+        FloatingPointError: the gradient is not finite; no weight has changed.
     """
-    batches = [
-        algorithms.Batch(stats, old_logp, batch.advantages, batch.accuracy, batch.rollout.valid)
-        for stats, old_logp, batch in zip(seen, old_logps, micro_batches, strict=True)
-    ]
-    plan = run.algorithm.plan(batches, seed=seed)
+    batches, plan = run.algorithm.plan([batch for _, batch in micro_batches], seed=seed)
     shares: list[dict[str, Tensor]] = []
-    for number, batch in enumerate(batches):
-        with _gradients_stay_local(run.model, number + 1 < len(batches)):
-            stats = run.statistics(run.model, micro_batches[number].rollout)
-            loss, metrics = run.algorithm.loss(batch._replace(stats=stats), plan, number)
+    for (rollout, _), batch in zip(micro_batches, batches, strict=True):
+        with _gradients_stay_local(run.model, len(shares) + 1 < len(batches)):
+            stats = run.statistics(run.model, rollout)
+            loss, metrics = run.algorithm.loss(batch._replace(stats=stats), plan)
             loss.backward()
         shares.append(metrics)
     gradient_norm = nn.utils.clip_grad_norm_(run.policy.module.parameters(), run.config.max_grad_norm)
@@ -260,11 +253,6 @@ def optimiser_step(
     metrics = {name: mean_over_ranks(torch.stack([each[name] for each in shares]).sum(), None) for name in shares[0]}
     metrics |= plan.metrics | {"gradient_norm": gradient_norm}
     return {name: value.item() for name, value in metrics.items()}
-
-
-def _logp(stats: pk.TokenStats) -> Tensor:
-    assert stats.logp is not None  # token ids are always given
-    return stats.logp
 
 
 def _gradients_stay_local(model: nn.Module, local: bool) -> AbstractContextManager:

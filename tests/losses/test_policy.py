@@ -4,15 +4,8 @@ import pytest
 import torch
 
 from paec_kernels import reference
-from paec_kernels.losses.policy import (
-    cispo_loss,
-    clip_cov_loss,
-    clip_cov_selection,
-    group_advantages,
-    grpo_loss,
-    kl_cov_loss,
-    kl_cov_selection,
-)
+from paec_kernels.losses.covariance import clip_cov_selection, kl_cov_selection
+from paec_kernels.losses.policy import cispo_loss, clip_cov_loss, group_advantages, grpo_loss, kl_cov_loss
 
 SHAPE = (4, 25)
 
@@ -131,8 +124,8 @@ def test_compiles_into_one_graph():
         ({"old_logp": [0.0]}, TypeError, r"old_logp must be a tensor, got \[0.0\]"),
         ({"logp": torch.zeros(SHAPE).long()}, TypeError, "logp must be a floating tensor, got torch.int64"),
         ({"valid": torch.ones(SHAPE)}, TypeError, "valid must be a bool tensor, got torch.float32"),
-        ({"old_logp": torch.zeros(4)}, ValueError, r"old_logp must have logp's shape \(4, 25\), got \(4,\)"),
-        ({"valid": torch.ones(SHAPE, device="meta").bool()}, ValueError, "valid must be on logp's device"),
+        ({"old_logp": torch.zeros(4)}, ValueError, r"old_logp must have the shape of logp, \(4, 25\), got \(4,\)"),
+        ({"valid": torch.ones(SHAPE, device="meta").bool()}, ValueError, "valid must be on the device of logp"),
         ({"advantages": torch.zeros(4)}, ValueError, r"advantages must have .* \(4, 25\), .* got \(4,\)"),
         ({"advantages": torch.zeros(4, 5)}, ValueError, r"advantages must have .* got \(4, 5\)"),
         ({"ref_logp": torch.zeros(4, 1)}, ValueError, r"ref_logp must have .* got \(4, 1\)"),
@@ -416,7 +409,7 @@ def test_invalid_positions_do_not_change_the_selection():
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda p, o, a, v: cispo_loss(p, o[:2], a, v), ValueError, r"old_logp must have logp's shape \(4, 25\)"),
+        (lambda p, o, a, v: cispo_loss(p, o[:2], a, v), ValueError, r"old_logp must have the shape of logp, \(4, 25\)"),
         (lambda p, o, a, v: cispo_loss(p, o, a, v, clip_low=2), ValueError, r"clip_low must be in \[0, 1\], got 2"),
         (lambda p, o, a, v: clip_cov_loss(p, o, a, v, v.int()), TypeError, "removed must be a bool tensor"),
         (lambda p, o, a, v: clip_cov_loss(p, o, a, v, v[:, 1:]), ValueError, r"removed must have .* got \(4, 24\)"),

@@ -6,17 +6,16 @@ import torch
 from paec_kernels.losses.quantile import as_fraction, quantile
 
 pytestmark = pytest.mark.usefixtures("device")
-LEVELS = [0.0, 0.2, 0.25, 1 / 3, 0.8, 0.999, 1.0]
 
 
-@pytest.mark.parametrize("q", LEVELS)
 @pytest.mark.parametrize("n", [1, 2, 3, 5, 6, 101, 4096])
-def test_equals_torch_quantile_of_the_valid_scores(n, q):
+def test_equals_torch_quantile_of_the_valid_scores(n):
     score = torch.rand(2 * n, dtype=torch.float64)
     valid = torch.randperm(2 * n) < n
-    expected = torch.quantile(score[valid], q)
-    actual = quantile(torch.where(valid, score, math.inf), as_fraction(q))
-    torch.testing.assert_close(actual, expected, rtol=1e-14, atol=0)
+    for q in (0.0, 0.2, 0.25, 1 / 3, 0.8, 0.999, 1.0):
+        expected = torch.quantile(score[valid], q)
+        actual = quantile(torch.where(valid, score, math.inf), as_fraction(q))
+        torch.testing.assert_close(actual, expected, rtol=1e-14, atol=0)
 
 
 def test_ties_and_a_position_on_an_element():

@@ -15,6 +15,6 @@ def run(rank: int, world_size: int, folder: str) -> None:
     outcomes = []
     for options in OPTIONS:
         pieces = [answers.piece(*piece) for piece in PIECES_OF_RANK[rank]]
-        outcomes.append(tuple(run_step(started(options, dist.group.WORLD), pieces)))
+        outcomes.append(tuple(run_step(started(options), pieces)))
     torch.save(outcomes, f"{folder}/{rank}")
     dist.destroy_process_group()

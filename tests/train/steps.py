@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 
 from paec_kernels import reference
-from paec_kernels.losses.paec import PAEC
 from paec_kernels.losses.paec_config import PAECConfig
-from paec_kernels.losses.rivals import AER, SIREN, AERConfig, GlobalEntropyConfig, SIRENConfig
+from paec_kernels.losses.rivals import AERConfig, GlobalEntropyConfig, SIRENConfig
 from paec_kernels.train.algorithms import (
     AEROptions,
     Algorithm,
@@ -80,15 +79,12 @@ def make_answers() -> Answers:
     return Answers(logits.requires_grad_(), token_ids, old_logp, advantages, accuracy, valid)
 
 
-def started(options: Method, process_group=None) -> Algorithm:
+def started(options: Method) -> Algorithm:
     """An algorithm whose anchors are set, far from the entropy of these answers."""
-    algorithm = Algorithm(options, process_group, backend="reference")
+    algorithm = Algorithm(options)
     for module in algorithm.children():
-        if isinstance(module, PAEC):
-            module.anchor_count.fill_(module.config.anchor_steps)
-            module.anchor_sum.fill_(4.0 * module.config.anchor_steps)
-        elif isinstance(module, AER | SIREN):
-            module.anchor = 4.0
+        module.anchor_count.fill_(module.anchor_steps)
+        module.anchor_sum.fill_(4.0 * module.anchor_steps)
     return algorithm
 
 
@@ -101,8 +97,8 @@ class Outcome(NamedTuple):
 
 def run_step(algorithm: Algorithm, pieces: list[Answers]) -> Outcome:
     batches = [piece.batch(algorithm.top_p) for piece in pieces]
-    plan = algorithm.plan(batches, seed=3)
-    losses, metrics = zip(*(algorithm.loss(batch, plan, i) for i, batch in enumerate(batches)), strict=True)
+    batches, plan = algorithm.plan(batches, seed=3)
+    losses, metrics = zip(*(algorithm.loss(batch, plan) for batch in batches), strict=True)
     grads = [torch.autograd.grad(loss, piece.logits)[0] for loss, piece in zip(losses, pieces, strict=True)]
     total = {name: torch.stack([m[name] for m in metrics]).sum() for name in metrics[0]}
     return Outcome(torch.stack(losses).sum().detach(), grads, total, plan.metrics)
