@@ -5,7 +5,7 @@ Sampling, rewards and the step are the training loop's own; the report is one di
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -30,7 +30,7 @@ from paec_kernels.train.presets import PRESETS
 from paec_kernels.train.tasks.by_name import load_tasks
 from paec_kernels.train.tasks.task import Problem, Task
 
-Report = dict[str, Any]  # of JSON's types; see `inspect`
+Report = dict[str, Any]  # of JSON's types, NaN included; see `make_report`
 SUMMARISED = {
     "entropy": "entropy, nats",
     "nucleus_entropy": "nucleus entropy, nats",
@@ -39,6 +39,7 @@ SUMMARISED = {
     "mask": "soft mask",
 }
 CALM, DECISIVE = (40, 42, 54), (255, 140, 0)  # background at mask 0 and 1
+VERDICTS = {True: "[green]right[/]", False: "[red]wrong[/]"}
 
 
 @dataclass(frozen=True)
@@ -147,8 +148,9 @@ def inspect(config: InspectConfig) -> int:
     show(report, console)
     config.out.mkdir(parents=True, exist_ok=True)
     path = config.out / "inspect.json"
+    finite = json.loads(json.dumps(report), parse_constant=lambda name: None)  # JSON has no NaN: null
     with whole_file(path) as partial:
-        partial.write_text(json.dumps(without_nan(report), indent=1, allow_nan=False) + "\n")
+        partial.write_text(json.dumps(finite, indent=1) + "\n")
     console.print(f"wrote {path}")
     return 0
 
@@ -159,8 +161,9 @@ def make_report(config: InspectConfig, progress: Progress) -> Report:
     Returns:
         ``groups``, each a problem with its answers and their tokens' statistics, before the step and ``_after`` it;
         ``statistics``, a summary of those before; the whole batch ``before`` and ``after``; the ``step``'s own terms;
-        the mean ``logp_change`` of a token; and ``options``, ``training``, ``device`` and ``torch``, from which all
-        this came. Entropies and log-probs are in nats; what comes from a step is None where none was taken.
+        the mean ``logp_change`` of a token, NaN without such an answer; and ``options``, ``training``, ``device`` and
+        ``torch``, from which all this came. Entropies and log-probs are in nats; what comes from a step is None where
+        none was taken.
     """
     training = config.training()
     tasks: Sequence[Task] = [OwnPrompt(text) for text in config.prompts] or load_tasks(training.tasks)[0]
@@ -200,12 +203,12 @@ def make_report(config: InspectConfig, progress: Progress) -> Report:
         report["step"] = {name: metrics[name] for name in ("policy_loss", "entropy_loss", "gradient_norm")}
         paec.step()
         progress.update(bar, description="look again")
-        _, tokens, report["after"] = look(run, paec, batches)
-        add_columns(answers, {f"{name}_after": tokens[name] for name in ("logp", "entropy")})
-        report["logp_change"] = {
-            "rewarded": logp_change(answer for answer in answers if answer["reward"] > 0),
-            "others": logp_change(answer for answer in answers if answer["reward"] <= 0),
-        }
+        _, tokens_after, report["after"] = look(run, paec, batches)
+        add_columns(answers, {f"{name}_after": tokens_after[name] for name in ("logp", "entropy")})
+        change = (tokens_after["logp"] - tokens["logp"]).cpu()
+        rewarded = torch.tensor([answer["reward"] > 0 for answer in answers for _ in answer["tokens"]])
+        kinds = {"rewarded": rewarded, "others": ~rewarded}
+        report["logp_change"] = {name: change[of_kind].mean().item() for name, of_kind in kinds.items()}
     return report
 
 
@@ -223,8 +226,9 @@ def start(config: InspectConfig, training: TrainConfig, progress: Progress) -> l
     else:
         policy = starting_policy(training, device, show_warm_step)
     progress.remove_task(bar)
-    weight_decay = training.weight_decay
-    optimizer = torch.optim.AdamW(policy.module.parameters(), training.learning_rate, weight_decay=weight_decay)
+    optimizer = torch.optim.AdamW(
+        policy.module.parameters(), training.learning_rate, weight_decay=training.weight_decay
+    )
     algorithm = algorithms.make(training.algo, training.method).to(device)
     return loop.Run(training, policy, policy.module, optimizer, algorithm, OperatorClock(device))
 
@@ -266,7 +270,7 @@ def describe(policy: Policy, task: Task, problem: Problem, batch: loop.MicroBatc
         }
         for row, valid in enumerate(rollout.valid)
     ]
-    return {"task": task.name, "prompt": problem.prompt, "expected": problem.answer or None, "answers": answers}
+    return {"task": task.name, "prompt": problem.prompt, "expected": problem.answer, "answers": answers}
 
 
 def add_columns(answers: list[Report], columns: dict[str, Tensor]) -> None:
@@ -280,45 +284,33 @@ def add_columns(answers: list[Report], columns: dict[str, Tensor]) -> None:
 def summary(tokens: dict[str, Tensor]) -> Report:
     """Return of each column its median, 90 % quantile, maximum, mean, and mean by the soft mask, sum(m x) / sum(m)."""
     found = {}
+    mask = tokens["mask"].double()
     for name in SUMMARISED:
-        x, mask = tokens[name].double(), tokens["mask"].double()
-        ordered = x.sort().values
-        found[name] = {
-            "median": ordered[(len(x) - 1) // 2].item(),
-            "90 %": ordered[int(0.9 * (len(x) - 1))].item(),
-            "largest": ordered[-1].item(),
-            "mean": x.mean().item(),
-            "masked mean": ((mask * x).sum() / mask.sum()).item(),
-        }
+        x = tokens[name].double()
+        quantiles = x.sort().values[[int(share * (len(x) - 1)) for share in (0.5, 0.9, 1.0)]]
+        values = [*quantiles.tolist(), x.mean().item(), ((mask * x).sum() / mask.sum()).item()]
+        found[name] = dict(zip(("median", "90 %", "largest", "mean", "masked mean"), values, strict=True))
     return found
-
-
-def logp_change(answers: Iterable[Report]) -> float | None:
-    """Return the mean change of the tokens' log-probs by the step, in nats; None without an answer."""
-    pairs = [pair for answer in answers for pair in zip(answer["logp"], answer["logp_after"], strict=True)]
-    return sum(after - before for before, after in pairs) / len(pairs) if pairs else None
-
-
-def without_nan(value: Any) -> Any:
-    """Return the report with None for every number that is not finite, which JSON cannot hold."""
-    if isinstance(value, dict):
-        return {name: without_nan(item) for name, item in value.items()}
-    if isinstance(value, list):
-        return [without_nan(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def show(report: Report, console: Console) -> None:
     """Print the answers, each token on a background that tells its soft mask, then the tables."""
     in_colour = console.color_system is not None and not console.no_color
-    console.rule(f"{report['training']['model']}: sampled answers and their tokens' soft masks")
-    console.print(_legend(in_colour))
+    console.rule(Text(f"{report['training']['model']}: sampled answers and their tokens' soft masks"))
+    console.print(legend(in_colour))
     for group in report["groups"]:
-        console.print(Text.assemble("\n", (visible(group["prompt"]), "bold")))
-        if group["expected"] is not None:
-            console.print(_verdict(group))
-        for answer in group["answers"]:
-            console.print(_answer(answer, in_colour))
+        console.print(Text(f"\n{visible(group['prompt'])}", "bold"))
+        rewards = [answer["reward"] for answer in group["answers"]]
+        if not report["options"]["prompts"]:
+            n_right = f"{sum(rewards):.0f} of {len(rewards)} answers are right; beside each, its advantage"
+            console.print(Text(f"expected {visible(group['expected'])}: {n_right}"))
+            if len(set(rewards)) == 1:
+                console.print("[yellow]equal rewards give no advantage: only the entropy term acts on these[/]")
+        answers = Table.grid(padding=(0, 1))
+        for answer, reward in zip(group["answers"], rewards, strict=True):
+            verdict = ["·"] if reward is None else [VERDICTS[reward > 0], f"{answer['advantage']:+.2f}"]
+            answers.add_row(*verdict, tokens_text(answer, in_colour))
+        console.print(answers)
     for table in tables(report):
         console.print(table)
 
@@ -347,45 +339,25 @@ def tokens_text(answer: Report, in_colour: bool) -> Text:
     return text
 
 
-def _legend(in_colour: bool) -> Text:
-    if not in_colour:
-        return Text("[token]: soft mask of 0.5 or more   ↵: new line   number: advantage")
-    text = Text("soft mask ")
-    for mask in (0.0, 0.25, 0.5, 0.75, 1.0):
-        text.append(f" {mask:.2f} ", mask_style(mask))
-    return text.append("   ↵: new line   number: advantage")
-
-
-def _verdict(group: Report) -> Text:
-    n_right, n = sum(answer["reward"] > 0 for answer in group["answers"]), len(group["answers"])
-    text = Text(f"expected {visible(group['expected'])}; {n_right} of {n} answers are right")
-    if n_right in (0, n):
-        text.append("\nequal rewards, so advantage 0: only the entropy term acts on these", "yellow")
-    return text
-
-
-def _answer(answer: Report, in_colour: bool) -> Table:
-    line = Table.grid(padding=(0, 1))
-    text = tokens_text(answer, in_colour)
-    if answer["reward"] is None:
-        line.add_row("·", text)
-    else:
-        verdict = Text("right", "green") if answer["reward"] > 0 else Text("wrong", "red")
-        line.add_row(verdict, f"{answer['advantage']:+.2f}", text)
-    return line
+def legend(in_colour: bool) -> Text:
+    """Explain `tokens_text`."""
+    masks = [0.0, 0.25, 0.5, 0.75, 1.0]
+    example = {"tokens": [f" {mask:.2f} " for mask in masks], "mask": masks}
+    mask = Text("soft mask ") + tokens_text(example, True) if in_colour else Text("[token]: soft mask of 0.5 or more")
+    return mask + Text("   ↵: new line")
 
 
 def tables(report: Report) -> list[Table]:
-    """Return the statistics, and what the step's loss was and did."""
+    """Return the statistics and, where a step was taken, what its loss was and what it changed."""
     n_tokens = sum(len(answer["tokens"]) for group in report["groups"] for answer in group["answers"])
-    statistics = [
-        (title, *(f"{value:,.0f}" if name == "nucleus_size" else f"{value:.3f}" for value in values.values()))
-        for (name, title), values in zip(SUMMARISED.items(), report["statistics"].values(), strict=True)
+    rows = [
+        (title, *(f"{x:,.0f}" if name == "nucleus_size" else f"{x:.3f}" for x in report["statistics"][name].values()))
+        for name, title in SUMMARISED.items()
     ]
-    found = [_table((f"{n_tokens:,} tokens", *report["statistics"]["mask"]), *statistics)]
-    if report["step"] is None:
-        return found
+    statistics = _table((f"{n_tokens:,} tokens", *report["statistics"]["mask"]), *rows)
     step, before, after = report["step"], report["before"], report["after"]
+    if step is None:
+        return [statistics]
     loss = _table(
         ("Loss of the step", "", "weighted"),
         ("GRPO, token-level", "at ratio 1, so only its gradient tells", f"{step['policy_loss']:+.6f}"),
@@ -394,16 +366,17 @@ def tables(report: Report) -> list[Table]:
         ("sum", f"gradient norm {step['gradient_norm']:.3f}", f"{step['policy_loss'] + step['entropy_loss']:+.6f}"),
     )
     changes = [
-        (f"log-prob of a token, {name}", "", "no such answer" if change is None else f"{change:+.4f}")
+        (f"log-prob of a token, {name}", "", "no such answer" if math.isnan(change) else f"{change:+.4f}")
         for name, change in report["logp_change"].items()
     ]
+    entropies = (f"{look['mean_entropy']:.4f}" for look in (before, after))
     change = _table(
         ("The same answers", "before", "after the step"),
-        ("masked mean entropy, nats", f"{before['mean_entropy']:.4f}", f"{after['mean_entropy']:.4f}"),
+        ("masked mean entropy, nats", *entropies),
         ("entropy floor, nats", _floor(before), _floor(after)),
         *changes,
     )
-    return [*found, loss, change]
+    return [statistics, loss, change]
 
 
 def _table(header: Sequence[str], *rows: Sequence[str]) -> Table:
