@@ -1,9 +1,9 @@
-"""The command ``paec``: train, eval, compare."""
+"""The command ``paec``: train, eval, compare, inspect."""
 
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated
 
 import torch
@@ -13,11 +13,13 @@ import tyro
 from paec_kernels.train import commands
 from paec_kernels.train.algorithms import ALGORITHMS
 from paec_kernels.train.config import CompareConfig, EvalConfig, TrainConfig
+from paec_kernels.train.inspect import InspectConfig
+from paec_kernels.train.inspect import inspect as inspect_answers
 from paec_kernels.train.presets import PRESETS, with_algo
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """``paec`` with these arguments, by default the process' own.
+    """Run ``paec`` with these arguments, by default the process' own.
 
     Exits with 2 and one line for a wrong value, with 130 after an interrupt. Under torchrun, every process calls it.
     """
@@ -34,17 +36,26 @@ def main(args: Sequence[str] | None = None) -> None:
     def compare(config: Annotated[CompareConfig, whole] = CompareConfig(train=defaults)) -> int:  # noqa: B008
         return commands.compare(config)
 
-    for command, config in ((train, TrainConfig), (evaluate, EvalConfig), (compare, CompareConfig)):
-        command.__doc__ = config.__doc__
+    def inspect(config: Annotated[InspectConfig, whole]) -> int:
+        return inspect_answers(config)
+
+    subcommands: dict[str, Callable[..., int]] = {
+        "train": train,
+        "eval": evaluate,
+        "compare": compare,
+        "inspect": inspect,
+    }
+    for command, options in zip(
+        subcommands.values(), (TrainConfig, EvalConfig, CompareConfig, InspectConfig), strict=True
+    ):
+        command.__doc__ = options.__doc__
     distributed = int(os.environ.get("WORLD_SIZE", "1")) > 1
     if distributed:  # torchrun's
         dist.init_process_group()
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     try:
-        status = tyro.extras.subcommand_cli_from_dict(
-            {"train": train, "eval": evaluate, "compare": compare}, prog="paec", args=args
-        )
+        status = tyro.extras.subcommand_cli_from_dict(subcommands, prog="paec", args=args)
     except (ValueError, TypeError, FileNotFoundError) as error:
         print(f"paec: {error}", file=sys.stderr)
         status = 2
@@ -55,7 +66,7 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def _train_defaults(args: list[str]) -> TrainConfig:
-    """Which options there are, and their defaults, depends on two of them: so these are read ahead of the others."""
+    """Read two options ahead of the others, since they decide which others there are, and their defaults."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     for name in ("--preset", "--train.preset"):
         parser.add_argument(name, dest="preset", default="tiny")

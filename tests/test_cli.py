@@ -34,7 +34,7 @@ def torchrun(*args) -> None:
     assert ended.stdout.count("macro-average") == 1
 
 
-def test_train_then_eval(tmp_path, cache, capsys):
+def test_train_then_eval_and_inspect(tmp_path, cache, capsys):
     run = tmp_path / "run"
     assert paec("train", "--out", run, "--cache", cache, *TINY, "--algo", "paec", "--method.paec.lam", "0.5") in (
         0,
@@ -48,6 +48,12 @@ def test_train_then_eval(tmp_path, cache, capsys):
     assert "macro-average" in capsys.readouterr().out
     assert paec("eval", "--run", run, "--out", tmp_path / "again", *TINY[-4:]) == 0
     assert json.loads((tmp_path / "again" / "eval.json").read_text()) == first
+    seen = tmp_path / "seen"
+    assert paec("inspect", "--run", run, "--out", seen, *"--problems 3 --answers 2 --paec.rho 0.5".split()) == 0
+    report = json.loads((seen / "inspect.json").read_text())
+    assert [group["task"] for group in report["groups"]] == ["parity", "count", "parity"]
+    assert (report["training"]["max_new_tokens"], report["options"]["paec"]["rho"]) == (12, 0.5)
+    assert "The same answers" in capsys.readouterr().out
 
 
 def test_files_of_problems_are_read_once(tmp_path, cache, monkeypatch):
@@ -118,6 +124,15 @@ def test_help_lists_the_options_of_the_algorithm(algo, capsys):
         ("compare --seeds 0", "seeds must be >= 1, got 0"),
         ("eval --run nowhere", "nowhere"),
         ("compare --runs nowhere", "nowhere"),
+        ("inspect --problems 0", "problems must be >= 1, got 0"),
+        ("inspect --answers 0", "answers must be"),
+        ("inspect --temperature 0", "temperature must be > 0"),
+        ("inspect --learning-rate nan", "learning_rate must be > 0"),
+        ("inspect --chat True", "chat must not be True for the tiny model"),
+        ("inspect --prompts a --tasks parity", "prompts must be none where tasks are named"),
+        ("inspect --tasks nonsense", "nonsense"),
+        ("inspect --paec.rho 2", "rho must be"),
+        ("inspect --run nowhere", "nowhere"),
     ],
 )
 def test_bad_values_are_named(args, message, capsys, tmp_path, monkeypatch):
@@ -130,4 +145,4 @@ def test_bad_values_are_named(args, message, capsys, tmp_path, monkeypatch):
 def test_the_module_is_the_command():
     shown = subprocess.run([sys.executable, "-m", "paec_kernels.cli", "--help"], capture_output=True, text=True)
     assert shown.returncode == 0
-    assert all(name in shown.stdout for name in ("train", "eval", "compare"))
+    assert all(name in shown.stdout for name in ("train", "eval", "compare", "inspect"))

@@ -17,10 +17,10 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from paec_kernels.demo import questions, rollout
-from paec_kernels.train.models import smollm2 as smollm2
+from paec_kernels.train.models import smollm2
+from paec_kernels.train.models.hugging_face import HiddenStates
 
 HERE = Path(__file__).parent
 ROWS, SHARES = HERE / "real_logits.pt", HERE / "real_logits_shares.json"
@@ -29,6 +29,20 @@ PROMPTS = (
     "Tom has 12 apples and gives 5 away. How many are left? Think step by step.",
     "What is the sum of the first five odd numbers? Explain briefly.",
     "If 3x + 4 = 19, what is x?",
+)
+# Ahead of these four stand two worked examples.
+EXAMPLES = (
+    (
+        "Mia has 6 pens and buys 5 more. How many pens does she have?",
+        "She starts with 6 pens and adds 5, and 6 + 5 = 11. The answer is 11.",
+    ),
+    ("What is 4 * 3?", "4 * 3 means three fours, and 4 + 4 + 4 = 12. The answer is 12."),
+)
+PROMPTS_AFTER_EXAMPLES = (
+    "What is 9 + 6?",
+    "What is 6 * 7?",
+    "A box holds 4 pens. How many pens do 3 boxes hold?",
+    "What is 5 * 3?",
 )
 ANSWERS = 4  # to each
 TOP_P = 0.95
@@ -71,15 +85,36 @@ def shares_of(row_size: Tensor, size: Tensor) -> Tensor:
     return (nearest / nearest.sum(dim=1, keepdim=True)).mean(0)
 
 
+def chats() -> list[list[dict[str, str]]]:
+    """Return the conversations whose next turn is the model's."""
+    examples = [turn("user", asked) + turn("assistant", answered) for asked, answered in EXAMPLES]
+    ahead = [message for example in examples for message in example]
+    return [turn("user", prompt) for prompt in PROMPTS] + [ahead + turn("user", p) for p in PROMPTS_AFTER_EXAMPLES]
+
+
+def turn(role: str, content: str) -> list[dict[str, str]]:
+    return [{"role": role, "content": content}]
+
+
+@torch.no_grad()
 def sample(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, seed: int) -> tuple[Tensor, Tensor]:
-    """An answer to each question: logits bfloat16 [N, 49152] at its positions, and the tokens sampled there [N]."""
+    """Answer each chat: logits bfloat16 [N, 49152] at the answers' positions, and the tokens sampled there [N]."""
     torch.manual_seed(seed)
-    chats = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
-    chats += [questions.messages(question) for question in questions.QUESTIONS]
-    answers = rollout.sample(model, tokenizer, chats, answers=1, max_new_tokens=64, temperature=1.0)
-    with torch.no_grad():
-        logits = model.lm_head(rollout.answer_hidden(model, answers)[answers.valid])
-    return logits.bfloat16(), answers.token_ids[answers.valid]
+    prompts = [tokenizer.apply_chat_template(c, add_generation_prompt=True, tokenize=False) for c in chats()]
+    inputs = tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=False)
+    length = inputs["input_ids"].shape[1]
+    ends = sorted({tokenizer.eos_token_id, model.generation_config.eos_token_id})
+    settings = GenerationConfig(
+        max_new_tokens=64, do_sample=True, top_k=0, pad_token_id=tokenizer.pad_token_id, eos_token_id=ends
+    )
+    sequences = model.generate(
+        input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], generation_config=settings
+    )
+    answers = sequences[:, length:]
+    is_end = torch.isin(answers, torch.tensor(ends))
+    valid = is_end.cumsum(1) - is_end.long() == 0
+    hidden = HiddenStates(model)(sequences, torch.cat([inputs["attention_mask"], valid.long()], dim=1), length)
+    return model.lm_head(hidden[valid]).bfloat16(), answers[valid]
 
 
 def main() -> None:

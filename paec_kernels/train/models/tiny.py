@@ -68,7 +68,7 @@ class TinyModel(nn.Module):
             nn.init.normal_(block.down.weight, std=0.02 / (2 * n_layers) ** 0.5)
 
     def states(self, token_ids: Tensor, attention_mask: Tensor, cache: Cache | None = None) -> Tensor:
-        """Hidden states [B, T, D] of the last T tokens; attention_mask [B, past + T] covers the cached ones too."""
+        """Return the last T tokens' hidden states [B, T, D]; attention_mask [B, past + T] covers cached ones too."""
         n_new, n_all = token_ids.shape[1], attention_mask.shape[1]
         positions = (attention_mask.cumsum(1) - 1).clamp(min=0)[:, -n_new:]
         causal = torch.ones(n_all, n_all, dtype=torch.bool, device=token_ids.device).tril()[-n_new:]
@@ -80,7 +80,7 @@ class TinyModel(nn.Module):
         return self.norm(x)
 
     def forward(self, sequences: Tensor, attention_mask: Tensor, prompt_length: int) -> Tensor:
-        """The states that each token from prompt_length on is predicted from, [B, T, D]."""
+        """Return the states that each token from prompt_length on is predicted from, [B, T, D]."""
         return self.states(sequences[:, :-1], attention_mask[:, :-1])[:, prompt_length - 1 :]
 
 
@@ -99,9 +99,12 @@ class TinyPolicy:
         return self.model.embedding.weight
 
     def texts(self, rollout: Rollout) -> list[str]:
+        return ["".join(letters).removesuffix(END) for letters in self.tokens(rollout)]
+
+    def tokens(self, rollout: Rollout) -> list[list[str]]:
         return [
-            "".join(LETTERS[i] for i in row[keep].tolist() if i != END_ID)
-            for row, keep in zip(rollout.token_ids.cpu(), rollout.valid.cpu(), strict=True)
+            [LETTERS[i] for i in row[valid].tolist()]
+            for row, valid in zip(rollout.token_ids, rollout.valid, strict=True)
         ]
 
     @torch.no_grad()
@@ -150,7 +153,7 @@ class TinyPolicy:
 
 
 def encode(texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """Token ids and attention mask, int64 [B, P], padded on the left.
+    """Return token ids and attention mask, int64 [B, P], padded on the left.
 
     Raises:
         ValueError: a letter that the tiny model does not have.
@@ -165,7 +168,7 @@ def encode(texts: Sequence[str]) -> tuple[Tensor, Tensor]:
 
 
 def _pick(logits: Tensor, temperature: float, uniform: Tensor) -> Tensor:
-    """The inverse of the distribution function at uniform [B] in [0, 1); the likeliest token at temperature 0."""
+    """Invert the distribution function at uniform [B] in [0, 1); at temperature 0 take the likeliest token."""
     if temperature == 0:
         return logits.argmax(-1)
     cumulative = (logits.double() / temperature).softmax(-1).cumsum(-1)

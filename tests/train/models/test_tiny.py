@@ -69,13 +69,17 @@ def test_valid_ends_with_the_end_token(policy):
         policy.module.embedding.weight[END_ID] += policy.module.embedding.weight.abs().max() / 20
     rollout = sample(policy, answers=40)
     ended = 0
-    for ids, valid, mask in zip(rollout.token_ids, rollout.valid, rollout.attention_mask, strict=True):
+    texts, tokens_of_each = policy.texts(rollout), policy.tokens(rollout)
+    rows = zip(rollout.token_ids, rollout.valid, rollout.attention_mask, texts, tokens_of_each, strict=True)
+    for ids, valid, mask, text, tokens in rows:
         length = int(valid.sum())
         assert valid[:length].all()
         assert (ids[length:] == PAD_ID).all()
         assert (ids[: length - 1] != END_ID).all()
         assert torch.equal(mask[rollout.prompt_length :].bool(), valid)
         ended += int(ids[length - 1] == END_ID)
+        assert tokens == [LETTERS[i] for i in ids[:length]]
+        assert text == "".join(LETTERS[i] for i in ids[:length] if i != END_ID)
         if length < valid.numel():
             assert ids[length - 1] == END_ID
     assert ended > 0

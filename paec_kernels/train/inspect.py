@@ -1,0 +1,394 @@
+"""``paec inspect``: what PAEC sees of a model's answers, token by token, and what one optimiser step changes.
+
+Sampling, rewards and the step are the training loop's own; the report is one dictionary, shown and written as JSON.
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor
+
+import paec_kernels as pk
+from paec_kernels import checks
+from paec_kernels.saved_state import whole_file
+from paec_kernels.train import algorithms, loop
+from paec_kernels.train.config import TrainConfig, plain, seed_of
+from paec_kernels.train.models.by_name import pick_device, starting_policy, trained_policy
+from paec_kernels.train.models.policy import Policy
+from paec_kernels.train.operator_clock import OperatorClock
+from paec_kernels.train.presets import PRESETS
+from paec_kernels.train.tasks.by_name import load_tasks
+from paec_kernels.train.tasks.task import Problem, Task
+
+Report = dict[str, Any]  # of JSON's types, NaN included; see `make_report`
+SUMMARISED = {
+    "entropy": "entropy, nats",
+    "nucleus_entropy": "nucleus entropy, nats",
+    "nucleus_size": "nucleus size, tokens",
+    "margin": "top-two margin, nats",
+    "mask": "soft mask",
+}
+CALM, DECISIVE = (40, 42, 54), (255, 140, 0)  # background at mask 0 and 1
+VERDICTS = {True: "[green]right[/]", False: "[red]wrong[/]"}
+
+
+@dataclass(frozen=True)
+class InspectConfig:
+    """Show a model's answers with each token coloured by PAEC's soft mask, take one optimiser step, and look again.
+
+    Writes OUT/inspect.json: what is shown, and every token's statistics.
+    """
+
+    model: str = "tiny"
+    """tiny (its start), smollm2, or a Hugging Face id or folder."""
+    chat: bool | None = None
+    """Put each prompt into the tokenizer's chat template. None: where it has one."""
+    run: Path | None = None
+    """Folder of a training run: look at its last checkpoint, and take the defaults below from it."""
+    tasks: tuple[str, ...] = ()
+    """As in `paec train`; by default the run's, else the families of the tiny model or preset smollm2's."""
+    prompts: tuple[str, ...] = ()
+    """Texts to answer in place of tasks. Nothing judges these answers, so that no step is taken."""
+    problems: int = 5
+    """How many problems are asked; the tasks take turns."""
+    answers: int = 8
+    """Answers sampled for each: a group, and a micro-batch of the step."""
+    max_new_tokens: int | None = None
+    """Where an answer is cut off; by default as in the run or preset."""
+    temperature: float | None = None
+    """The temperature of the sampling and of all statistics; by default as in the run or preset."""
+    learning_rate: float | None = None
+    """AdamW's learning rate; by default as in the run or preset."""
+    paec: pk.PAECConfig = field(default_factory=lambda: pk.PAECConfig(anchor_steps=1))
+    """PAEC's constants. With anchor_steps 1 this step sets the floor, which is then shown."""
+    seed: int = 0
+    """Chooses the problems, and is the seed of the sampling."""
+    operator: Literal["logits", "linear"] = "logits"
+    """Statistics from logits, or from hidden states with logits that exist a chunk at a time."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: a GPU where there is one."""
+    out: Path = Path("runs/inspect")
+    """Folder for inspect.json."""
+
+    def __post_init__(self) -> None:
+        checks.integer("problems", self.problems, least=1)
+        if self.prompts and self.tasks:
+            raise ValueError(f"prompts must be none where tasks are named, got {self.prompts}")
+        if not all(self.prompts):
+            raise ValueError(f"prompts must not be empty texts, got {self.prompts}")
+        if self.run is not None and (self.model, self.chat) != ("tiny", None):
+            raise ValueError(f"model and chat must be left to the run, got {self.model!r} and {self.chat}")
+
+    def training(self) -> TrainConfig:
+        """Return the training whose step is taken; what is not given comes from the run, or from a preset.
+
+        Raises:
+            FileNotFoundError: the run holds no config.json.
+        """
+        if self.run is not None:
+            saved = json.loads((self.run / "config.json").read_text())
+            inherited = ("model", "chat", "max_new_tokens", "temperature", "learning_rate")
+            start = replace(TrainConfig(), tasks=tuple(saved["tasks"]), **{name: saved.get(name) for name in inherited})
+        else:
+            preset = PRESETS["tiny" if self.model == "tiny" else "smollm2"]
+            start = replace(preset, model=self.model, chat=self.chat)
+        asked = {name: getattr(self, name) for name in ("max_new_tokens", "temperature", "learning_rate")}
+        return replace(
+            start,
+            **{name: value for name, value in asked.items() if value is not None},
+            tasks=self.tasks or start.tasks,
+            algo="paec",
+            method=algorithms.PAECOptions(paec=self.paec),
+            seed=self.seed,
+            prompts=1,  # a group at a time
+            updates=1,
+            answers=self.answers,
+            micro_batch=self.answers,
+            operator=self.operator,
+            device=self.device,
+        )
+
+
+@dataclass(frozen=True)
+class OwnPrompt:
+    """A `Task` of one text that has no verifier: every reward is 0."""
+
+    text: str
+    name: str = "prompt"
+
+    def train_problem(self, index: int) -> Problem:
+        return Problem(self.name, self.text, "")
+
+    def eval_problems(self, count: int) -> list[Problem]:
+        return [self.train_problem(0)]
+
+    def extract(self, text: str) -> str | None:
+        return None
+
+    def reward(self, problem: Problem, text: str) -> float:
+        return 0.0
+
+
+def inspect(config: InspectConfig) -> int:
+    """Make the report, show it and write it; return the process' exit status."""
+    console = Console(highlight=False)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
+        report = make_report(config, progress)
+    show(report, console)
+    config.out.mkdir(parents=True, exist_ok=True)
+    path = config.out / "inspect.json"
+    finite = json.loads(json.dumps(report), parse_constant=lambda name: None)  # JSON has no NaN: null
+    with whole_file(path) as partial:
+        partial.write_text(json.dumps(finite, indent=1) + "\n")
+    console.print(f"wrote {path}")
+    return 0
+
+
+def make_report(config: InspectConfig, progress: Progress) -> Report:
+    """Sample answers, look at them, take the optimiser step, and look again.
+
+    Returns:
+        ``groups``, each a problem with its answers and their tokens' statistics, before the step and ``_after`` it;
+        ``statistics``, a summary of those before; the whole batch ``before`` and ``after``; the ``step``'s own terms;
+        the mean ``logp_change`` of a token, NaN without such an answer; and ``options``, ``training``, ``device`` and
+        ``torch``, from which all this came. Entropies and log-probs are in nats; what comes from a step is None where
+        none was taken.
+    """
+    training = config.training()
+    tasks: Sequence[Task] = [OwnPrompt(text) for text in config.prompts] or load_tasks(training.tasks)[0]
+    run = start(config, training, progress)
+    n_groups = len(config.prompts) or config.problems
+    bar = progress.add_task("sample", total=n_groups * (2 if config.prompts else 4))
+    run.policy.module.register_forward_hook(lambda *_: progress.advance(bar))  # each pass over a micro-batch
+
+    groups: list[Report] = []
+    batches: list[loop.MicroBatch] = []
+    for number in range(n_groups):
+        rollout, rewards = loop.sample(training, run.policy, tasks, number, rank=0, world=1)
+        [[batch]] = loop.split(training, rollout, rewards, world=1)
+        batches.append(batch)
+        groups.append(describe(run.policy, *loop.problem_at(tasks, config.seed, number), batch))
+        progress.advance(bar)
+    answers = [answer for group in groups for answer in group["answers"]]
+
+    progress.update(bar, description="look")
+    paec = pk.PAEC(config.paec)
+    seen, tokens, before = look(run, paec, batches)
+    add_columns(answers, tokens)
+    report: Report = {
+        "options": plain(config),
+        "training": training.identity(),
+        "device": str(run.policy.head.device),
+        "torch": torch.__version__,
+        "groups": groups,
+        "statistics": summary(tokens),
+        "before": before,
+        **dict.fromkeys(("step", "after", "logp_change")),
+    }
+    if not config.prompts:
+        progress.update(bar, description="step")
+        old_logps = [stats.logp for stats in seen if stats.logp is not None]  # each has one: ids were given
+        metrics = loop.optimiser_step(run, batches, seen, old_logps, seed_of(config.seed, "update", 0, 0))
+        report["step"] = {name: metrics[name] for name in ("policy_loss", "entropy_loss", "gradient_norm")}
+        paec.step()
+        progress.update(bar, description="look again")
+        _, tokens_after, report["after"] = look(run, paec, batches)
+        add_columns(answers, {f"{name}_after": tokens_after[name] for name in ("logp", "entropy")})
+        change = (tokens_after["logp"] - tokens["logp"]).cpu()
+        rewarded = torch.tensor([answer["reward"] > 0 for answer in answers for _ in answer["tokens"]])
+        kinds = {"rewarded": rewarded, "others": ~rewarded}
+        report["logp_change"] = {name: change[of_kind].mean().item() for name, of_kind in kinds.items()}
+    return report
+
+
+def start(config: InspectConfig, training: TrainConfig, progress: Progress) -> loop.Run:
+    """Load or make the model, and what steps it."""
+    device = pick_device(training.device)
+    bar = progress.add_task(f"load {training.model}", total=None)
+
+    def show_warm_step(step: int, loss: float) -> None:
+        total = training.warm_start.skill_steps + training.warm_start.habit_steps
+        progress.update(bar, description="warm start", completed=step + 1, total=total)
+
+    if config.run is not None:
+        policy = trained_policy(config.run, device)
+    else:
+        policy = starting_policy(training, device, show_warm_step)
+    progress.remove_task(bar)
+    optimizer = torch.optim.AdamW(
+        policy.module.parameters(), training.learning_rate, weight_decay=training.weight_decay
+    )
+    algorithm = algorithms.make(training.algo, training.method).to(device)
+    return loop.Run(training, policy, policy.module, optimizer, algorithm, OperatorClock(device))
+
+
+def look(
+    run: loop.Run, paec: pk.PAEC, batches: list[loop.MicroBatch]
+) -> tuple[list[pk.TokenStats], dict[str, Tensor], dict[str, float]]:
+    """Take all answers' statistics by the current weights, without gradient.
+
+    Returns:
+        the statistics of each micro-batch, [B, T]; the same and PAEC's soft mask for all N valid tokens, [N] by name,
+        those of each answer in a row; and of the whole batch PAEC's metrics, its weighted terms and the mean entropy.
+    """
+    seen = run.look(batches)
+    valid = [batch.rollout.valid for batch in batches]
+    columns = (torch.cat([x[v] for x, v in zip(column, valid, strict=True)]) for column in zip(*seen, strict=True))
+    stats = pk.TokenStats(*columns)
+    calibrated = paec(stats, torch.ones_like(stats.margin, dtype=torch.bool))
+    batch = calibrated.metrics | {
+        "entropy": stats.entropy.mean(),
+        "entropy_bonus": -paec.config.beta * calibrated.metrics["mean_entropy"],
+        "floor_penalty": paec.config.lam * calibrated.metrics["penalty"],
+    }
+    tokens = stats._asdict() | {"mask": calibrated.mask}
+    return seen, tokens, {name: value.item() for name, value in batch.items()}
+
+
+def describe(policy: Policy, task: Task, problem: Problem, batch: loop.MicroBatch) -> Report:
+    """Return a problem and its answers in the micro-batch's order, as text and as tokens, with their rewards."""
+    rollout = batch.rollout
+    texts, tokens = policy.texts(rollout), policy.tokens(rollout)
+    answers = [
+        {
+            "text": texts[row],
+            "reward": None if isinstance(task, OwnPrompt) else task.reward(problem, texts[row]),
+            "advantage": batch.advantages[row].item(),
+            "tokens": tokens[row],
+            "token_ids": rollout.token_ids[row, valid].tolist(),
+        }
+        for row, valid in enumerate(rollout.valid)
+    ]
+    return {"task": task.name, "prompt": problem.prompt, "expected": problem.answer, "answers": answers}
+
+
+def add_columns(answers: list[Report], columns: dict[str, Tensor]) -> None:
+    """Give each answer its tokens' part of the columns, ``[N]`` over all answers."""
+    lengths = [len(answer["tokens"]) for answer in answers]
+    for name, column in columns.items():
+        for answer, part in zip(answers, column.split(lengths), strict=True):
+            answer[name] = part.tolist()
+
+
+def summary(tokens: dict[str, Tensor]) -> Report:
+    """Return of each column its median, 90 % quantile, maximum, mean, and mean by the soft mask, sum(m x) / sum(m)."""
+    found = {}
+    mask = tokens["mask"].double()
+    for name in SUMMARISED:
+        x = tokens[name].double()
+        quantiles = x.sort().values[[int(share * (len(x) - 1)) for share in (0.5, 0.9, 1.0)]]
+        values = [*quantiles.tolist(), x.mean().item(), ((mask * x).sum() / mask.sum()).item()]
+        found[name] = dict(zip(("median", "90 %", "largest", "mean", "masked mean"), values, strict=True))
+    return found
+
+
+def show(report: Report, console: Console) -> None:
+    """Print the answers, each token on a background that tells its soft mask, then the tables."""
+    in_colour = console.color_system is not None and not console.no_color
+    console.rule(Text(f"{report['training']['model']}: sampled answers and their tokens' soft masks"))
+    console.print(legend(in_colour))
+    for group in report["groups"]:
+        console.print(Text(f"\n{visible(group['prompt'])}", "bold"))
+        rewards = [answer["reward"] for answer in group["answers"]]
+        if not report["options"]["prompts"]:
+            n_right = f"{sum(rewards):.0f} of {len(rewards)} answers are right; beside each, its advantage"
+            console.print(Text(f"expected {visible(group['expected'])}: {n_right}"))
+            if len(set(rewards)) == 1:
+                console.print("[yellow]equal rewards give no advantage: only the entropy term acts on these[/]")
+        answers = Table.grid(padding=(0, 1))
+        for answer, reward in zip(group["answers"], rewards, strict=True):
+            verdict = ["·"] if reward is None else [VERDICTS[reward > 0], f"{answer['advantage']:+.2f}"]
+            answers.add_row(*verdict, tokens_text(answer, in_colour))
+        console.print(answers)
+    for table in tables(report):
+        console.print(table)
+
+
+def mask_style(mask: float) -> str:
+    """Return rich's style for a soft mask in [0, 1]; none for NaN."""
+    if math.isnan(mask):
+        return ""
+    red, green, blue = (round(a + (b - a) * mask) for a, b in zip(CALM, DECISIVE, strict=True))
+    return f"{'rgb(0,0,0)' if mask > 0.5 else 'rgb(255,255,255)'} on rgb({red},{green},{blue})"
+
+
+def visible(text: str) -> str:
+    """Show line ends as arrows, and escape what else a terminal would obey or hide."""
+    return "".join("↵" if c == "\n" else c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def tokens_text(answer: Report, in_colour: bool) -> Text:
+    """Return an answer's tokens; without colours those with a mask of at least 0.5 stand in brackets."""
+    text = Text()
+    for token, mask in zip(answer["tokens"], answer["mask"], strict=True):
+        if in_colour:
+            text.append(visible(token), mask_style(mask))
+        else:
+            text.append(f"[{visible(token)}]" if mask >= 0.5 else visible(token))
+    return text
+
+
+def legend(in_colour: bool) -> Text:
+    """Explain `tokens_text`."""
+    masks = [0.0, 0.25, 0.5, 0.75, 1.0]
+    example = {"tokens": [f" {mask:.2f} " for mask in masks], "mask": masks}
+    mask = Text("soft mask ") + tokens_text(example, True) if in_colour else Text("[token]: soft mask of 0.5 or more")
+    return mask + Text("   ↵: new line")
+
+
+def tables(report: Report) -> list[Table]:
+    """Return the statistics and, where a step was taken, what its loss was and what it changed."""
+    n_tokens = sum(len(answer["tokens"]) for group in report["groups"] for answer in group["answers"])
+    rows = [
+        (title, *(f"{x:,.0f}" if name == "nucleus_size" else f"{x:.3f}" for x in report["statistics"][name].values()))
+        for name, title in SUMMARISED.items()
+    ]
+    statistics = _table((f"{n_tokens:,} tokens", *report["statistics"]["mask"]), *rows)
+    step, before, after = report["step"], report["before"], report["after"]
+    if step is None:
+        return [statistics]
+    loss = _table(
+        ("Loss of the step", "", "weighted"),
+        ("GRPO, token-level", "at ratio 1, so only its gradient tells", f"{step['policy_loss']:+.6f}"),
+        ("entropy bonus", f"masked mean entropy {before['mean_entropy']:.4f}", f"{before['entropy_bonus']:+.6f}"),
+        ("floor penalty", _floor(before), f"{before['floor_penalty']:+.6f}"),
+        ("sum", f"gradient norm {step['gradient_norm']:.3f}", f"{step['policy_loss'] + step['entropy_loss']:+.6f}"),
+    )
+    changes = [
+        (f"log-prob of a token, {name}", "", "no such answer" if math.isnan(change) else f"{change:+.4f}")
+        for name, change in report["logp_change"].items()
+    ]
+    entropies = (f"{look['mean_entropy']:.4f}" for look in (before, after))
+    change = _table(
+        ("The same answers", "before", "after the step"),
+        ("masked mean entropy, nats", *entropies),
+        ("entropy floor, nats", _floor(before), _floor(after)),
+        *changes,
+    )
+    return [statistics, loss, change]
+
+
+def _table(header: Sequence[str], *rows: Sequence[str]) -> Table:
+    table = Table(box=SIMPLE_HEAD, min_width=76)
+    for i, title in enumerate(header):
+        table.add_column(title, justify="left" if i == 0 else "right")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _floor(batch: Report) -> str:
+    if math.isnan(batch["anchor"]):
+        return "not set yet"
+    return f"{batch['floor']:.4f}, penalty {batch['penalty']:.4f}"
