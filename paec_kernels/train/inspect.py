@@ -25,7 +25,6 @@ from paec_kernels.train import algorithms, loop
 from paec_kernels.train.config import TrainConfig, plain, seed_of
 from paec_kernels.train.models.by_name import pick_device, starting_policy, trained_policy
 from paec_kernels.train.models.policy import Policy
-from paec_kernels.train.operator_clock import OperatorClock
 from paec_kernels.train.presets import PRESETS
 from paec_kernels.train.tasks.by_name import load_tasks
 from paec_kernels.train.tasks.task import Problem, Task
@@ -176,15 +175,14 @@ def make_report(config: InspectConfig, progress: Progress) -> Report:
     batches: list[loop.MicroBatch] = []
     for number in range(n_groups):
         rollout, rewards = loop.sample(training, run.policy, tasks, number, rank=0, world=1)
-        [[batch]] = loop.split(training, rollout, rewards, world=1)
+        [[batch]] = loop.split(run, rollout, rewards)
         batches.append(batch)
         groups.append(describe(run.policy, *loop.problem_at(tasks, config.seed, number), batch))
         progress.advance(bar)
     answers = [answer for group in groups for answer in group["answers"]]
 
-    progress.update(bar, description="look")
     paec = pk.PAEC(config.paec)
-    seen, tokens, before = look(run, paec, batches)
+    tokens, before = calibrate(paec, batches)
     add_columns(answers, tokens)
     report: Report = {
         "options": plain(config),
@@ -198,12 +196,11 @@ def make_report(config: InspectConfig, progress: Progress) -> Report:
     }
     if not config.prompts:
         progress.update(bar, description="step")
-        old_logps = [stats.logp for stats in seen if stats.logp is not None]  # each has one: ids were given
-        metrics = loop.optimiser_step(run, batches, seen, old_logps, seed_of(config.seed, "update", 0, 0))
+        metrics = loop.optimiser_step(run, batches, seed_of(config.seed, "update", 0, 0))
         report["step"] = {name: metrics[name] for name in ("policy_loss", "entropy_loss", "gradient_norm")}
         paec.step()
         progress.update(bar, description="look again")
-        _, tokens_after, report["after"] = look(run, paec, batches)
+        tokens_after, report["after"] = calibrate(paec, loop.look_again(run, batches))
         add_columns(answers, {f"{name}_after": tokens_after[name] for name in ("logp", "entropy")})
         change = (tokens_after["logp"] - tokens["logp"]).cpu()
         rewarded = torch.tensor([answer["reward"] > 0 for answer in answers for _ in answer["tokens"]])
@@ -229,23 +226,19 @@ def start(config: InspectConfig, training: TrainConfig, progress: Progress) -> l
     optimizer = torch.optim.AdamW(
         policy.module.parameters(), training.learning_rate, weight_decay=training.weight_decay
     )
-    algorithm = algorithms.make(training.algo, training.method).to(device)
-    return loop.Run(training, policy, policy.module, optimizer, algorithm, OperatorClock(device))
+    algorithm = algorithms.Algorithm(training.method).to(device)
+    return loop.Run(training, policy, policy.module, optimizer, algorithm)
 
 
-def look(
-    run: loop.Run, paec: pk.PAEC, batches: list[loop.MicroBatch]
-) -> tuple[list[pk.TokenStats], dict[str, Tensor], dict[str, float]]:
-    """Take all answers' statistics by the current weights, without gradient.
+def calibrate(paec: pk.PAEC, batches: list[loop.MicroBatch]) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Calibrate over all answers' tokens.
 
     Returns:
-        the statistics of each micro-batch, [B, T]; the same and PAEC's soft mask for all N valid tokens, [N] by name,
-        those of each answer in a row; and of the whole batch PAEC's metrics, its weighted terms and the mean entropy.
+        the statistics and PAEC's soft mask of all N valid tokens, [N] by name, those of each answer in a row; and of
+        the whole batch PAEC's metrics, its weighted terms and the mean entropy.
     """
-    seen = run.look(batches)
-    valid = [batch.rollout.valid for batch in batches]
-    columns = (torch.cat([x[v] for x, v in zip(column, valid, strict=True)]) for column in zip(*seen, strict=True))
-    stats = pk.TokenStats(*columns)
+    columns = zip(*([x[batch.valid] for x in batch.stats if x is not None] for _, batch in batches), strict=True)
+    stats = pk.TokenStats(*map(torch.cat, columns))
     calibrated = paec(stats, torch.ones_like(stats.margin, dtype=torch.bool))
     batch = calibrated.metrics | {
         "entropy": stats.entropy.mean(),
@@ -253,12 +246,12 @@ def look(
         "floor_penalty": paec.config.lam * calibrated.metrics["penalty"],
     }
     tokens = stats._asdict() | {"mask": calibrated.mask}
-    return seen, tokens, {name: value.item() for name, value in batch.items()}
+    return tokens, {name: value.item() for name, value in batch.items()}
 
 
-def describe(policy: Policy, task: Task, problem: Problem, batch: loop.MicroBatch) -> Report:
+def describe(policy: Policy, task: Task, problem: Problem, micro_batch: loop.MicroBatch) -> Report:
     """Return a problem and its answers in the micro-batch's order, as text and as tokens, with their rewards."""
-    rollout = batch.rollout
+    rollout, batch = micro_batch
     texts, tokens = policy.texts(rollout), policy.tokens(rollout)
     answers = [
         {
