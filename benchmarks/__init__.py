@@ -6,7 +6,7 @@ floors                      what cannot be beaten, in the same turns
 check, harness              right first, then time and memory
 rows, provenance            one row a measurement
 sweep                       which measurements
-optimiser_step, loop_step   whole steps, by step_turns
+step                        whole optimiser steps of the reference loop
 page, plots                 bench_results/README.md and its pictures, from the rows alone
 compiled_code               registers and instructions, with no GPU
 cost_model                  from these the time to expect on a GPU, written down before it is measured

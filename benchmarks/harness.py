@@ -20,13 +20,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from benchmarks import peak_memory
 from benchmarks.check import Errors, Truth, WrongResult, backward, check, leaves
 from benchmarks.floors import Floor, bytes_moved, floor_of, operations
-from benchmarks.implementations import Implementation, Outputs, all_implementations
+from benchmarks.implementations import Implementation, Outputs
 from benchmarks.provenance import device_name, provenance
+from benchmarks.rivals import all_implementations
 from benchmarks.rows import PASSES, Row, percentile
 from benchmarks.workload import Case, Inputs, build, checked_rows, only, take
-from paec_kernels.demo import peak_memory
 
 FLUSH_BYTES = {"cpu": 64 << 20, "cuda": 256 << 20}  # beyond the last cache of either
 # Of a GPU, some 4.5 ms at 1.755 GHz: several times the 0.5 to 1 ms, by estimate, in which the host launches forward and
@@ -64,26 +65,19 @@ class Run:
     turns: int  # of each case, that are timed
 
     def row(self, case: Case, implementation: str, source: str, passes: str, **found: Any) -> Row:
-        empty = dict.fromkeys(
-            "p20 p50 p80 bytes bandwidth operations share anchor relative peak_bytes value_error gradient_error "
-            "nucleus".split()
-        )
-        origin = provenance()
+        versions = provenance()
         return Row(
-            **{
-                "section": self.section, "implementation": implementation, "source": source, "passes": passes,
-                "n": case.n, "v": case.v, "d": case.d, "dtype": str(case.dtype).removeprefix("torch."),
-                "logits": case.kind, "status": "ok", "reason": "", "turns": 0,
-                "device": device_name(case.device), "command": self.command,
-                "commit": origin.pop("commit"), "date": origin.pop("date"), "versions": origin,
-            } | empty | found
+            section=self.section, implementation=implementation, source=source, passes=passes,
+            n=case.n, v=case.v, d=case.d, dtype=str(case.dtype).removeprefix("torch."), logits=case.kind,
+            device=device_name(case.device), command=self.command,
+            commit=versions.pop("commit"), date=versions.pop("date"), versions=versions, **found,
         )  # fmt: skip
 
 
 def rows_of_case(
     run: Run, case: Case, names: list[str], on_step: Callable[[str], None] = lambda _: None
 ) -> Iterator[Row]:
-    """All rows of one case: of the floor, of each implementation that is right, and of those that have no number.
+    """Yield all rows of one case: of the floor, of each implementation that is right, and of those that have no number.
 
     Args:
         names: implementations in the order of their turns; the first that is right is the anchor of the ratios.
@@ -123,11 +117,9 @@ def rows_of_case(
 def admit(
     implementation: Implementation, case: Case, inputs: Inputs, spare: Tensor, truth: Truth
 ) -> Contender | tuple[str, str]:
-    """The implementation ready to be timed, or a row's status and reason."""
-    reason = implementation.missing(case)
-    if reason is not None:
-        status, _, text = reason.partition(": ")
-        return status, text
+    """Check the implementation; return it ready to be timed, or a row's status and reason."""
+    if reason := implementation.why_not(case):
+        return reason
     try:
         function = implementation.prepare()
         tried = leaves(fresh(implementation, only(inputs, truth.rows), spare))
@@ -146,12 +138,12 @@ def admit(
 
 
 def described(error: Exception) -> str:
-    """In a line."""
+    """Describe the error in one line."""
     return f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"
 
 
 def fresh(implementation: Implementation, inputs: Inputs, spare: Tensor) -> Inputs:
-    """The inputs, in the spare tensor where the implementation writes over them."""
+    """Put the inputs into the spare tensor where the implementation writes over them."""
     return inputs._replace(rows=spare.copy_(inputs.rows)) if implementation.overwrites else inputs
 
 
@@ -164,7 +156,7 @@ def take_turns(
     contenders: list[Contender],
     on_step: Callable[[str], None],
 ) -> list[Seconds]:
-    """Fills the contenders' seconds, and returns the floor's, turn by turn."""
+    """Fill the contenders' seconds, and return the floor's, turn by turn."""
     flush = flusher(case.device)
     floor_seconds: list[Seconds] = []
     for turn in range(run.turns + 1):
@@ -208,14 +200,17 @@ def run_once(contender: Contender, device: str, inputs: Inputs) -> Seconds:
 
 
 def flusher(device: str) -> Callable[[], object]:
-    """What evicts all that the caches hold. It reads: lines it wrote would be written back in the timed run."""
+    """Return a function that evicts the caches by reading a large buffer.
+
+    Lines that it wrote would be flushed inside the timed run.
+    """
     buffer = torch.ones(FLUSH_BYTES[device] // 4, device=device)  # zeros may all be one page of a CPU's memory
     total = torch.empty((), device=device)
     return lambda: torch.sum(buffer, dim=0, out=total)
 
 
 def clock(device: str, forward: Callable[[], Any], backward: Callable[[Any], object]) -> Seconds:
-    """Seconds of the two in a row: the GPU's own by events, the wall's on a CPU."""
+    """Time the two in a row: by the GPU's own events, by the wall's clock on a CPU."""
     if device == "cuda":
         start, middle, end = (torch.cuda.Event(enable_timing=True) for _ in range(3))
         torch.cuda._sleep(SLEEP_CYCLES)  # until the host has launched it all, whose own time is not the GPU's
@@ -234,7 +229,7 @@ def clock(device: str, forward: Callable[[], Any], backward: Callable[[Any], obj
 
 
 def peak_bytes(names: list[str], case: Case, inputs: Inputs) -> dict[str, int]:
-    """On a CPU: how far a run raises the resident memory of a new process beyond its inputs (see `peak_memory`).
+    """Find, on a CPU, how far a run raises the resident memory of a new process beyond its inputs (see `peak_memory`).
 
     PyTorch's profiler would miss what the backend's own threads allocate, and this process keeps freed memory. The
     new one gives every larger buffer back as soon as it is freed, so that no run finds memory of the one before.
@@ -265,7 +260,7 @@ def _growth_in_new_process(path: Path, names: list[str], n_threads: int) -> dict
 
 @contextmanager
 def _environment(**variables: str) -> Iterator[None]:
-    """Of processes started meanwhile."""
+    """Set variables of processes that are started meanwhile."""
     before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)
     try:
@@ -279,7 +274,10 @@ def _environment(**variables: str) -> Iterator[None]:
 
 
 def _gradients_not_counted(case: Case, inputs: Inputs) -> int:
-    """Of the linear form the gradients, which any form holds. Those of logits are memory that a way may save."""
+    """Count the bytes that every implementation must hold: the linear form's gradients.
+
+    A gradient of logits counts as the implementation's own, since it can be avoided.
+    """
     return inputs.rows.nbytes + inputs.head.nbytes if case.d and inputs.head is not None else 0
 
 
@@ -299,7 +297,7 @@ def _timed(case: Case, passes: str, seconds: list[Seconds]) -> dict[str, Any]:
 
 
 def median_ratio(above: list[Seconds], below: list[Seconds], passes: str) -> float:
-    """Taken within each turn."""
+    """Return the median of the ratios within each turn."""
     return percentile([a.of(passes) / b.of(passes) for a, b in zip(above, below, strict=True)], 50)
 
 

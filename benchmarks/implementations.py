@@ -1,4 +1,4 @@
-"""What an implementation is to the harness, and the list of all of them."""
+"""What an implementation is to the harness."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -52,18 +52,18 @@ class Implementation:
     keeps: int | None = None
     refuses: Callable[[Case], str | None] = lambda case: None
 
-    def missing(self, case: Case) -> str | None:
-        """Why this case cannot be run here, before anything is imported; None where it may."""
+    def why_not(self, case: Case) -> tuple[str, str] | None:
+        """Give the status and the reason of a case that cannot be run here, before anything is imported."""
         for distribution, module in self.packages:
             if find_spec(module.split(".")[0]) is None:
-                return f"missing: {distribution} is not installed"
+                return "missing", f"{distribution} is not installed"
         if case.device not in self.on:
-            return f"skipped: needs {' or '.join(self.on)}, this is {case.device}"
+            return "skipped", f"needs {' or '.join(self.on)}, this is {case.device}"
         reason = self.refuses(case)
-        return None if reason is None else f"skipped: {reason}"
+        return None if reason is None else ("skipped", reason)
 
     def versions(self) -> dict[str, str]:
-        """Of its own packages, those that are installed."""
+        """Return the versions of those of its own packages that are installed."""
         found = {}
         for distribution, _ in self.packages:
             try:
@@ -74,14 +74,5 @@ class Implementation:
 
 
 def compiled(function: Callable[..., Outputs]) -> Callable[..., Outputs]:
-    """`torch.compile` as a user would write it, for one shape."""
+    """Compile as a user would, for one shape."""
     return torch.compile(function, dynamic=False)
-
-
-def all_implementations() -> dict[str, Implementation]:
-    """By name, those on logits first; the order in which they take turns."""
-    from benchmarks.rivals import cut_cross_entropy, eager, flashinfer, liger, ours, quack, trl, verl
-
-    rooms = (ours, eager, trl, verl, liger, cut_cross_entropy, quack, flashinfer)
-    found = [implementation for room in rooms for implementation in room.IMPLEMENTATIONS]
-    return {i.name: i for linear in (False, True) for i in found if i.linear is linear}

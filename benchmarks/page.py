@@ -10,7 +10,8 @@ from typing import Any
 
 from benchmarks import cost_model, plots
 from benchmarks.floors import LINEAR, ON_LOGITS
-from benchmarks.implementations import STATISTICS, all_implementations
+from benchmarks.implementations import STATISTICS
+from benchmarks.rivals import all_implementations
 from benchmarks.rows import RESULTS, Row, only, path_of, plain, read, span_of_dates
 
 DEVICES = {"cuda": "On a GPU", "cpu": "On a CPU"}
@@ -18,14 +19,13 @@ COMMANDS = {"cuda": "make bench-gpu", "cpu": "make bench"}
 SECTIONS = {
     "rivals": "From logits, beside everything else",
     "linear": "From hidden states, beside four bare products",
-    "step": "A whole optimiser step",
-    "loop": "An optimiser step of the reference loop",
+    "step": "A whole optimiser step of the reference loop",
     "vocabulary": "Against the vocabulary",
     "rows": "Against the number of rows",
     "kinds": "Kinds of logits, and what the nucleus costs",
 }
 PLOTS = {
-    "rivals": ("time_of_rivals", "roofline"),
+    "rivals": ("time_of_rivals",),
     "linear": ("time_of_linear",),
     "vocabulary": ("share_against_v", "memory_against_v"),
     "rows": ("time_against_n",),
@@ -116,7 +116,7 @@ def of_device(device: str, rows: dict[str, list[Row]], drawn: list[str]) -> Iter
         yield ""
         for name in PLOTS.get(section, ()):
             if name in drawn:
-                yield from (f"[![{name.replace('_', ' ')}](plots/{device}_{name}.png)](plots/{device}_{name}.svg)", "")
+                yield from (f"![{name.replace('_', ' ')}](plots/{device}_{name}.png)", "")
 
 
 def origin(rows: list[Row]) -> str:
@@ -197,7 +197,7 @@ def sweep(rows: list[Row]) -> Iterator[str]:
             yield _cells([*where, *times, times_over(row.relative), shares, mebibytes(row)])
 
 
-TABLES = {"rivals": comparison, "linear": comparison, "step": step, "loop": step}
+TABLES = {"rivals": comparison, "linear": comparison, "step": step}
 TABLES |= dict.fromkeys(("vocabulary", "rows", "kinds"), sweep)
 
 

@@ -1,9 +1,8 @@
-"""The rows as pictures, PNG and SVG, each readable by itself: titled with device, shapes, commit and date."""
+"""The rows as pictures, each readable by itself: titled with device, shapes, commit and date."""
 
 from collections.abc import Iterator
 from pathlib import Path
 
-import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
@@ -17,19 +16,17 @@ PASS_STYLE = {"forward": "-", "backward": "--"}
 
 
 def write(rows: dict[str, list[Row]], folder: Path, device: str) -> list[str]:
-    """Files ``<device>_<name>.png`` and ``.svg`` in ``folder`` for whatever there are rows of. Returns the names."""
+    """Write ``<device>_<name>.png`` into ``folder`` for whatever there are rows of, and return the names."""
     folder.mkdir(parents=True, exist_ok=True)
-    matplotlib.rcParams["svg.hashsalt"] = "paec"  # the same rows give the same file
     names = []
     for name, figure in figures(rows):
         figure.savefig(folder / f"{device}_{name}.png", dpi=130, metadata={"Software": None})
-        figure.savefig(folder / f"{device}_{name}.svg", metadata={"Date": None})
         names.append(name)
     return names
 
 
 def figures(rows: dict[str, list[Row]]) -> Iterator[tuple[str, Figure]]:
-    """Of rows by section. A plot for which no row has a number does not exist."""
+    """Draw rows by section. A plot for which no row has a number does not exist."""
     vocabulary = timed(rows.get("vocabulary", []))
     if vocabulary:
         yield "share_against_v", share_against_v(vocabulary)
@@ -39,8 +36,6 @@ def figures(rows: dict[str, list[Row]]) -> Iterator[tuple[str, Figure]]:
         yield "time_against_n", time_against_n(by_n)
     if rivals := timed(rows.get("rivals", [])):
         yield "time_of_rivals", bars(rivals, "From logits")
-        if _contenders(rivals):
-            yield "roofline", roofline(rivals, timed(rows.get("linear", [])))
     if linear := timed(rows.get("linear", [])):
         yield "time_of_linear", bars(linear, "From hidden states")
 
@@ -103,7 +98,7 @@ def time_against_n(rows: list[Row]) -> Figure:
 
 
 def bars(rows: list[Row], what: str) -> Figure:
-    """Forward and backward stacked; a way that has only a forward pass, or one that cannot be split, as one bar."""
+    """Stack forward and backward; draw a way that has only a forward pass, or one that cannot be split, as one bar."""
     names = sorted(_in_order(row.implementation for row in rows), key=lambda name: -_total(rows, name))
     figure, (axes,) = _figure(9.5, 1.6 + 0.42 * len(names), 1)
     for y, name in enumerate(names):
@@ -128,38 +123,8 @@ def bars(rows: list[Row], what: str) -> Figure:
     return figure
 
 
-def roofline(rivals: list[Row], linear: list[Row]) -> Figure:
-    """Attained operations a second over operations a byte, both by the operation's own count, under measured roofs."""
-    figure, (axes,) = _figure(8.6, 5.0, 1)
-    (read,) = only(rivals, implementation=ON_LOGITS.name, passes="forward")
-    (copy,) = only(rivals, implementation=ON_LOGITS.name, passes="backward")
-    products = only(linear, implementation=LINEAR.name, passes="both")
-    peak = products[0].operations / products[0].p50 if products else None
-    shown = [row for row in rivals if row.implementation != ON_LOGITS.name and row.passes != "both"]
-    intensities = [row.operations / row.bytes for row in shown]
-    x = [min(intensities) / 4, max(intensities) * 16]
-    if peak:
-        x[1] = max(x[1], 4 * peak / read.bandwidth)
-        axes.axhline(peak, color="black", ls=":", lw=1, label=f"matrix products: {peak / 1e9:,.4g} G operations/s")
-    for row, what, style in ((read, "read", "-"), (copy, "copy", "--")):
-        corners = [x[0], x[1]] if peak is None else [x[0], peak / row.bandwidth, x[1]]
-        roof = [v * row.bandwidth if peak is None else min(v * row.bandwidth, peak) for v in corners]
-        axes.plot(corners, roof, style, color="black", lw=1.3, label=f"{what}: {row.bandwidth / 1e9:,.4g} GB/s")
-    for row in shown:
-        marker = "o" if row.passes == "forward" else "s"
-        axes.plot(
-            row.operations / row.bytes, row.operations / row.p50, marker, color=_colour(row.implementation, rivals),
-            ms=7, label=row.implementation if row.passes == "forward" else None,
-        )  # fmt: skip
-    axes.set(xscale="log", yscale="log", xlabel="operations a byte", ylabel="operations a second", xlim=x)
-    _legend(figure, [axes], "circle: forward\nsquare: backward")
-    r = rivals[0]
-    _title(figure, f"Roofline, N = {r.n:,}, V = {r.v:,}, {r.dtype}, {r.logits}", rivals)
-    return figure
-
-
 def _total(rows: list[Row], name: str) -> float:
-    """Seconds of both passes, or of the forward pass where there is no other."""
+    """Add up the seconds of both passes, or take the forward pass' where there is no other."""
     own = {row.passes: row.p50 for row in only(rows, implementation=name)}
     return own.get("both", own.get("forward"))
 

@@ -39,27 +39,27 @@ class Row:
     d: int
     dtype: str
     logits: str
-    status: str
-    reason: str
-    p20: float | None
-    p50: float | None
-    p80: float | None
-    turns: int
-    bytes: int | None
-    bandwidth: float | None
-    operations: int | None
-    share: float | None
-    anchor: str | None
-    relative: float | None
-    peak_bytes: int | None
-    value_error: float | None
-    gradient_error: float | None
-    nucleus: tuple[int, int] | None
     device: str
     command: str
     commit: str
     date: str
     versions: dict[str, str]
+    status: str = "ok"
+    reason: str = ""
+    p20: float | None = None
+    p50: float | None = None
+    p80: float | None = None
+    turns: int = 0
+    bytes: int | None = None
+    bandwidth: float | None = None
+    operations: int | None = None
+    share: float | None = None
+    anchor: str | None = None
+    relative: float | None = None
+    peak_bytes: int | None = None
+    value_error: float | None = None
+    gradient_error: float | None = None
+    nucleus: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         numbers = [
@@ -76,7 +76,7 @@ class Row:
 
 
 def percentile(values: list[float], q: float) -> float:
-    """Linear between the two nearest of the sorted values, as `numpy.percentile`; q in [0, 100]."""
+    """Interpolate between the two nearest of the sorted values, as `numpy.percentile` does; q in [0, 100]."""
     ordered = sorted(values)
     place = q / 100 * (len(ordered) - 1)
     low = int(place)
@@ -85,7 +85,7 @@ def percentile(values: list[float], q: float) -> float:
 
 
 def plain(value: float) -> str:
-    """Three digits or more, without an exponent."""
+    """Write three digits or more, without an exponent."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
@@ -112,7 +112,7 @@ class RowFile:
             self._flush()
 
     def close(self) -> None:
-        """At the sweep's end: rows without a result are better than no file."""
+        """End the sweep: rows without a result are better than no file."""
         if self._waiting and not self._path.exists():
             self._flush()
 
@@ -128,7 +128,7 @@ def path_of(folder: Path, device: str, section: str) -> Path:
 
 
 def read(path: Path) -> list[Row]:
-    """The rows of a file; none where there is no file."""
+    """Read the rows of a file; none where there is no file."""
     if not path.exists():
         return []
     return [_row(json.loads(line)) for line in path.read_text().splitlines()]
@@ -142,5 +142,5 @@ def _row(found: dict[str, Any]) -> Row:
 
 
 def only(rows: Iterable[Row], **wanted: object) -> list[Row]:
-    """Those whose fields have these values."""
+    """Pick the rows whose fields have these values."""
     return [row for row in rows if all(getattr(row, name) == value for name, value in wanted.items())]

@@ -1,38 +1,31 @@
-"""The demo's model and answers that it samples itself, for what is measured on real hidden states and real steps."""
+"""SmolLM2-135M's own answers, for what is measured on real hidden states and in real steps."""
 
 import functools
-from itertools import cycle, islice
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from paec_kernels.demo import rollout
-from paec_kernels.demo.questions import QUESTIONS, messages
-from paec_kernels.train.models import smollm2
+from paec_kernels.train.models.hugging_face import HFPolicy, load
+from paec_kernels.train.presets import PRESETS
+from paec_kernels.train.tasks.by_name import load_tasks
 
 MAX_NEW_TOKENS = 48
 TOKENS_OF_AN_ANSWER = 12  # at least, on average
 
 
-def sampled(device: str, answers: int) -> tuple[PreTrainedModel, rollout.Rollout]:
-    """SmolLM2-135M-Instruct in float32, and so many answers to the demo's questions, each in its turn."""
-    policy, tokenizer = _model(device)
-    chats = [messages(question) for question in islice(cycle(QUESTIONS), answers)]
-    torch.manual_seed(0)
-    return policy, rollout.sample(policy, tokenizer, chats, 1, max_new_tokens=MAX_NEW_TOKENS, temperature=1.0)
-
-
 @functools.cache
-def _model(device: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    return smollm2.load(torch.device(device))
+def policy(device: str) -> HFPolicy:
+    return load("smollm2", torch.device(device))
 
 
 def hidden_states(n: int) -> tuple[Tensor, Tensor, Tensor]:
-    """On the CPU, float32: hidden states ``[n, 576]`` of sampled tokens, the head ``[49152, 576]``, the tokens."""
-    policy, answers = sampled("cpu", answers=-(-n // TOKENS_OF_AN_ANSWER))
+    """Return hidden states ``[n, 576]`` of sampled tokens, the head ``[49152, 576]``, the ids; float32 on a CPU."""
+    model, ((task, *_), _) = policy("cpu"), load_tasks(PRESETS["smollm2"].tasks)
+    places = range(-(-n // TOKENS_OF_AN_ANSWER))
+    prompts = [task.train_problem(place).prompt for place in places]
+    answers = model.sample(prompts, 1, max_new_tokens=MAX_NEW_TOKENS, temperature=1.0, seeds=list(places))
     with torch.no_grad():
-        hidden = rollout.answer_hidden(policy, answers)[answers.valid]
+        hidden = model.module(answers.sequences, answers.attention_mask, answers.prompt_length)[answers.valid]
     if len(hidden) < n:
         raise ValueError(f"the model stopped after {len(hidden)} tokens, {n} were asked for")
-    return hidden[:n].clone(), policy.lm_head.weight.detach().clone(), answers.token_ids[answers.valid][:n].clone()
+    return hidden[:n].clone(), model.head.detach().clone(), answers.token_ids[answers.valid][:n].clone()

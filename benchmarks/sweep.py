@@ -13,11 +13,11 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks import loop_step, optimiser_step, page
+from benchmarks import page
 from benchmarks.cost_model import ROWS, VOCABULARIES
 from benchmarks.harness import Run, described, rows_of_case
-from benchmarks.implementations import all_implementations
 from benchmarks.logits import KINDS
+from benchmarks.rivals import all_implementations
 from benchmarks.rows import PASSES, RESULTS, Row, RowFile, path_of
 from benchmarks.workload import PLANTED, SMOLLM2, Case
 
@@ -30,7 +30,7 @@ EAGER = "eager, sort"
 
 @dataclass(frozen=True)
 class Part:
-    """One case of a section; ``case`` is None for the optimiser steps, which make their own."""
+    """One case of a section; ``case`` is None for the optimiser step, which makes its own."""
 
     section: str
     case: Case | None
@@ -59,7 +59,6 @@ def parts_on_cpu() -> Iterator[Part]:
     yield Part("rivals", Case(192, 49_152, F32, "real", cpu), names_of(linear=False), 12, with_memory=True)
     yield Part("linear", Case(256, 49_152, F32, SMOLLM2, cpu, d=576), names_of(linear=True), 8, with_memory=True)
     yield Part("step", None, (), 10)
-    yield Part("loop", None, (), 12)
     for v in VOCABULARIES:
         yield Part("vocabulary", Case(32, v, F32, "real", cpu), (*IN_AND_OUT_OF_PLACE, EAGER), 3, with_memory=True)
     for n in (1, 8, 64, 256):
@@ -86,7 +85,6 @@ def parts_on_gpu() -> Iterator[Part]:
     for n in (1, *ROWS):
         yield Part("rows", Case(n, 151_936, BF16, "real", gpu), (*IN_AND_OUT_OF_PLACE, "TRL, fused"), 20)
     yield Part("step", None, (), 20)
-    yield Part("loop", None, (), 12)
     for v in VOCABULARIES:
         yield Part("vocabulary", Case(4096, v, F32, "real", gpu), fast, 20)
 
@@ -164,10 +162,10 @@ def rows_of_part(part: Part, run: Run, device: str, too_late: bool, tell: Callab
 
 def measured(part: Part, run: Run, device: str, tell: Callable[[str], None]) -> Iterator[Row]:
     tell("inputs")
-    if part.section == "step":
-        yield from optimiser_step.step_rows(run, device, answers=2 if device == "cpu" else 64, on_step=tell)
-    elif part.section == "loop":
-        yield from loop_step.loop_rows(run, device, on_step=tell)
+    if part.case is None:
+        from benchmarks import step  # the training's packages, which nothing else here needs
+
+        yield from step.step_rows(run, device, answers=2 if device == "cpu" else 64, on_step=tell)
     else:
         yield from rows_of_case(run, part.case, list(part.names), on_step=tell)
 
@@ -175,9 +173,7 @@ def measured(part: Part, run: Run, device: str, tell: Callable[[str], None]) -> 
 def rows_without(part: Part, run: Run, device: str, status: str, reason: str) -> Iterator[Row]:
     """Of everything that the part would measure."""
     if part.case is None:
-        module = {"step": optimiser_step, "loop": loop_step}[part.section]
-        for name, source in module.SOURCES.items():
-            yield run.row(Case(0, 0, F32, module.KIND, device), name, source, "step", status=status, reason=reason)
+        yield run.row(Case(0, 0, F32, "", device), "all", "", "step", status=status, reason=reason)
         return
     for name in part.names:
         for passes in PASSES:

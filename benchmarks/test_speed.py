@@ -8,7 +8,7 @@ import torch
 
 from benchmarks.check import Truth
 from benchmarks.harness import Contender, admit, fresh, run_once
-from benchmarks.implementations import all_implementations
+from benchmarks.rivals import all_implementations
 from benchmarks.workload import PLANTED, Case, build, checked_rows
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

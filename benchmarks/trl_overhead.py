@@ -28,15 +28,20 @@ from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer
 
 from benchmarks.provenance import device_name, provenance
-from paec_kernels.demo.questions import QUESTIONS, messages
 from paec_kernels.integrations.trl import PAECGRPOConfig, PAECGRPOTrainer
 from paec_kernels.train.models import smollm2
+from paec_kernels.train.tasks.by_name import load_tasks
 
 STOCK, ANSWERS_ONLY, PAEC = "stock", "stock, answers only", "PAEC"
 ON_A_GPU = trl.trainer.utils._use_triton
 ON_CPU = not torch.cuda.is_available()
 DTYPE, TOLERANCE = (torch.float32, 1e-5) if ON_CPU else (torch.bfloat16, 1e-2)
 ANSWERS = 2  # of each micro-batch
+
+
+def prompts() -> list[dict[str, Any]]:
+    (task, *_), _ = load_tasks(("gym:basic_arithmetic,max_terms=2,max_digits=1",))
+    return [{"prompt": [{"role": "user", "content": task.train_problem(place).prompt}]} for place in range(4)]
 
 
 class Turn(NamedTuple):
@@ -62,7 +67,7 @@ class Contender:
                 gradient_checkpointing=False,
                 num_iterations=1000,  # the answers are kept for all turns
             ),
-            train_dataset=Dataset.from_list([{"prompt": messages(question)} for question in QUESTIONS]),
+            train_dataset=Dataset.from_list(prompts()),
             processing_class=tokenizer,
         )  # fmt: skip
         self.run.train()
@@ -107,7 +112,7 @@ def take_turn(contender: Contender) -> Turn:
 
 
 def check(made: list[Contender]) -> float:
-    """Largest difference from the stock loss; exits where there is one."""
+    """Return the largest difference from the stock loss; exit where there is one."""
     losses = {contender.name: take_turn(contender).loss for contender in made}
     losses[PAEC] -= made[-1].run._metrics["train"]["paec/loss"][-1]
     error = max(abs(loss - losses[STOCK]) for loss in losses.values())

@@ -84,7 +84,7 @@ def test_page_and_plots_are_written_from_the_files_alone(rows, tmp_path):
     for row in rows:
         file.write(row)
     written = page.write(tmp_path)
-    assert {path.name for path in written} == {"README.md", "cpu_time_of_rivals.png", "cpu_roofline.png"}
+    assert {path.name for path in written} == {"README.md", "cpu_time_of_rivals.png"}
     text = (tmp_path / "README.md").read_text()
     for path in re.findall(r"\(plots/(.*?)\)", text):
         assert (tmp_path / "plots" / path).stat().st_size > 1000

@@ -14,8 +14,8 @@ from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 
 import paec_kernels as pk
+from benchmarks import peak_memory
 from paec_kernels import reference
-from paec_kernels.demo import peak_memory
 from paec_kernels.ops import layout
 from paec_kernels.ops import linear as module
 from paec_kernels.ops.chunks import choose_chunks, empty_logits
