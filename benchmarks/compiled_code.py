@@ -25,9 +25,7 @@ from triton.compiler import ASTSource
 
 from benchmarks import cost_model
 from benchmarks.provenance import provenance
-from paec_kernels.ops import triton_backend
-from paec_kernels.ops.backward import backward_kernel
-from paec_kernels.ops.forward import forward_kernel
+from paec_kernels.ops import backward, forward
 from paec_kernels.ops.nucleus import gather_lanes, search_values
 
 TARGETS = {"sm_90": ("cuda", 90, 32), "sm_80": ("cuda", 80, 32), "gfx942": ("hip", "gfx942", 64)}
@@ -71,8 +69,8 @@ def gather_kernel(logits_ptr, flags_ptr, scratch_ptr, sum_ptr, n_cols, LANES: tl
 
 
 KERNELS = {
-    "forward": forward_kernel,
-    "backward": backward_kernel,
+    "forward": forward.forward_kernel,
+    "backward": backward.backward_kernel,
     "search": candidate_search_kernel,
     "gather": gather_kernel,
 }
@@ -91,16 +89,16 @@ def _type(name: str, dtype: str) -> str:
 def compile_kernel(kernel: str, target: str = "sm_90", dtype: str = "bf16", softcap: bool = False) -> Any:
     """Compile one of KERNELS as a launch on aligned, contiguous logits would."""
     function = KERNELS[kernel]
-    forward_warps = triton_backend.SOFTCAP_WARPS if softcap else triton_backend.FORWARD_WARPS
-    warps = triton_backend.BACKWARD_WARPS if kernel == "backward" else forward_warps
+    forward_warps = forward.SOFTCAP_WARPS if softcap else forward.FORWARD_WARPS
+    warps = backward.BACKWARD_WARPS if kernel == "backward" else forward_warps
     constants = {
         "stride_col": 1,
         "d_stride_col": 1,
         "SHIFT": SHIFTS[dtype],
         "HAS_SOFTCAP": softcap,
-        "LANES": triton_backend.LANES,
+        "LANES": forward.LANES,
         "ALIGNED": True,
-        "BLOCK": triton_backend.BACKWARD_BLOCK,
+        "BLOCK": backward.BACKWARD_BLOCK,
     }
     names = function.arg_names
     signature = {name: "constexpr" if name in constants else _type(name, dtype) for name in names}
@@ -228,7 +226,7 @@ def counts(kernel: str, dtype: str) -> list[cost_model.Counts]:
         # One loop for whole tiles where the nucleus has a gradient, which is the longer one, and one where it has none.
         names, loops = ["backward", "backward, no nucleus"], [loop for loop in reads if own[loop]["STG"]]
         loops.sort(key=lambda loop: loop[0] - loop[1])
-        search, columns = [], triton_backend.TILES.value * triton_backend.BACKWARD_BLOCK
+        search, columns = [], backward.TILES.value * backward.BACKWARD_BLOCK
     assert len(loops) == len(names), f"{kernel}: {len(loops)} loops read whole blocks, not {len(names)}"
     return [
         cost_model.Counts(
@@ -283,7 +281,7 @@ def main_loop(dtype: str = "bf16") -> dict[str, float]:
     found = code(compile_kernel("forward", dtype=dtype))
     first, last = found.loops[0]
     body = found.listing[first : last + 1]
-    elements = 2 * triton_backend.LANES / (WARP * triton_backend.FORWARD_WARPS)
+    elements = 2 * forward.LANES / (WARP * forward.FORWARD_WARPS)
     return {"instructions": len(body) / elements, "ex2": opcodes(body)["MUFU"] / elements}
 
 
@@ -329,7 +327,7 @@ def report() -> dict[str, Any]:
         "nucleus_search": nucleus_search(),
         "counts": [asdict(c) for c in every_count()],
         "scratch_order": {target: scratch_order(target) for target in TARGETS},
-        "threads": WARP * triton_backend.FORWARD_WARPS,
+        "threads": WARP * forward.FORWARD_WARPS,
     }
 
 

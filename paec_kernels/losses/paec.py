@@ -8,11 +8,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from paec_kernels import checks
 from paec_kernels.losses.mask import penalty_coefficients, position_score, soft_mask
 from paec_kernels.losses.paec_config import PAECConfig
 from paec_kernels.losses.quantile import as_fraction, quantile
 from paec_kernels.losses.ranks import gather_columns, world_size
-from paec_kernels.ops.operator import check_backend
+from paec_kernels.ops.operator import BACKENDS
 from paec_kernels.saved_state import differing_fields
 from paec_kernels.types import TokenStats
 
@@ -78,7 +79,7 @@ class PAEC(nn.Module):
         super().__init__()
         if not isinstance(config, PAECConfig):
             raise TypeError(f"config must be a PAECConfig, got {config!r}")
-        check_backend(backend)
+        checks.one_of("backend", backend, BACKENDS)
         self.config = config
         self.process_group = process_group
         self.backend = backend

@@ -5,8 +5,10 @@ With d = (f(z) - r) log2(e) / T for a fixed reference logit r in place of a runn
     Z = sum 2^d    S = sum d 2^d    lse = r / T + ln 2 log2 Z    H = ln 2 (log2 Z - S / Z)
 """
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from paec_kernels.ops import layout
 from paec_kernels.ops.nucleus import GATHERED_LANES, find_nucleus
@@ -19,8 +21,10 @@ from paec_kernels.ops.rows import (
     load_last,
     log2_weight,
     row_offset,
+    strides_of,
     token_of,
 )
+from paec_kernels.types import IGNORE_INDEX
 
 # Powers of two between the reference and the row's maximum. Up to here log2 Z and S / Z, which cancel in H,
 # keep an error below 5e-6; beyond, the row is read once more with its maximum as the reference.
@@ -63,10 +67,11 @@ def read_row(
 
 
 @triton.jit
-def store_everywhere(stats_ptr, size_ptr, n_rows, row, value):
-    """The row's statistics where there are none: value in the table, and a nucleus of size 0."""
-    every = tl.arange(0, 16)  # a power of two
-    tl.store(stats_ptr + every * n_rows + row, value, mask=every < layout.N_ROWS)
+def store_everywhere(stats_ptr, rest_ptr, size_ptr, n_rows, row, value):
+    """Store the statistics of a row that has none: value in the table, and a nucleus of size 0."""
+    every = tl.arange(0, 8)  # a power of two
+    tl.store(stats_ptr + every * n_rows + row, value, mask=every < layout.N_STATS)
+    tl.store(rest_ptr + every * n_rows + row, value, mask=every < layout.N_REST)
     tl.store(size_ptr + row, 0)
 
 
@@ -74,7 +79,7 @@ def store_everywhere(stats_ptr, size_ptr, n_rows, row, value):
 def forward_kernel(
     logits_ptr, stride_outer, stride_inner, stride_col,
     token_ids_ptr, valid_ptr, temperature_ptr, temperature_stride,
-    stats_ptr, size_ptr, scratch_ptr, fits_ptr,
+    stats_ptr, rest_ptr, size_ptr, scratch_ptr, fits_ptr,
     n_rows, n_inner, n_cols, top_p, softcap,
     SHIFT: tl.constexpr, HAS_SOFTCAP: tl.constexpr, LANES: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
@@ -87,7 +92,7 @@ def forward_kernel(
     """
     row = tl.program_id(0)
     if valid_ptr is not None and tl.load(valid_ptr + row) == 0:
-        store_everywhere(stats_ptr, size_ptr, n_rows, row, 0.0)
+        store_everywhere(stats_ptr, rest_ptr, size_ptr, n_rows, row, 0.0)
         return
     row_ptr = logits_ptr + row_offset(row, n_inner, stride_outer, stride_inner)
     temperature = tl.load(temperature_ptr + row * temperature_stride)
@@ -99,7 +104,7 @@ def forward_kernel(
     token_logit = tl.load(row_ptr + token * stride_col, mask=has_token, other=0.0).to(tl.float32)
     if (fits & (has_token | (token == IGNORE))) == 0:
         tl.store(fits_ptr, 0)
-        store_everywhere(stats_ptr, size_ptr, n_rows, row, float("nan"))
+        store_everywhere(stats_ptr, rest_ptr, size_ptr, n_rows, row, float("nan"))
         return  # the nucleus' search need not end at a temperature below 0
 
     head = load_last(row_ptr, stride_col, 0, n_cols, LANES)
@@ -128,15 +133,15 @@ def forward_kernel(
         logp = (capped(token_logit, softcap, HAS_SOFTCAP) - top) / temperature - log2_total * LN2
         tl.store(stats_ptr + layout.LOGP * n_rows + row, tl.where(has_token, logp, 0.0))
         tl.store(stats_ptr + layout.ENTROPY * n_rows + row, entropy)
-        tl.store(stats_ptr + layout.LSE * n_rows + row, lse)
-        tl.store(stats_ptr + layout.TOP * n_rows + row, top)
-        tl.store(stats_ptr + layout.LOG_TOTAL * n_rows + row, log2_total * LN2)
+        tl.store(rest_ptr + layout.LSE * n_rows + row, lse)
+        tl.store(rest_ptr + layout.TOP * n_rows + row, top)
+        tl.store(rest_ptr + layout.LOG_TOTAL * n_rows + row, log2_total * LN2)
 
         is_top = first == top_logit
         n_top = tl.sum(is_top.to(tl.int32))
         second_best = tl.where(n_top > 1, top_logit, tl.max(tl.where(is_top, second, first)))
         margin = (top - capped(second_best, softcap, HAS_SOFTCAP)) / temperature
-        tl.store(stats_ptr + layout.MARGIN * n_rows + row, margin)
+        tl.store(rest_ptr + layout.MARGIN * n_rows + row, margin)
 
         threshold, tie_weight, mass, nucleus_weighted, size = find_nucleus(
             row_ptr, stride_col, n_cols, first, second, second_best, z_total * tl.exp2(-top_distance),
@@ -146,9 +151,69 @@ def forward_kernel(
         log2_mass = tl.log2(mass)
         nucleus_entropy = tl.maximum((log2_mass - nucleus_weighted / mass) * LN2, 0.0)
         tl.store(stats_ptr + layout.NUCLEUS_ENTROPY * n_rows + row, nucleus_entropy)
-        tl.store(stats_ptr + layout.THRESHOLD * n_rows + row, threshold)
-        tl.store(stats_ptr + layout.TIE_WEIGHT * n_rows + row, tie_weight)
-        tl.store(stats_ptr + layout.LOG_MASS * n_rows + row, (log2_mass - log2_total) * LN2)
+        tl.store(rest_ptr + layout.THRESHOLD * n_rows + row, threshold)
+        tl.store(rest_ptr + layout.TIE_WEIGHT * n_rows + row, tie_weight)
+        tl.store(rest_ptr + layout.LOG_MASS * n_rows + row, (log2_mass - log2_total) * LN2)
         tl.store(size_ptr + row, size.to(tl.int32))
     else:
-        store_everywhere(stats_ptr, size_ptr, n_rows, row, float("nan"))
+        store_everywhere(stats_ptr, rest_ptr, size_ptr, n_rows, row, float("nan"))
+
+
+# Fixed for every shape, so that a row's sums have one order whatever batch it sits in.
+LANES = 2048
+FORWARD_WARPS = 4
+SOFTCAP_WARPS = 8  # the registers that tanh takes do not fit beside 16 lanes a thread
+# Bits of a logit's float32 form that its own dtype leaves at zero.
+KEY_SHIFT = {torch.float32: 0, torch.float16: 13, torch.bfloat16: 16}
+
+
+def forward(
+    logits: Tensor, rows: layout.Rows, top_p: float, softcap: float, vocab_size: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Launch the kernel on logits ``[B, L, V]``; see `torch_backend.forward` for the arguments and the result.
+
+    A token id or a temperature out of range stops the device with an assertion: asking for its value would wait.
+    """
+    n_rows = logits.shape[0] * logits.shape[1]
+    stats, rest, size = layout.new_table(torch.empty, n_rows, logits.device)
+    if n_rows == 0:
+        return stats, rest, size
+    scratch = torch.empty(n_rows, GATHERED_LANES.value, dtype=torch.int32, device=logits.device)
+    fits = torch.ones(1, dtype=torch.int32, device=logits.device)
+    launch = forward_kernel[(n_rows,)]
+    with torch.cuda.device_of(logits):  # Triton launches on the current device
+        launch(
+            logits,
+            *strides_of(logits),
+            rows.token_ids,
+            rows.valid,
+            rows.temperature,
+            int(rows.temperature.numel() > 1),
+            stats,
+            rest,
+            size,
+            scratch,
+            fits,
+            n_rows,
+            logits.shape[1],
+            vocab_size,
+            top_p,
+            softcap,
+            SHIFT=KEY_SHIFT[logits.dtype],
+            HAS_SOFTCAP=softcap > 0,
+            LANES=LANES,
+            ALIGNED=_aligned(logits),
+            num_warps=SOFTCAP_WARPS if softcap > 0 else FORWARD_WARPS,
+            enable_fp_fusion=True,
+        )
+    torch._assert_async(
+        fits, f"token_ids must be {IGNORE_INDEX} or in [0, {vocab_size}), temperature positive and finite"
+    )
+    return stats, rest, size
+
+
+def _aligned(logits: Tensor) -> bool:
+    """Tell whether every row begins at a multiple of 16 bytes and its columns adjoin."""
+    outer, inner, column = strides_of(logits)
+    starts = (logits.data_ptr(), outer * logits.itemsize, inner * logits.itemsize)
+    return column == 1 and all(start % 16 == 0 for start in starts)

@@ -7,6 +7,7 @@ that logits near +-5,000 keep the digits in which they differ.
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from paec_kernels.types import IGNORE_INDEX
 
@@ -15,6 +16,12 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 # exp2 of this is 0 in float32, and it times 0 is 0: a finite stand-in for -inf in products.
 UNDERFLOW = tl.constexpr(-150.0)
+
+
+def strides_of(logits: Tensor) -> tuple[int, int, int]:
+    """Return the strides of ``[outer, inner, V]``; 0 for the only outer row, whose size would make Triton recompile."""
+    outer, inner, column = logits.stride()
+    return 0 if len(logits) == 1 else outer, inner, column
 
 
 @triton.jit
