@@ -179,7 +179,7 @@ def token_stats_backward(
     d_stats: Tensor,
     stats: Tensor,
     rest: Tensor,
-    logits: Tensor,
+    logits: Tensor | None,
     token_ids: Tensor | None,
     valid: Tensor | None,
     temperature: Tensor,
@@ -188,10 +188,13 @@ def token_stats_backward(
     backend: str,
     out: Tensor,
 ) -> None:
-    """Write the gradient of logits into out, which may be the logits themselves, from that of stats."""
+    """Write the gradient of logits into out, from that of stats. Without logits, out holds them.
+
+    They are not named twice, since a compiler that finds them read and written makes a copy to write to.
+    """
+    z = as_rows(out if logits is None else logits)
+    d_z = z if logits is None else out.reshape(z.shape)
     rows = Rows(token_ids, valid, temperature)
-    z = as_rows(logits)
-    d_z = z if out.data_ptr() == logits.data_ptr() else out.reshape(z.shape)
     passes_of(backend).backward(d_stats, stats, rest, z, rows, softcap, vocab_size, d_z)
     if d_z.data_ptr() != out.data_ptr():
         out.copy_(d_z.view(out.shape))
@@ -221,7 +224,10 @@ def _backward(ctx, d_stats, *_):
         return 9 * (None,)
     forbid_second_derivative("token_stats")
     logits, *rows, stats, rest = ctx.saved_tensors
-    out = logits if ctx.inplace_backward else torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    if ctx.inplace_backward:
+        logits, out = None, logits
+    else:
+        out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     token_stats_backward(d_stats.contiguous(), stats, rest, logits, *rows, *ctx.options, ctx.backend, out)
     return out, *(8 * (None,))
 

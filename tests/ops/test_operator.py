@@ -192,9 +192,9 @@ def test_opcheck(backend):
     opcheck(operator.token_stats_forward, arguments)
     logits, *rows = (None if value is None else value.detach() for value in arguments[:4])
     stats, rest, _ = operator.token_stats_forward(logits, *arguments[1:])
-    backward = (torch.randn_like(stats), stats, rest, logits, *rows, 0.0, 80, backend)
-    opcheck(operator.token_stats_backward, (*backward, torch.empty(logits.shape)))
-    opcheck(operator.token_stats_backward, (*backward, logits))
+    for given, out in ((logits, torch.empty(logits.shape)), (None, logits)):
+        backward = (torch.randn_like(stats), stats, rest, given, *rows, 0.0, 80, backend, out)
+        opcheck(operator.token_stats_backward, backward)
 
 
 @pytest.mark.parametrize("inplace", [False, True])
