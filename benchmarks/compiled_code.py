@@ -27,6 +27,7 @@ from benchmarks import cost_model
 from benchmarks.provenance import provenance
 from paec_kernels.ops import backward, forward
 from paec_kernels.ops.nucleus import gather_lanes, search_values
+from paec_kernels.ops.rows import Row, Units
 
 TARGETS = {"sm_90": ("cuda", 90, 32), "sm_80": ("cuda", 80, 32), "gfx942": ("hip", "gfx942", 64)}
 SHIFTS = {"fp32": 0, "fp16": 13, "bf16": 16}
@@ -53,7 +54,7 @@ def candidate_search_kernel(
     lanes = tl.arange(0, LANES)
     first, second = tl.load(first_ptr + lanes), tl.load(second_ptr + lanes)
     reached, found, tau, weight, mass, weighted, size = search_values(
-        (first, second), None, low, high, 0.0, 0.0, 0.0, target, top, scale, 0.0, SHIFT, False
+        (first, second), None, low, high, (0.0, 0.0, 0.0), target, Units(top, scale, None), SHIFT
     )
     n_suspect = tl.sum((second >= tau).to(tl.int32))
     tl.store(out_ptr, tau + weight + mass + weighted + size + n_suspect + found + reached)
@@ -64,7 +65,7 @@ def gather_kernel(logits_ptr, flags_ptr, scratch_ptr, sum_ptr, n_cols, LANES: tl
     """The passing of lanes between threads through memory. Nothing but the scratch is stored or loaded by 32 bits."""
     suspect = tl.load(flags_ptr + tl.arange(0, LANES)) != 0
     n_suspect = tl.sum(suspect.to(tl.int32))
-    best, next_best, dropped = gather_lanes(logits_ptr, 1, n_cols, suspect, n_suspect, scratch_ptr, LANES)
+    best, next_best, dropped = gather_lanes(Row(logits_ptr, 1, n_cols), suspect, n_suspect, scratch_ptr, LANES)
     tl.store(sum_ptr, tl.sum(best + next_best) + dropped)
 
 
@@ -95,11 +96,10 @@ def compile_kernel(kernel: str, target: str = "sm_90", dtype: str = "bf16", soft
         "stride_col": 1,
         "d_stride_col": 1,
         "SHIFT": SHIFTS[dtype],
-        "HAS_SOFTCAP": softcap,
         "LANES": forward.LANES,
         "ALIGNED": True,
         "BLOCK": backward.BACKWARD_BLOCK,
-    }
+    } | ({} if softcap else {"softcap": None})
     names = function.arg_names
     signature = {name: "constexpr" if name in constants else _type(name, dtype) for name in names}
     aligned = [n for n in names if n.endswith("_ptr") or "stride_" in n or n in ("n_cols", "width")]

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from paec_kernels.ops import layout
-from paec_kernels.ops.rows import LN2, LOG2E, UNDERFLOW, capped, row_offset, strides_of, tanh, token_of
+from paec_kernels.ops.rows import LN2, LOG2E, UNDERFLOW, Row, Units, capped, row_offset, strides_of, tanh, token_of
 
 TILES = tl.constexpr(4)  # of BLOCK columns in a program, which loads and prepares the row's scalars once for them
 
@@ -27,8 +27,7 @@ class Line(NamedTuple):
     In the nucleus the second line is added at weight w, which is tie_weight at the threshold and 1 above it.
     """
 
-    top: tl.tensor
-    scale: tl.tensor
+    units: Units  # relative to the row's largest weight
     log2_total: tl.tensor
     offset: tl.tensor
     slope: tl.tensor
@@ -42,18 +41,18 @@ class Line(NamedTuple):
 
 @triton.jit
 def write_tile(
-    out_ptr, out_stride, row_ptr, stride, start, n_cols, width, line, softcap,
-    MASKED: tl.constexpr, WITH_NUCLEUS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
+    out, row, start, line, MASKED: tl.constexpr, WITH_NUCLEUS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of BLOCK columns, of which with MASKED those from n_cols to width get 0."""
+    """The gradient of BLOCK columns, of which with MASKED those that the row has not get 0, as far as out goes."""
     columns = start + tl.arange(0, BLOCK)
-    pointers = row_ptr + columns.to(tl.int64) * stride
+    pointers = row.ptr + columns.to(tl.int64) * row.stride
     if MASKED:
-        z = tl.load(pointers, mask=columns < n_cols, other=-float("inf")).to(tl.float32)
+        z = tl.load(pointers, mask=columns < row.n_cols, other=-float("inf")).to(tl.float32)
     else:
         z = tl.load(pointers).to(tl.float32)
 
-    log2_p = (capped(z, softcap, HAS_SOFTCAP) - line.top) * line.scale - line.log2_total
+    softcap = line.units.softcap
+    log2_p = (capped(z, softcap) - line.units.reference) * line.units.scale - line.log2_total
     log2_p = tl.maximum(log2_p, UNDERFLOW, propagate_nan=tl.PropagateNan.ALL)  # -inf times p = 0 would be NaN
     offset, slope = line.offset, line.slope
     if WITH_NUCLEUS:
@@ -63,34 +62,26 @@ def write_tile(
     dz = tl.exp2(log2_p) * (offset + slope * log2_p)
     if (line.target >= start) & (line.target < start + BLOCK):
         dz += tl.where(columns == line.target, line.a, 0.0)
-    if HAS_SOFTCAP:
+    if softcap is not None:
         u = tanh(z / softcap)
         dz *= 1.0 - u * u
 
-    pointers = out_ptr + columns.to(tl.int64) * out_stride
+    pointers = out.ptr + columns.to(tl.int64) * out.stride
     if MASKED:
-        tl.store(pointers, tl.where(columns < n_cols, dz, 0.0).to(out_ptr.dtype.element_ty), mask=columns < width)
+        dz = tl.where(columns < row.n_cols, dz, 0.0)
+        tl.store(pointers, dz.to(out.ptr.dtype.element_ty), mask=columns < out.n_cols)
     else:
-        tl.store(pointers, dz.to(out_ptr.dtype.element_ty))
+        tl.store(pointers, dz.to(out.ptr.dtype.element_ty))
 
 
 @triton.jit
-def write_columns(
-    out_ptr, out_stride, row_ptr, stride, begin, end, n_cols, line, softcap,
-    WITH_NUCLEUS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """The gradient of columns [begin, end): whole tiles, then what is left and the padding."""
-    whole = begin + tl.maximum(tl.minimum(end, n_cols) - begin, 0) // BLOCK * BLOCK
+def write_columns(out, row, begin, line, WITH_NUCLEUS: tl.constexpr, BLOCK: tl.constexpr):
+    """The gradient of out's columns from begin on: whole tiles, then what is left and the padding."""
+    whole = begin + tl.maximum(tl.minimum(out.n_cols, row.n_cols) - begin, 0) // BLOCK * BLOCK
     for start in range(begin, whole, BLOCK):
-        write_tile(
-            out_ptr, out_stride, row_ptr, stride, start, n_cols, end, line, softcap,
-            False, WITH_NUCLEUS, HAS_SOFTCAP, BLOCK,
-        )  # fmt: skip
-    for start in range(whole, end, BLOCK):
-        write_tile(
-            out_ptr, out_stride, row_ptr, stride, start, n_cols, end, line, softcap,
-            True, WITH_NUCLEUS, HAS_SOFTCAP, BLOCK,
-        )  # fmt: skip
+        write_tile(out, row, start, line, False, WITH_NUCLEUS, BLOCK)
+    for start in range(whole, out.n_cols, BLOCK):
+        write_tile(out, row, start, line, True, WITH_NUCLEUS, BLOCK)
 
 
 @triton.jit(do_not_specialize=["temperature_stride", "n_rows", "n_inner", "first_column"])
@@ -100,7 +91,7 @@ def backward_kernel(
     token_ids_ptr, valid_ptr, temperature_ptr, temperature_stride,
     stats_ptr, rest_ptr, d_stats_ptr,
     n_rows, n_inner, n_cols, width, softcap, first_column,
-    HAS_SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The gradient of TILES * BLOCK columns of one row; d_logits may be logits itself.
 
@@ -132,8 +123,7 @@ def backward_kernel(
     b_nucleus = tl.load(d_stats_ptr + layout.NUCLEUS_ENTROPY * n_rows + row) * inverse_temperature
     b_nucleus *= tl.exp2(-log_mass * LOG2E)
     line = Line(
-        top=tl.load(rest_ptr + layout.TOP * n_rows + row),
-        scale=inverse_temperature * LOG2E,
+        units=Units(tl.load(rest_ptr + layout.TOP * n_rows + row), inverse_temperature * LOG2E, softcap),
         log2_total=log_total * LOG2E,
         offset=-a - b * entropy,
         slope=-b * LN2,
@@ -145,13 +135,9 @@ def backward_kernel(
         target=(token - first_column).to(tl.int32),  # in no tile where it is ignored or elsewhere
     )
     if b_nucleus != 0:
-        write_columns(
-            out_ptr, d_stride_col, row_ptr, stride_col, begin, end, n_cols, line, softcap, True, HAS_SOFTCAP, BLOCK
-        )
+        write_columns(Row(out_ptr, d_stride_col, end), Row(row_ptr, stride_col, n_cols), begin, line, True, BLOCK)
     else:
-        write_columns(
-            out_ptr, d_stride_col, row_ptr, stride_col, begin, end, n_cols, line, softcap, False, HAS_SOFTCAP, BLOCK
-        )
+        write_columns(Row(out_ptr, d_stride_col, end), Row(row_ptr, stride_col, n_cols), begin, line, False, BLOCK)
 
 
 BACKWARD_BLOCK = 4096
@@ -198,9 +184,8 @@ def backward(
             n_inner,
             vocab_size,
             width,
-            softcap,
+            softcap or None,
             first_column,
-            HAS_SOFTCAP=softcap > 0,
             BLOCK=BACKWARD_BLOCK,
             num_warps=BACKWARD_WARPS,
             enable_fp_fusion=True,

@@ -16,6 +16,8 @@ from paec_kernels.ops.rows import (
     IGNORE,
     LN2,
     LOG2E,
+    Row,
+    Units,
     capped,
     insert_top_two,
     load_last,
@@ -32,9 +34,9 @@ REFERENCE_RANGE = tl.constexpr(40.0)
 
 
 @triton.jit
-def accumulate(sums, z, reference, scale, softcap, HAS_SOFTCAP: tl.constexpr):
+def accumulate(sums, z, units):
     total, weighted, first, second = sums
-    d = log2_weight(z, reference, scale, softcap, HAS_SOFTCAP)
+    d = log2_weight(z, units)
     e = tl.exp2(d)
     first, second = insert_top_two(first, second, z)
     return total + e, weighted + e * d, first, second
@@ -42,27 +44,26 @@ def accumulate(sums, z, reference, scale, softcap, HAS_SOFTCAP: tl.constexpr):
 
 @triton.jit
 def read_row(
-    row_ptr, stride, n_cols, reference, scale, softcap,
-    HAS_SOFTCAP: tl.constexpr, LANES: tl.constexpr, ALIGNED: tl.constexpr,
+    row, units, LANES: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """Z, S and the two largest logits of each lane: four [LANES] tensors."""
     zeros = tl.zeros([LANES], tl.float32)
     nothing = tl.full([LANES], -float("inf"), tl.float32)
     sums = zeros, zeros, nothing, nothing
-    first_ptrs = row_ptr + tl.arange(0, LANES).to(tl.int64) * stride
-    block = LANES if ALIGNED else LANES * tl.cast(stride, tl.int64)
-    n_full = n_cols // (2 * LANES) * (2 * LANES)
+    first_ptrs = row.ptr + tl.arange(0, LANES).to(tl.int64) * row.stride
+    block = LANES if ALIGNED else LANES * tl.cast(row.stride, tl.int64)
+    n_full = row.n_cols // (2 * LANES) * (2 * LANES)
     # A round's two blocks are loaded two rounds ahead: fewer bytes in flight do not cover the latency of memory. Loads
     # of less than 16 bytes would only cost registers that way.
     for start in tl.range(0, n_full, 2 * LANES, num_stages=3 if ALIGNED else 1):
-        pointers = first_ptrs + tl.cast(start, tl.int64) * stride
+        pointers = first_ptrs + tl.cast(start, tl.int64) * row.stride
         z0 = tl.load(pointers).to(tl.float32)
         z1 = tl.load(pointers + block).to(tl.float32)
-        sums = accumulate(sums, z0, reference, scale, softcap, HAS_SOFTCAP)
-        sums = accumulate(sums, z1, reference, scale, softcap, HAS_SOFTCAP)
-    for start in range(n_full, n_cols, LANES):
-        z = load_last(row_ptr, stride, start, n_cols, LANES)
-        sums = accumulate(sums, z, reference, scale, softcap, HAS_SOFTCAP)
+        sums = accumulate(sums, z0, units)
+        sums = accumulate(sums, z1, units)
+    for start in range(n_full, row.n_cols, LANES):
+        z = load_last(row, start, LANES)
+        sums = accumulate(sums, z, units)
     return sums
 
 
@@ -81,7 +82,7 @@ def forward_kernel(
     token_ids_ptr, valid_ptr, temperature_ptr, temperature_stride,
     stats_ptr, rest_ptr, size_ptr, scratch_ptr, fits_ptr,
     n_rows, n_inner, n_cols, top_p, softcap,
-    SHIFT: tl.constexpr, HAS_SOFTCAP: tl.constexpr, LANES: tl.constexpr, ALIGNED: tl.constexpr,
+    SHIFT: tl.constexpr, LANES: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """Statistics of one row into stats [10, n_rows] float32 and size [n_rows] int32.
 
@@ -107,20 +108,17 @@ def forward_kernel(
         store_everywhere(stats_ptr, rest_ptr, size_ptr, n_rows, row, float("nan"))
         return  # the nucleus' search need not end at a temperature below 0
 
-    head = load_last(row_ptr, stride_col, 0, n_cols, LANES)
-    reference = capped(tl.max(head), softcap, HAS_SOFTCAP)
+    logits_row = Row(row_ptr, stride_col, n_cols)
+    head = load_last(logits_row, 0, LANES)
+    reference = capped(tl.max(head), softcap)
     reference = tl.where(tl.abs(reference) < float("inf"), reference, 0.0)
-    total, weighted, first, second = read_row(
-        row_ptr, stride_col, n_cols, reference, scale, softcap, HAS_SOFTCAP, LANES, ALIGNED
-    )
+    total, weighted, first, second = read_row(logits_row, Units(reference, scale, softcap), LANES, ALIGNED)
     top_logit = tl.max(first)
-    top = capped(top_logit, softcap, HAS_SOFTCAP)
+    top = capped(top_logit, softcap)
     distance = tl.abs(top - reference) * scale
     if (distance > REFERENCE_RANGE) & (tl.abs(top) < float("inf")):
         reference = top
-        total, weighted, first, second = read_row(
-            row_ptr, stride_col, n_cols, reference, scale, softcap, HAS_SOFTCAP, LANES, ALIGNED
-        )
+        total, weighted, first, second = read_row(logits_row, Units(reference, scale, softcap), LANES, ALIGNED)
     z_total = tl.sum(total)
     z_weighted = tl.sum(weighted)
 
@@ -130,7 +128,7 @@ def forward_kernel(
         log2_total = tl.log2(z_total) - top_distance
         lse = top / temperature + log2_total * LN2
         entropy = tl.maximum((tl.log2(z_total) - z_weighted / z_total) * LN2, 0.0)
-        logp = (capped(token_logit, softcap, HAS_SOFTCAP) - top) / temperature - log2_total * LN2
+        logp = (capped(token_logit, softcap) - top) / temperature - log2_total * LN2
         tl.store(stats_ptr + layout.LOGP * n_rows + row, tl.where(has_token, logp, 0.0))
         tl.store(stats_ptr + layout.ENTROPY * n_rows + row, entropy)
         tl.store(rest_ptr + layout.LSE * n_rows + row, lse)
@@ -140,13 +138,12 @@ def forward_kernel(
         is_top = first == top_logit
         n_top = tl.sum(is_top.to(tl.int32))
         second_best = tl.where(n_top > 1, top_logit, tl.max(tl.where(is_top, second, first)))
-        margin = (top - capped(second_best, softcap, HAS_SOFTCAP)) / temperature
+        margin = (top - capped(second_best, softcap)) / temperature
         tl.store(rest_ptr + layout.MARGIN * n_rows + row, margin)
 
         threshold, tie_weight, mass, nucleus_weighted, size = find_nucleus(
-            row_ptr, stride_col, n_cols, first, second, second_best, z_total * tl.exp2(-top_distance),
-            top_logit, top_p, top, scale, softcap, scratch_ptr + row.to(tl.int64) * GATHERED_LANES,
-            SHIFT, HAS_SOFTCAP, LANES,
+            logits_row, first, second, second_best, z_total * tl.exp2(-top_distance), top_logit, top_p,
+            Units(top, scale, softcap), scratch_ptr + row.to(tl.int64) * GATHERED_LANES, SHIFT, LANES,
         )  # fmt: skip
         log2_mass = tl.log2(mass)
         nucleus_entropy = tl.maximum((log2_mass - nucleus_weighted / mass) * LN2, 0.0)
@@ -198,12 +195,11 @@ def forward(
             logits.shape[1],
             vocab_size,
             top_p,
-            softcap,
+            softcap or None,
             SHIFT=KEY_SHIFT[logits.dtype],
-            HAS_SOFTCAP=softcap > 0,
             LANES=LANES,
             ALIGNED=_aligned(logits),
-            num_warps=SOFTCAP_WARPS if softcap > 0 else FORWARD_WARPS,
+            num_warps=SOFTCAP_WARPS if softcap else FORWARD_WARPS,
             enable_fp_fusion=True,
         )
     torch._assert_async(
