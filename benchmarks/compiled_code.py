@@ -53,11 +53,12 @@ def candidate_search_kernel(
     """All that the nucleus costs a row that needs no rescan: the search and the look for suspect lanes."""
     lanes = tl.arange(0, LANES)
     first, second = tl.load(first_ptr + lanes), tl.load(second_ptr + lanes)
-    reached, found, tau, weight, mass, weighted, size = search_values(
+    reached, found, nucleus = search_values(
         (first, second), None, low, high, (0.0, 0.0, 0.0), target, Units(top, scale, None), SHIFT
     )
-    n_suspect = tl.sum((second >= tau).to(tl.int32))
-    tl.store(out_ptr, tau + weight + mass + weighted + size + n_suspect + found + reached)
+    n_suspect = tl.sum((second >= nucleus.tau).to(tl.int32))
+    every = nucleus.tau + nucleus.weight + nucleus.mass + nucleus.weighted + nucleus.size
+    tl.store(out_ptr, every + n_suspect + found + reached)
 
 
 @triton.jit

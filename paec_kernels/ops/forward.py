@@ -141,17 +141,17 @@ def forward_kernel(
         margin = (top - capped(second_best, softcap)) / temperature
         tl.store(rest_ptr + layout.MARGIN * n_rows + row, margin)
 
-        threshold, tie_weight, mass, nucleus_weighted, size = find_nucleus(
+        nucleus = find_nucleus(
             logits_row, first, second, second_best, z_total * tl.exp2(-top_distance), top_logit, top_p,
             Units(top, scale, softcap), scratch_ptr + row.to(tl.int64) * GATHERED_LANES, SHIFT, LANES,
         )  # fmt: skip
-        log2_mass = tl.log2(mass)
-        nucleus_entropy = tl.maximum((log2_mass - nucleus_weighted / mass) * LN2, 0.0)
+        log2_mass = tl.log2(nucleus.mass)
+        nucleus_entropy = tl.maximum((log2_mass - nucleus.weighted / nucleus.mass) * LN2, 0.0)
         tl.store(stats_ptr + layout.NUCLEUS_ENTROPY * n_rows + row, nucleus_entropy)
-        tl.store(rest_ptr + layout.THRESHOLD * n_rows + row, threshold)
-        tl.store(rest_ptr + layout.TIE_WEIGHT * n_rows + row, tie_weight)
+        tl.store(rest_ptr + layout.THRESHOLD * n_rows + row, nucleus.tau)
+        tl.store(rest_ptr + layout.TIE_WEIGHT * n_rows + row, nucleus.weight)
         tl.store(rest_ptr + layout.LOG_MASS * n_rows + row, (log2_mass - log2_total) * LN2)
-        tl.store(size_ptr + row, size.to(tl.int32))
+        tl.store(size_ptr + row, nucleus.size.to(tl.int32))
     else:
         store_everywhere(stats_ptr, rest_ptr, size_ptr, n_rows, row, float("nan"))
 

@@ -17,6 +17,8 @@ A bracket [low, high) of keys, integers in the order of the logits' values, has 
 ends when it holds one distinct value, tau. Weights are relative to the row's largest, which is 1.
 """
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -27,6 +29,16 @@ GATHERED_LANES = tl.constexpr(64)
 GATHERED_COLUMNS = tl.constexpr(8)
 AHEAD = tl.constexpr(4)  # blocks of columns that `load_ahead` loads before a reading uses the first
 FEW = tl.constexpr(32.0)  # tokens in a bracket that is narrow enough
+
+
+class Nucleus(NamedTuple):
+    """The tokens z > tau, and those at tau by a share; masses relative to the row's largest weight."""
+
+    tau: tl.tensor  # a raw logit
+    weight: tl.tensor  # w of a token at tau
+    mass: tl.tensor  # M = sum of w e
+    weighted: tl.tensor  # sum of w e log2(e)
+    size: tl.tensor  # as a float
 
 
 @triton.jit
@@ -96,16 +108,20 @@ def settle(above, n_tied, tau, target, units):
     """The nucleus from its sums over z > tau (G, sum of e log2(e), how many), when n_tied tokens are at tau.
 
     k = min(n, max(1, ceil((target - M>) / exp(tau)))) of them belong, each with weight w = k / n  [ours].
-
-    Returns:
-        tau, w, mass M, sum of w e log2(e), size.
     """
     mass_above, sum_above, n_above = above
     d = log2_weight(tau, units)
     e = tl.exp2(d)
     needed = tl.ceil((target - mass_above) / tl.maximum(e, 1e-37))
     k = tl.minimum(tl.maximum(needed, 1.0), n_tied)
-    return tau, k / tl.maximum(n_tied, 1.0), mass_above + k * e, sum_above + k * e * d, n_above + k
+    return Nucleus(tau, k / tl.maximum(n_tied, 1.0), mass_above + k * e, sum_above + k * e * d, n_above + k)
+
+
+@triton.jit
+def the_top_alone(top):
+    """The nucleus of the largest logit, once."""
+    one, zero = tl.full([], 1.0, tl.float32), tl.full([], 0.0, tl.float32)
+    return Nucleus(top, one, one, zero, one)
 
 
 @triton.jit
@@ -177,10 +193,8 @@ def search_values(pair, extra, low, high, base, target, units, SHIFT: tl.constex
         n_above += more_above
         n_member += more_member
         tau = tl.maximum(tau, rival)
-    tau, weight, mass, weighted, size = settle(
-        (mass_high, base_sum + weighted, base_count + n_above), n_member - n_above, tau, target, units
-    )
-    return mass_low < LARGEST, low, tau, weight, mass, weighted, size
+    nucleus = settle((mass_high, base_sum + weighted, base_count + n_above), n_member - n_above, tau, target, units)
+    return mass_low < LARGEST, low, nucleus
 
 
 @triton.jit
@@ -257,10 +271,8 @@ def from_candidates(
         whether it is exact; low, raised where the candidates reach the target; a pivot for the next reading, or high;
         the nucleus as from `settle`.
     """
-    reached, low_found, tau, weight, mass, weighted, size = search_values(
-        (first, second), None, low, high, (0.0, 0.0, 0.0), target, units, SHIFT
-    )
-    suspect = second >= tau
+    reached, low_found, nucleus = search_values((first, second), None, low, high, (0.0, 0.0, 0.0), target, units, SHIFT)
+    suspect = second >= nucleus.tau
     n_suspect = tl.sum(suspect.to(tl.int32))
     exact = reached & (n_suspect == 0)
     pivot = high
@@ -273,11 +285,11 @@ def from_candidates(
             first = tl.where(suspect, -float("inf"), first)
             second = tl.where(suspect, -float("inf"), second)
             # The union reaches the target at low, since the candidates alone do.
-            _, low, tau, weight, mass, weighted, size = search_values(
+            _, low, nucleus = search_values(
                 (first, second), (best, next_best), low, high, (0.0, 0.0, 0.0), target, units, SHIFT
             )
-            exact = dropped < tau
-    return exact, low, pivot, tau, weight, mass, weighted, size
+            exact = dropped < nucleus.tau
+    return exact, low, pivot, nucleus
 
 
 @triton.jit
@@ -425,11 +437,7 @@ def from_readings(row, low, high, pivot, target, units, SHIFT: tl.constexpr, LAN
     mass_low = LARGEST
     mass_high = 0.0
     n_tokens = FEW
-    tau = units.reference
-    weight = 0.0
-    mass = 1.0
-    weighted = 0.0
-    size = 1.0
+    nucleus = the_top_alone(units.reference)
     exact = False
     while not exact:
         if pivot == high:
@@ -449,7 +457,7 @@ def from_readings(row, low, high, pivot, target, units, SHIFT: tl.constexpr, LAN
             high = pivot
             mass_high = base_mass
             if may_hold_more(1.0, low, high, mass_low, mass_high, units, SHIFT):
-                reached, low_found, tau, weight, mass, weighted, size = search_values(
+                reached, low_found, nucleus = search_values(
                     (first_below, second_below),
                     None,
                     low,
@@ -459,7 +467,7 @@ def from_readings(row, low, high, pivot, target, units, SHIFT: tl.constexpr, LAN
                     units,
                     SHIFT,
                 )
-                n_suspect = tl.sum((second_below >= tau).to(tl.int32))
+                n_suspect = tl.sum((second_below >= nucleus.tau).to(tl.int32))
                 exact = reached & (n_suspect == 0)
                 low = tl.where(reached, low_found, low)
                 if reached & (exact == 0) & (low + 1 < high):
@@ -467,10 +475,10 @@ def from_readings(row, low, high, pivot, target, units, SHIFT: tl.constexpr, LAN
                 mass_low = LARGEST
             else:
                 exact = True
-                tau, weight, mass, weighted, size = settle(
+                nucleus = settle(
                     (base_mass, base_sum, base_count), n_member - base_count, tl.max(first_below), target, units
                 )
-    return tau, weight, mass, weighted, size
+    return nucleus
 
 
 @triton.jit
@@ -494,26 +502,19 @@ def find_nucleus(
         total: Z relative to the row's largest weight; top_logit: the largest logit.
         units: with the reference f(top_logit).
         scratch_ptr: GATHERED_LANES int32 of this row's own.
-    Returns:
-        tau (a raw logit), tie weight w, mass M and sum of w e log2(e) relative to the largest weight, size (float).
     """
     target = top_p * total
-    tau = top_logit
-    weight = 1.0
-    mass = 1.0
-    weighted = 0.0
-    size = 1.0
+    nucleus = the_top_alone(top_logit)
     if top_p >= 1.0:
         # Every token of non-zero probability: from the smallest finite value on.
         mass, weighted, size, _, _, _ = read_below(row, -LARGEST, -LARGEST, units, LANES // 4)
-        tau = -float("inf")
-        weight = 0.0
+        nucleus = Nucleus(tl.full([], -float("inf"), tl.float32), tl.full([], 0.0, tl.float32), mass, weighted, size)
     elif (target > 1.0) | (second_best == top_logit):
         low = lowest_key((1.0 - top_p) * total / row.n_cols, units, SHIFT)
         high = highest_key_of(top_logit, SHIFT) + 1
-        exact, low, pivot, tau, weight, mass, weighted, size = from_candidates(
+        exact, low, pivot, nucleus = from_candidates(
             row, first, second, low, high, target, units, scratch_ptr, SHIFT, LANES
         )
         if exact == 0:
-            tau, weight, mass, weighted, size = from_readings(row, low, high, pivot, target, units, SHIFT, LANES)
-    return tau, weight, mass, weighted, size
+            nucleus = from_readings(row, low, high, pivot, target, units, SHIFT, LANES)
+    return nucleus
