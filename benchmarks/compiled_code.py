@@ -25,10 +25,9 @@ from triton.compiler import ASTSource
 
 from benchmarks import cost_model
 from benchmarks.provenance import provenance
-from paec_kernels.ops import triton_backend
-from paec_kernels.ops.backward import backward_kernel
-from paec_kernels.ops.forward import forward_kernel
+from paec_kernels.ops import backward, forward
 from paec_kernels.ops.nucleus import gather_lanes, search_values
+from paec_kernels.ops.rows import Row, Units
 
 TARGETS = {"sm_90": ("cuda", 90, 32), "sm_80": ("cuda", 80, 32), "gfx942": ("hip", "gfx942", 64)}
 SHIFTS = {"fp32": 0, "fp16": 13, "bf16": 16}
@@ -54,11 +53,12 @@ def candidate_search_kernel(
     """All that the nucleus costs a row that needs no rescan: the search and the look for suspect lanes."""
     lanes = tl.arange(0, LANES)
     first, second = tl.load(first_ptr + lanes), tl.load(second_ptr + lanes)
-    reached, found, tau, weight, mass, weighted, size = search_values(
-        (first, second), None, low, high, 0.0, 0.0, 0.0, target, top, scale, 0.0, SHIFT, False
+    reached, found, nucleus = search_values(
+        (first, second), None, low, high, (0.0, 0.0, 0.0), target, Units(top, scale, None), SHIFT
     )
-    n_suspect = tl.sum((second >= tau).to(tl.int32))
-    tl.store(out_ptr, tau + weight + mass + weighted + size + n_suspect + found + reached)
+    n_suspect = tl.sum((second >= nucleus.tau).to(tl.int32))
+    every = nucleus.tau + nucleus.weight + nucleus.mass + nucleus.weighted + nucleus.size
+    tl.store(out_ptr, every + n_suspect + found + reached)
 
 
 @triton.jit
@@ -66,13 +66,13 @@ def gather_kernel(logits_ptr, flags_ptr, scratch_ptr, sum_ptr, n_cols, LANES: tl
     """The passing of lanes between threads through memory. Nothing but the scratch is stored or loaded by 32 bits."""
     suspect = tl.load(flags_ptr + tl.arange(0, LANES)) != 0
     n_suspect = tl.sum(suspect.to(tl.int32))
-    best, next_best, dropped = gather_lanes(logits_ptr, 1, n_cols, suspect, n_suspect, scratch_ptr, LANES)
+    best, next_best, dropped = gather_lanes(Row(logits_ptr, 1, n_cols), suspect, n_suspect, scratch_ptr, LANES)
     tl.store(sum_ptr, tl.sum(best + next_best) + dropped)
 
 
 KERNELS = {
-    "forward": forward_kernel,
-    "backward": backward_kernel,
+    "forward": forward.forward_kernel,
+    "backward": backward.backward_kernel,
     "search": candidate_search_kernel,
     "gather": gather_kernel,
 }
@@ -91,17 +91,16 @@ def _type(name: str, dtype: str) -> str:
 def compile_kernel(kernel: str, target: str = "sm_90", dtype: str = "bf16", softcap: bool = False) -> Any:
     """Compile one of KERNELS as a launch on aligned, contiguous logits would."""
     function = KERNELS[kernel]
-    forward_warps = triton_backend.SOFTCAP_WARPS if softcap else triton_backend.FORWARD_WARPS
-    warps = triton_backend.BACKWARD_WARPS if kernel == "backward" else forward_warps
+    forward_warps = forward.SOFTCAP_WARPS if softcap else forward.FORWARD_WARPS
+    warps = backward.BACKWARD_WARPS if kernel == "backward" else forward_warps
     constants = {
         "stride_col": 1,
         "d_stride_col": 1,
         "SHIFT": SHIFTS[dtype],
-        "HAS_SOFTCAP": softcap,
-        "LANES": triton_backend.LANES,
+        "LANES": forward.LANES,
         "ALIGNED": True,
-        "BLOCK": triton_backend.BACKWARD_BLOCK,
-    }
+        "BLOCK": backward.BACKWARD_BLOCK,
+    } | ({} if softcap else {"softcap": None})
     names = function.arg_names
     signature = {name: "constexpr" if name in constants else _type(name, dtype) for name in names}
     aligned = [n for n in names if n.endswith("_ptr") or "stride_" in n or n in ("n_cols", "width")]
@@ -228,7 +227,7 @@ def counts(kernel: str, dtype: str) -> list[cost_model.Counts]:
         # One loop for whole tiles where the nucleus has a gradient, which is the longer one, and one where it has none.
         names, loops = ["backward", "backward, no nucleus"], [loop for loop in reads if own[loop]["STG"]]
         loops.sort(key=lambda loop: loop[0] - loop[1])
-        search, columns = [], triton_backend.TILES.value * triton_backend.BACKWARD_BLOCK
+        search, columns = [], backward.TILES.value * backward.BACKWARD_BLOCK
     assert len(loops) == len(names), f"{kernel}: {len(loops)} loops read whole blocks, not {len(names)}"
     return [
         cost_model.Counts(
@@ -283,7 +282,7 @@ def main_loop(dtype: str = "bf16") -> dict[str, float]:
     found = code(compile_kernel("forward", dtype=dtype))
     first, last = found.loops[0]
     body = found.listing[first : last + 1]
-    elements = 2 * triton_backend.LANES / (WARP * triton_backend.FORWARD_WARPS)
+    elements = 2 * forward.LANES / (WARP * forward.FORWARD_WARPS)
     return {"instructions": len(body) / elements, "ex2": opcodes(body)["MUFU"] / elements}
 
 
@@ -329,7 +328,7 @@ def report() -> dict[str, Any]:
         "nucleus_search": nucleus_search(),
         "counts": [asdict(c) for c in every_count()],
         "scratch_order": {target: scratch_order(target) for target in TARGETS},
-        "threads": WARP * triton_backend.FORWARD_WARPS,
+        "threads": WARP * forward.FORWARD_WARPS,
     }
 
 

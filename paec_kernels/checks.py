@@ -29,7 +29,7 @@ def number(
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, got {value!r}")
     x = float(value)
-    allowed = -math.inf < x < math.inf or x in (least, most)  # torch.compile traces no math.isfinite
+    allowed = abs(x) < math.inf or x in (least, most)  # a comparison: torch.compile does not trace math.isfinite
     high_enough = (least is None or x >= least) and (above is None or x > above)
     if not (allowed and high_enough and (most is None or x <= most)):
         raise ValueError(f"{name} must be {_expected(least, above, most)}, got {value!r}")

@@ -22,7 +22,7 @@ from trl.trainer.utils import maybe_gather_lm_head_ctx
 from paec_kernels.integrations.common import numbers, sources_of_noise
 from paec_kernels.losses.paec import PAEC, Plan
 from paec_kernels.losses.paec_config import PAECConfig
-from paec_kernels.ops.linear import linear_token_stats
+from paec_kernels.ops.linear import backward_node, linear_token_stats
 from paec_kernels.saved_state import whole_file
 from paec_kernels.types import TokenStats
 
@@ -239,7 +239,7 @@ class _Head:
             temperature=temperature / logit_scale,
             softcap=None if softcap is None else softcap / logit_scale,
         )
-        _gather_in_backward(stats.entropy, weight, bias)
+        _gather_in_backward(stats, weight, bias)
         self.pieces.append(stats)
         return stats.logp, stats.entropy, None, None, None
 
@@ -276,14 +276,12 @@ def _with_head(forward: Callable, head: _Head) -> types.MethodType:
     return types.MethodType(functools.update_wrapper(copy, function), forward.__self__)  # type: ignore[attr-defined]
 
 
-def _gather_in_backward(value: Tensor, *parameters: Any) -> None:
-    """DeepSpeed ZeRO-3 has split the head again when backward recomputes its logits: gather it around that node.
+def _gather_in_backward(stats: TokenStats, *parameters: Any) -> None:
+    """Gather the head around the node that recomputes its logits, since DeepSpeed ZeRO-3 has split it again by then.
 
-    Does nothing without ZeRO-3, where TRL's context does nothing.
+    Without ZeRO-3 TRL's context, and so this, is a no-op.
     """
-    node = value.grad_fn
-    while node is not None and node.name() != "_LinearTokenStatsBackward":
-        node = node.next_functions[0][0]
+    node = backward_node(stats)
     if node is None:
         return
     contexts = []

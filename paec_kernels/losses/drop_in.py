@@ -3,11 +3,12 @@
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from paec_kernels import checks
 from paec_kernels.losses.paec import PAEC, PAECOutput
 from paec_kernels.losses.paec_config import PAECConfig
 from paec_kernels.losses.policy import check_numbers, grpo_loss
 from paec_kernels.losses.ranks import mean_over_ranks
-from paec_kernels.ops.operator import check_inplace, check_options, token_stats
+from paec_kernels.ops.operator import check_options, token_stats
 
 
 class PAECLoss(nn.Module):
@@ -51,7 +52,7 @@ class PAECLoss(nn.Module):
         self.paec = PAEC(config, process_group, backend=backend)
         check_numbers(clip_low, clip_high, kl_coef=kl_coef)
         check_options(config.top_p, temperature, softcap, vocab_size)
-        check_inplace(inplace_backward)
+        checks.boolean("inplace_backward", inplace_backward)
         self.clip_low = clip_low
         self.clip_high = clip_high
         self.kl_coef = kl_coef

@@ -6,12 +6,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from paec_kernels import checks
 from paec_kernels.losses.entropy_term import EntropyTerm, checked_stats
 from paec_kernels.losses.mask import penalty_coefficients, position_score, soft_mask
 from paec_kernels.losses.paec_config import PAECConfig
 from paec_kernels.losses.quantile import as_fraction, quantile
 from paec_kernels.losses.ranks import gather_columns, world_size
-from paec_kernels.ops.operator import check_backend
+from paec_kernels.ops.operator import BACKENDS
 from paec_kernels.types import TokenStats
 
 
@@ -59,7 +60,7 @@ class PAEC(EntropyTerm):
         self, config: PAECConfig, process_group: dist.ProcessGroup | None = None, *, backend: str = "auto"
     ) -> None:
         super().__init__(config, process_group)
-        check_backend(backend)
+        checks.one_of("backend", backend, BACKENDS)
         self.backend = backend
         self._rho = as_fraction(config.rho)
 

@@ -10,11 +10,13 @@ program only selects the line's two coefficients.
 
 from typing import NamedTuple
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from paec_kernels.ops import layout
-from paec_kernels.ops.rows import LN2, LOG2E, UNDERFLOW, capped, row_offset, tanh, token_of
+from paec_kernels.ops.rows import LN2, LOG2E, UNDERFLOW, Row, Units, capped, row_offset, strides_of, tanh, token_of
 
 TILES = tl.constexpr(4)  # of BLOCK columns in a program, which loads and prepares the row's scalars once for them
 
@@ -25,8 +27,7 @@ class Line(NamedTuple):
     In the nucleus the second line is added at weight w, which is tie_weight at the threshold and 1 above it.
     """
 
-    top: tl.tensor
-    scale: tl.tensor
+    units: Units  # relative to the row's largest weight
     log2_total: tl.tensor
     offset: tl.tensor
     slope: tl.tensor
@@ -40,18 +41,18 @@ class Line(NamedTuple):
 
 @triton.jit
 def write_tile(
-    out_ptr, out_stride, row_ptr, stride, start, n_cols, width, line, softcap,
-    MASKED: tl.constexpr, WITH_NUCLEUS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
+    out, row, start, line, MASKED: tl.constexpr, WITH_NUCLEUS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of BLOCK columns, of which with MASKED those from n_cols to width get 0."""
+    """The gradient of BLOCK columns, of which with MASKED those that the row has not get 0, as far as out goes."""
     columns = start + tl.arange(0, BLOCK)
-    pointers = row_ptr + columns.to(tl.int64) * stride
+    pointers = row.ptr + columns.to(tl.int64) * row.stride
     if MASKED:
-        z = tl.load(pointers, mask=columns < n_cols, other=-float("inf")).to(tl.float32)
+        z = tl.load(pointers, mask=columns < row.n_cols, other=-float("inf")).to(tl.float32)
     else:
         z = tl.load(pointers).to(tl.float32)
 
-    log2_p = (capped(z, softcap, HAS_SOFTCAP) - line.top) * line.scale - line.log2_total
+    softcap = line.units.softcap
+    log2_p = (capped(z, softcap) - line.units.reference) * line.units.scale - line.log2_total
     log2_p = tl.maximum(log2_p, UNDERFLOW, propagate_nan=tl.PropagateNan.ALL)  # -inf times p = 0 would be NaN
     offset, slope = line.offset, line.slope
     if WITH_NUCLEUS:
@@ -61,34 +62,26 @@ def write_tile(
     dz = tl.exp2(log2_p) * (offset + slope * log2_p)
     if (line.target >= start) & (line.target < start + BLOCK):
         dz += tl.where(columns == line.target, line.a, 0.0)
-    if HAS_SOFTCAP:
+    if softcap is not None:
         u = tanh(z / softcap)
         dz *= 1.0 - u * u
 
-    pointers = out_ptr + columns.to(tl.int64) * out_stride
+    pointers = out.ptr + columns.to(tl.int64) * out.stride
     if MASKED:
-        tl.store(pointers, tl.where(columns < n_cols, dz, 0.0).to(out_ptr.dtype.element_ty), mask=columns < width)
+        dz = tl.where(columns < row.n_cols, dz, 0.0)
+        tl.store(pointers, dz.to(out.ptr.dtype.element_ty), mask=columns < out.n_cols)
     else:
-        tl.store(pointers, dz.to(out_ptr.dtype.element_ty))
+        tl.store(pointers, dz.to(out.ptr.dtype.element_ty))
 
 
 @triton.jit
-def write_columns(
-    out_ptr, out_stride, row_ptr, stride, begin, end, n_cols, line, softcap,
-    WITH_NUCLEUS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """The gradient of columns [begin, end): whole tiles, then what is left and the padding."""
-    whole = begin + tl.maximum(tl.minimum(end, n_cols) - begin, 0) // BLOCK * BLOCK
+def write_columns(out, row, begin, line, WITH_NUCLEUS: tl.constexpr, BLOCK: tl.constexpr):
+    """The gradient of out's columns from begin on: whole tiles, then what is left and the padding."""
+    whole = begin + tl.maximum(tl.minimum(out.n_cols, row.n_cols) - begin, 0) // BLOCK * BLOCK
     for start in range(begin, whole, BLOCK):
-        write_tile(
-            out_ptr, out_stride, row_ptr, stride, start, n_cols, end, line, softcap,
-            False, WITH_NUCLEUS, HAS_SOFTCAP, BLOCK,
-        )  # fmt: skip
-    for start in range(whole, end, BLOCK):
-        write_tile(
-            out_ptr, out_stride, row_ptr, stride, start, n_cols, end, line, softcap,
-            True, WITH_NUCLEUS, HAS_SOFTCAP, BLOCK,
-        )  # fmt: skip
+        write_tile(out, row, start, line, False, WITH_NUCLEUS, BLOCK)
+    for start in range(whole, out.n_cols, BLOCK):
+        write_tile(out, row, start, line, True, WITH_NUCLEUS, BLOCK)
 
 
 @triton.jit(do_not_specialize=["temperature_stride", "n_rows", "n_inner", "first_column"])
@@ -96,15 +89,15 @@ def backward_kernel(
     d_logits_ptr, d_stride_outer, d_stride_inner, d_stride_col,
     logits_ptr, stride_outer, stride_inner, stride_col,
     token_ids_ptr, valid_ptr, temperature_ptr, temperature_stride,
-    stats_ptr, d_stats_ptr,
+    stats_ptr, rest_ptr, d_stats_ptr,
     n_rows, n_inner, n_cols, width, softcap, first_column,
-    HAS_SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The gradient of TILES * BLOCK columns of one row; d_logits may be logits itself.
 
-    Columns from n_cols to width are padding and get 0, as every column of a row that is not valid does. stats:
-    [10, n_rows] float32; d_stats: [3, n_rows] float32, the gradients of its first rows; token_ids, valid: [n_rows]
-    or None. The columns may be those from first_column on of a wider vocabulary.
+    Columns from n_cols to width are padding and get 0, as every column of a row that is not valid does. The
+    table is as in `layout`; d_stats: [3, n_rows] float32, the gradient of its stats; token_ids, valid: [n_rows] or
+    None. The columns may be those from first_column on of a wider vocabulary.
     """
     n_programs = tl.cdiv(width, TILES * BLOCK)  # of a row
     row = tl.program_id(0) // n_programs
@@ -123,30 +116,77 @@ def backward_kernel(
 
     entropy = tl.load(stats_ptr + layout.ENTROPY * n_rows + row)
     nucleus_entropy = tl.load(stats_ptr + layout.NUCLEUS_ENTROPY * n_rows + row)
-    log_total = tl.load(stats_ptr + layout.LOG_TOTAL * n_rows + row)
-    log_mass = tl.load(stats_ptr + layout.LOG_MASS * n_rows + row)
+    log_total = tl.load(rest_ptr + layout.LOG_TOTAL * n_rows + row)
+    log_mass = tl.load(rest_ptr + layout.LOG_MASS * n_rows + row)
     a = tl.where(token >= 0, tl.load(d_stats_ptr + layout.LOGP * n_rows + row), 0.0) * inverse_temperature
     b = tl.load(d_stats_ptr + layout.ENTROPY * n_rows + row) * inverse_temperature
     b_nucleus = tl.load(d_stats_ptr + layout.NUCLEUS_ENTROPY * n_rows + row) * inverse_temperature
     b_nucleus *= tl.exp2(-log_mass * LOG2E)
     line = Line(
-        top=tl.load(stats_ptr + layout.TOP * n_rows + row),
-        scale=inverse_temperature * LOG2E,
+        units=Units(tl.load(rest_ptr + layout.TOP * n_rows + row), inverse_temperature * LOG2E, softcap),
         log2_total=log_total * LOG2E,
         offset=-a - b * entropy,
         slope=-b * LN2,
         nucleus_offset=-b_nucleus * (nucleus_entropy - log_mass),
         nucleus_slope=-b_nucleus * LN2,
-        threshold=tl.load(stats_ptr + layout.THRESHOLD * n_rows + row),
-        tie_weight=tl.load(stats_ptr + layout.TIE_WEIGHT * n_rows + row),
+        threshold=tl.load(rest_ptr + layout.THRESHOLD * n_rows + row),
+        tie_weight=tl.load(rest_ptr + layout.TIE_WEIGHT * n_rows + row),
         a=a,
         target=(token - first_column).to(tl.int32),  # in no tile where it is ignored or elsewhere
     )
     if b_nucleus != 0:
-        write_columns(
-            out_ptr, d_stride_col, row_ptr, stride_col, begin, end, n_cols, line, softcap, True, HAS_SOFTCAP, BLOCK
-        )
+        write_columns(Row(out_ptr, d_stride_col, end), Row(row_ptr, stride_col, n_cols), begin, line, True, BLOCK)
     else:
-        write_columns(
-            out_ptr, d_stride_col, row_ptr, stride_col, begin, end, n_cols, line, softcap, False, HAS_SOFTCAP, BLOCK
+        write_columns(Row(out_ptr, d_stride_col, end), Row(row_ptr, stride_col, n_cols), begin, line, False, BLOCK)
+
+
+BACKWARD_BLOCK = 4096
+BACKWARD_WARPS = 8
+
+
+def backward(
+    d_stats: Tensor,
+    stats: Tensor,
+    rest: Tensor,
+    logits: Tensor,
+    rows: layout.Rows,
+    softcap: float,
+    vocab_size: int,
+    out: Tensor,
+    first_column: int = 0,
+) -> None:
+    """Launch the kernel on logits ``[B, L, V]``; see `torch_backend.backward` for the arguments."""
+    n_outer, n_inner, width = logits.shape
+    n_rows = n_outer * n_inner
+    if n_rows == 0:
+        return
+    if triton.knobs.runtime.interpret and out.dtype == torch.bfloat16:
+        # Triton's interpreter truncates to bfloat16 where a GPU rounds: let torch round.
+        exact = torch.empty(out.shape, dtype=torch.float32)
+        backward(d_stats, stats, rest, logits.float(), rows, softcap, vocab_size, exact, first_column)
+        out.copy_(exact)
+        return
+    launch = backward_kernel[(n_rows * triton.cdiv(width, TILES.value * BACKWARD_BLOCK),)]
+    with torch.cuda.device_of(logits):
+        launch(
+            out,
+            *strides_of(out),
+            logits,
+            *strides_of(logits),
+            rows.token_ids,
+            rows.valid,
+            rows.temperature,
+            int(rows.temperature.numel() > 1),
+            stats,
+            rest,
+            d_stats,
+            n_rows,
+            n_inner,
+            vocab_size,
+            width,
+            softcap or None,
+            first_column,
+            BLOCK=BACKWARD_BLOCK,
+            num_warps=BACKWARD_WARPS,
+            enable_fp_fusion=True,
         )

@@ -7,7 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from paec_kernels.ops.operator import check_positive_int
+from paec_kernels import checks
+from paec_kernels.ops.layout import Rows
+from paec_kernels.ops.operator import check_options, flat_rows
 
 # 5 % of the logits of 16,384 tokens of a vocabulary of 151,936 in bfloat16.
 DEFAULT_CHUNK_BYTES = 224 << 20
@@ -15,7 +17,7 @@ ALIGNMENT = 128  # rows and columns of a chunk, where it has that many: a produc
 
 
 def chunk_bytes() -> int:
-    """The memory that logits may take at a time, in bytes: ``PAEC_CHUNK_BYTES`` or 224 MiB."""
+    """Return the memory that logits may take at a time, in bytes: ``PAEC_CHUNK_BYTES`` or 224 MiB."""
     text = os.environ.get("PAEC_CHUNK_BYTES", str(DEFAULT_CHUNK_BYTES))
     if not text.isdigit() or int(text) < 1:
         raise ValueError(f"PAEC_CHUNK_BYTES must be a positive number of bytes, got {text!r}")
@@ -30,10 +32,10 @@ class Chunks(NamedTuple):
 
 
 def choose_chunks(n_rows: int, n_cols: int, width: int, dtype: torch.dtype, dropped: bool, chunk_rows: int) -> Chunks:
-    """As many as the budget allows beside what else the backward pass holds of the size of hidden ``[n_rows, width]``.
+    """Choose the largest chunks that fit the budget beside what else the backward pass holds of hidden's size.
 
-    That is d_hidden's float32 sum, and the valid rows' copy where some were dropped. An eighth of the budget is left
-    to the logits in any case. ``chunk_rows`` other than 0 takes the budget's place.
+    That is d_hidden's float32 sum ``[n_rows, width]``, and the valid rows' copy where some were dropped. An eighth of
+    the budget is left to the logits in any case. ``chunk_rows`` other than 0 takes the budget's place.
     """
     n_rows = max(n_rows, 1)
     if chunk_rows:
@@ -51,7 +53,7 @@ def _aligned(n: int, most: int) -> int:
 
 
 def tiles(total: int, size: int, dtype: torch.dtype) -> Iterator[slice]:
-    """The pieces of a chunk's longer side that are multiplied at a time.
+    """Yield the pieces of a chunk's longer side that are multiplied at a time.
 
     Forward and backward must see the same logits, or a token at the nucleus' threshold drops out of its gradient. In
     float32, products of other shapes differ in the last bits of nearly every logit, so both passes make their chunks
@@ -62,11 +64,12 @@ def tiles(total: int, size: int, dtype: torch.dtype) -> Iterator[slice]:
 
 
 def blocks(total: int, size: int) -> Iterator[slice]:
+    """Yield slices of at most size that cover total."""
     return (slice(start, min(start + size, total)) for start in range(0, total, max(size, 1)))
 
 
 def empty_logits(n_rows: int, n_cols: int, like: Tensor) -> Tensor:
-    """``[n_rows, n_cols]`` of like's dtype, each row beginning at a multiple of 16 elements.
+    """Allocate ``[n_rows, n_cols]`` of like's dtype, each row beginning at a multiple of 16 elements.
 
     With an odd vocabulary side by side, rows would be read two bytes at a time and multiplied by slower kernels.
     """
@@ -74,7 +77,7 @@ def empty_logits(n_rows: int, n_cols: int, like: Tensor) -> Tensor:
 
 
 def multiply(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    """out = hidden @ weight.T + bias."""
+    """Compute out = hidden @ weight.T + bias."""
     if bias is None:
         torch.mm(hidden, weight.T, out=out)
     else:
@@ -82,7 +85,7 @@ def multiply(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -
 
 
 def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left @ right in total's float32, a slice of rows at a time where the factors must be converted."""
+    """Compute total += left @ right in total's float32, a slice of rows at a time where the factors are converted."""
     if left.dtype == total.dtype:
         total.addmm_(left, right)
     elif total.is_cuda and torch.version.hip is None:
@@ -93,23 +96,32 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
             total[rows].addmm_(left[rows].float(), right)
 
 
-def without_padding(value: Tensor | None, vocab_size: int | None) -> Tensor | None:
-    """The first vocab_size rows; the value itself where that is all, since a slice's gradient is copied whole."""
-    return value if value is None or vocab_size in (None, len(value)) else value[:vocab_size]
-
-
-def select(value: Tensor | None, rows: Tensor | slice) -> Tensor | None:
+def select(value: Tensor | None, rows: slice) -> Tensor | None:
+    """Return some rows of a tensor that may be None."""
     return None if value is None else value[rows]
 
 
 def prepare(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, chunk_rows: int | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The inputs checked, gathered if sharded, and cast if autocast is on."""
-    check_positive_int("chunk_rows", chunk_rows)
-    for name, value in (("hidden", hidden), ("weight", weight), ("bias", bias)):
-        if not isinstance(value, Tensor) and not (name == "bias" and value is None):
-            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    token_ids: Tensor | None,
+    valid: Tensor | None,
+    top_p: float,
+    temperature: float | Tensor,
+    softcap: float | None,
+    vocab_size: int | None,
+    chunk_rows: int | None,
+) -> tuple[Tensor, Tensor, Tensor | None, Rows]:
+    """Check the arguments of a linear head's statistics; gather what is sharded, cast under autocast, cut the padding.
+
+    Raises:
+        TypeError, ValueError: by name.
+    """
+    checks.tensor("hidden", hidden)
+    checks.tensor("weight", weight)
+    if bias is not None:
+        checks.tensor("bias", bias)
     if hidden.dim() == 0 or weight.dim() != 2 or hidden.shape[-1] != weight.shape[1] or 0 in weight.shape:
         raise ValueError(
             "hidden must have shape [..., D] and weight [V, D], D and V at least 1, "
@@ -117,16 +129,23 @@ def prepare(
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias must have shape [V], ({weight.shape[0]},), got {tuple(bias.shape)}")
-    weight = weight.full_tensor() if hasattr(weight, "full_tensor") else weight
-    bias = bias.full_tensor() if bias is not None and hasattr(bias, "full_tensor") else bias
+    check_options(top_p, temperature, softcap, vocab_size, len(weight))
+    if chunk_rows is not None:
+        checks.integer("chunk_rows", chunk_rows, least=1)
+    weight, bias = _gathered(weight), None if bias is None else _gathered(bias)
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
-        hidden, weight = hidden.to(dtype), weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
+        hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     for name, value in (("weight", weight), ("bias", bias)):
         if value is not None and value.dtype != hidden.dtype:
             raise TypeError(f"{name} must have the dtype of hidden, {hidden.dtype}, got {value.dtype}")
         if value is not None and value.device != hidden.device:
             raise ValueError(f"{name} must be on the device of hidden, {hidden.device}, got {value.device}")
-    return hidden, weight, bias
+    if vocab_size not in (None, len(weight)):  # a slice's gradient is copied whole, even where the slice is all
+        weight, bias = weight[:vocab_size], select(bias, slice(vocab_size))
+    return hidden, weight, bias, flat_rows("hidden[..., 0]", hidden[..., 0], token_ids, valid, temperature)
+
+
+def _gathered(parameter: Tensor) -> Tensor:
+    return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter

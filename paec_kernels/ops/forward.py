@@ -5,8 +5,10 @@ With d = (f(z) - r) log2(e) / T for a fixed reference logit r in place of a runn
     Z = sum 2^d    S = sum d 2^d    lse = r / T + ln 2 log2 Z    H = ln 2 (log2 Z - S / Z)
 """
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from paec_kernels.ops import layout
 from paec_kernels.ops.nucleus import GATHERED_LANES, find_nucleus
@@ -14,13 +16,17 @@ from paec_kernels.ops.rows import (
     IGNORE,
     LN2,
     LOG2E,
+    Row,
+    Units,
     capped,
     insert_top_two,
     load_last,
     log2_weight,
     row_offset,
+    strides_of,
     token_of,
 )
+from paec_kernels.types import IGNORE_INDEX
 
 # Powers of two between the reference and the row's maximum. Up to here log2 Z and S / Z, which cancel in H,
 # keep an error below 5e-6; beyond, the row is read once more with its maximum as the reference.
@@ -28,9 +34,9 @@ REFERENCE_RANGE = tl.constexpr(40.0)
 
 
 @triton.jit
-def accumulate(sums, z, reference, scale, softcap, HAS_SOFTCAP: tl.constexpr):
+def accumulate(sums, z, units):
     total, weighted, first, second = sums
-    d = log2_weight(z, reference, scale, softcap, HAS_SOFTCAP)
+    d = log2_weight(z, units)
     e = tl.exp2(d)
     first, second = insert_top_two(first, second, z)
     return total + e, weighted + e * d, first, second
@@ -38,35 +44,35 @@ def accumulate(sums, z, reference, scale, softcap, HAS_SOFTCAP: tl.constexpr):
 
 @triton.jit
 def read_row(
-    row_ptr, stride, n_cols, reference, scale, softcap,
-    HAS_SOFTCAP: tl.constexpr, LANES: tl.constexpr, ALIGNED: tl.constexpr,
+    row, units, LANES: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """Z, S and the two largest logits of each lane: four [LANES] tensors."""
     zeros = tl.zeros([LANES], tl.float32)
     nothing = tl.full([LANES], -float("inf"), tl.float32)
     sums = zeros, zeros, nothing, nothing
-    first_ptrs = row_ptr + tl.arange(0, LANES).to(tl.int64) * stride
-    block = LANES if ALIGNED else LANES * tl.cast(stride, tl.int64)
-    n_full = n_cols // (2 * LANES) * (2 * LANES)
+    first_ptrs = row.ptr + tl.arange(0, LANES).to(tl.int64) * row.stride
+    block = LANES if ALIGNED else LANES * tl.cast(row.stride, tl.int64)
+    n_full = row.n_cols // (2 * LANES) * (2 * LANES)
     # A round's two blocks are loaded two rounds ahead: fewer bytes in flight do not cover the latency of memory. Loads
     # of less than 16 bytes would only cost registers that way.
     for start in tl.range(0, n_full, 2 * LANES, num_stages=3 if ALIGNED else 1):
-        pointers = first_ptrs + tl.cast(start, tl.int64) * stride
+        pointers = first_ptrs + tl.cast(start, tl.int64) * row.stride
         z0 = tl.load(pointers).to(tl.float32)
         z1 = tl.load(pointers + block).to(tl.float32)
-        sums = accumulate(sums, z0, reference, scale, softcap, HAS_SOFTCAP)
-        sums = accumulate(sums, z1, reference, scale, softcap, HAS_SOFTCAP)
-    for start in range(n_full, n_cols, LANES):
-        z = load_last(row_ptr, stride, start, n_cols, LANES)
-        sums = accumulate(sums, z, reference, scale, softcap, HAS_SOFTCAP)
+        sums = accumulate(sums, z0, units)
+        sums = accumulate(sums, z1, units)
+    for start in range(n_full, row.n_cols, LANES):
+        z = load_last(row, start, LANES)
+        sums = accumulate(sums, z, units)
     return sums
 
 
 @triton.jit
-def store_everywhere(stats_ptr, size_ptr, n_rows, row, value):
-    """The row's statistics where there are none: value in the table, and a nucleus of size 0."""
-    every = tl.arange(0, 16)  # a power of two
-    tl.store(stats_ptr + every * n_rows + row, value, mask=every < layout.N_ROWS)
+def store_everywhere(stats_ptr, rest_ptr, size_ptr, n_rows, row, value):
+    """Store the statistics of a row that has none: value in the table, and a nucleus of size 0."""
+    every = tl.arange(0, 8)  # a power of two
+    tl.store(stats_ptr + every * n_rows + row, value, mask=every < layout.N_STATS)
+    tl.store(rest_ptr + every * n_rows + row, value, mask=every < layout.N_REST)
     tl.store(size_ptr + row, 0)
 
 
@@ -74,9 +80,9 @@ def store_everywhere(stats_ptr, size_ptr, n_rows, row, value):
 def forward_kernel(
     logits_ptr, stride_outer, stride_inner, stride_col,
     token_ids_ptr, valid_ptr, temperature_ptr, temperature_stride,
-    stats_ptr, size_ptr, scratch_ptr, fits_ptr,
+    stats_ptr, rest_ptr, size_ptr, scratch_ptr, fits_ptr,
     n_rows, n_inner, n_cols, top_p, softcap,
-    SHIFT: tl.constexpr, HAS_SOFTCAP: tl.constexpr, LANES: tl.constexpr, ALIGNED: tl.constexpr,
+    SHIFT: tl.constexpr, LANES: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """Statistics of one row into stats [10, n_rows] float32 and size [n_rows] int32.
 
@@ -87,7 +93,7 @@ def forward_kernel(
     """
     row = tl.program_id(0)
     if valid_ptr is not None and tl.load(valid_ptr + row) == 0:
-        store_everywhere(stats_ptr, size_ptr, n_rows, row, 0.0)
+        store_everywhere(stats_ptr, rest_ptr, size_ptr, n_rows, row, 0.0)
         return
     row_ptr = logits_ptr + row_offset(row, n_inner, stride_outer, stride_inner)
     temperature = tl.load(temperature_ptr + row * temperature_stride)
@@ -99,23 +105,20 @@ def forward_kernel(
     token_logit = tl.load(row_ptr + token * stride_col, mask=has_token, other=0.0).to(tl.float32)
     if (fits & (has_token | (token == IGNORE))) == 0:
         tl.store(fits_ptr, 0)
-        store_everywhere(stats_ptr, size_ptr, n_rows, row, float("nan"))
+        store_everywhere(stats_ptr, rest_ptr, size_ptr, n_rows, row, float("nan"))
         return  # the nucleus' search need not end at a temperature below 0
 
-    head = load_last(row_ptr, stride_col, 0, n_cols, LANES)
-    reference = capped(tl.max(head), softcap, HAS_SOFTCAP)
+    logits_row = Row(row_ptr, stride_col, n_cols)
+    head = load_last(logits_row, 0, LANES)
+    reference = capped(tl.max(head), softcap)
     reference = tl.where(tl.abs(reference) < float("inf"), reference, 0.0)
-    total, weighted, first, second = read_row(
-        row_ptr, stride_col, n_cols, reference, scale, softcap, HAS_SOFTCAP, LANES, ALIGNED
-    )
+    total, weighted, first, second = read_row(logits_row, Units(reference, scale, softcap), LANES, ALIGNED)
     top_logit = tl.max(first)
-    top = capped(top_logit, softcap, HAS_SOFTCAP)
+    top = capped(top_logit, softcap)
     distance = tl.abs(top - reference) * scale
     if (distance > REFERENCE_RANGE) & (tl.abs(top) < float("inf")):
         reference = top
-        total, weighted, first, second = read_row(
-            row_ptr, stride_col, n_cols, reference, scale, softcap, HAS_SOFTCAP, LANES, ALIGNED
-        )
+        total, weighted, first, second = read_row(logits_row, Units(reference, scale, softcap), LANES, ALIGNED)
     z_total = tl.sum(total)
     z_weighted = tl.sum(weighted)
 
@@ -125,30 +128,88 @@ def forward_kernel(
         log2_total = tl.log2(z_total) - top_distance
         lse = top / temperature + log2_total * LN2
         entropy = tl.maximum((tl.log2(z_total) - z_weighted / z_total) * LN2, 0.0)
-        logp = (capped(token_logit, softcap, HAS_SOFTCAP) - top) / temperature - log2_total * LN2
+        logp = (capped(token_logit, softcap) - top) / temperature - log2_total * LN2
         tl.store(stats_ptr + layout.LOGP * n_rows + row, tl.where(has_token, logp, 0.0))
         tl.store(stats_ptr + layout.ENTROPY * n_rows + row, entropy)
-        tl.store(stats_ptr + layout.LSE * n_rows + row, lse)
-        tl.store(stats_ptr + layout.TOP * n_rows + row, top)
-        tl.store(stats_ptr + layout.LOG_TOTAL * n_rows + row, log2_total * LN2)
+        tl.store(rest_ptr + layout.LSE * n_rows + row, lse)
+        tl.store(rest_ptr + layout.TOP * n_rows + row, top)
+        tl.store(rest_ptr + layout.LOG_TOTAL * n_rows + row, log2_total * LN2)
 
         is_top = first == top_logit
         n_top = tl.sum(is_top.to(tl.int32))
         second_best = tl.where(n_top > 1, top_logit, tl.max(tl.where(is_top, second, first)))
-        margin = (top - capped(second_best, softcap, HAS_SOFTCAP)) / temperature
-        tl.store(stats_ptr + layout.MARGIN * n_rows + row, margin)
+        margin = (top - capped(second_best, softcap)) / temperature
+        tl.store(rest_ptr + layout.MARGIN * n_rows + row, margin)
 
-        threshold, tie_weight, mass, nucleus_weighted, size = find_nucleus(
-            row_ptr, stride_col, n_cols, first, second, second_best, z_total * tl.exp2(-top_distance),
-            top_logit, top_p, top, scale, softcap, scratch_ptr + row.to(tl.int64) * GATHERED_LANES,
-            SHIFT, HAS_SOFTCAP, LANES,
+        nucleus = find_nucleus(
+            logits_row, first, second, second_best, z_total * tl.exp2(-top_distance), top_logit, top_p,
+            Units(top, scale, softcap), scratch_ptr + row.to(tl.int64) * GATHERED_LANES, SHIFT, LANES,
         )  # fmt: skip
-        log2_mass = tl.log2(mass)
-        nucleus_entropy = tl.maximum((log2_mass - nucleus_weighted / mass) * LN2, 0.0)
+        log2_mass = tl.log2(nucleus.mass)
+        nucleus_entropy = tl.maximum((log2_mass - nucleus.weighted / nucleus.mass) * LN2, 0.0)
         tl.store(stats_ptr + layout.NUCLEUS_ENTROPY * n_rows + row, nucleus_entropy)
-        tl.store(stats_ptr + layout.THRESHOLD * n_rows + row, threshold)
-        tl.store(stats_ptr + layout.TIE_WEIGHT * n_rows + row, tie_weight)
-        tl.store(stats_ptr + layout.LOG_MASS * n_rows + row, (log2_mass - log2_total) * LN2)
-        tl.store(size_ptr + row, size.to(tl.int32))
+        tl.store(rest_ptr + layout.THRESHOLD * n_rows + row, nucleus.tau)
+        tl.store(rest_ptr + layout.TIE_WEIGHT * n_rows + row, nucleus.weight)
+        tl.store(rest_ptr + layout.LOG_MASS * n_rows + row, (log2_mass - log2_total) * LN2)
+        tl.store(size_ptr + row, nucleus.size.to(tl.int32))
     else:
-        store_everywhere(stats_ptr, size_ptr, n_rows, row, float("nan"))
+        store_everywhere(stats_ptr, rest_ptr, size_ptr, n_rows, row, float("nan"))
+
+
+# Fixed for every shape, so that a row's sums have one order whatever batch it sits in.
+LANES = 2048
+FORWARD_WARPS = 4
+SOFTCAP_WARPS = 8  # the registers that tanh takes do not fit beside 16 lanes a thread
+# Bits of a logit's float32 form that its own dtype leaves at zero.
+KEY_SHIFT = {torch.float32: 0, torch.float16: 13, torch.bfloat16: 16}
+
+
+def forward(
+    logits: Tensor, rows: layout.Rows, top_p: float, softcap: float, vocab_size: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Launch the kernel on logits ``[B, L, V]``; see `torch_backend.forward` for the arguments and the result.
+
+    A token id or a temperature out of range stops the device with an assertion: asking for its value would wait.
+    """
+    n_rows = logits.shape[0] * logits.shape[1]
+    stats, rest, size = layout.new_table(torch.empty, n_rows, logits.device)
+    if n_rows == 0:
+        return stats, rest, size
+    scratch = torch.empty(n_rows, GATHERED_LANES.value, dtype=torch.int32, device=logits.device)
+    fits = torch.ones(1, dtype=torch.int32, device=logits.device)
+    launch = forward_kernel[(n_rows,)]
+    with torch.cuda.device_of(logits):  # Triton launches on the current device
+        launch(
+            logits,
+            *strides_of(logits),
+            rows.token_ids,
+            rows.valid,
+            rows.temperature,
+            int(rows.temperature.numel() > 1),
+            stats,
+            rest,
+            size,
+            scratch,
+            fits,
+            n_rows,
+            logits.shape[1],
+            vocab_size,
+            top_p,
+            softcap or None,
+            SHIFT=KEY_SHIFT[logits.dtype],
+            LANES=LANES,
+            ALIGNED=_aligned(logits),
+            num_warps=SOFTCAP_WARPS if softcap else FORWARD_WARPS,
+            enable_fp_fusion=True,
+        )
+    torch._assert_async(
+        fits, f"token_ids must be {IGNORE_INDEX} or in [0, {vocab_size}), temperature positive and finite"
+    )
+    return stats, rest, size
+
+
+def _aligned(logits: Tensor) -> bool:
+    """Tell whether every row begins at a multiple of 16 bytes and its columns adjoin."""
+    outer, inner, column = strides_of(logits)
+    starts = (logits.data_ptr(), outer * logits.itemsize, inner * logits.itemsize)
+    return column == 1 and all(start % 16 == 0 for start in starts)

@@ -12,6 +12,7 @@ float32 sum kept for 16-bit weights is d_hidden's, N x D and not V x D.
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import Node
 
 from paec_kernels import reference
 from paec_kernels.ops import layout, operator
@@ -24,8 +25,8 @@ from paec_kernels.ops.chunks import (
     prepare,
     select,
     tiles,
-    without_padding,
 )
+from paec_kernels.ops.layout import Rows
 from paec_kernels.types import TokenStats
 
 
@@ -41,13 +42,16 @@ def linear_token_stats_forward(
     softcap: float,
     chunk_rows: int,
     backend: str,
-) -> tuple[Tensor, Tensor]:
-    """`token_stats_forward` for hidden ``[N, D]`` and weight ``[V, D]``; chunk_rows 0: the budget decides."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute what `operator.token_stats_forward` does, of hidden ``[N, D]`` and weight ``[V, D]``.
+
+    chunk_rows 0: the budget decides.
+    """
     n_rows, n_cols = len(hidden), len(weight)
-    operator.check_values(token_ids, valid, temperature, n_cols, backend)
-    implementation = operator.implementation(backend)
-    table = torch.zeros(layout.N_ROWS, n_rows, dtype=torch.float32, device=hidden.device)
-    sizes = torch.zeros(n_rows, dtype=torch.int32, device=hidden.device)
+    arguments = Rows(token_ids, valid, temperature)
+    operator.check_values(arguments, n_cols, backend)
+    forward = operator.passes_of(backend).forward
+    table = layout.new_table(torch.zeros, n_rows, hidden.device)
     kept = None if valid is None else valid.nonzero().squeeze(1)
     n_kept = n_rows if kept is None else len(kept)
     chunks = choose_chunks(n_kept, n_cols, hidden.shape[1], hidden.dtype, kept is not None, chunk_rows)
@@ -57,23 +61,22 @@ def linear_token_stats_forward(
         logits, hidden_rows = buffer[: block.stop - block.start], hidden[rows]
         for columns in tiles(n_cols, chunks.columns, hidden.dtype):
             multiply(hidden_rows, weight[columns], select(bias, columns), out=logits[:, columns])
-        t = temperature if temperature.numel() == 1 else temperature[rows]
-        table[:, rows], sizes[rows] = implementation.forward(
-            logits[None], select(token_ids, rows), None, t, top_p, softcap, n_cols
-        )
-    return table, sizes
+        part = forward(logits[None], arguments.take(rows), top_p, softcap, n_cols)
+        for whole, values in zip(table, part, strict=True):
+            whole[..., rows] = values
+    return table
 
 
 @linear_token_stats_forward.register_fake
-def _(hidden, weight, bias, token_ids, valid, temperature, top_p, softcap, chunk_rows, backend):
-    table = hidden.new_empty(layout.N_ROWS, hidden.shape[0], dtype=torch.float32)
-    return table, hidden.new_empty(hidden.shape[0], dtype=torch.int32)
+def _(hidden, *_):
+    return layout.new_table(hidden.new_empty, hidden.shape[0], hidden.device)
 
 
 @torch.library.custom_op("paec::linear_token_stats_backward", mutates_args=())
 def linear_token_stats_backward(
     d_stats: Tensor,
-    table: Tensor,
+    stats: Tensor,
+    rest: Tensor,
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -82,33 +85,30 @@ def linear_token_stats_backward(
     temperature: Tensor,
     softcap: float,
     chunk_rows: int,
+    backend: str,
     needs_hidden: bool,
     needs_weight: bool,
     needs_bias: bool,
-    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """d_hidden, d_weight, d_bias; empty tensors where not needed, whose products are not computed."""
-    implementation = operator.implementation(backend)
+    """Compute d_hidden, d_weight, d_bias; empty tensors where not needed, whose products are not computed."""
+    backward = operator.passes_of(backend).backward
     n_rows, n_cols = len(hidden), len(weight)
     d_weight = torch.empty_like(weight, memory_format=torch.contiguous_format) if needs_weight else weight.new_empty(0)
     d_bias = weight.new_empty(n_cols if needs_bias else 0)
-    kept = None
+    rows, kept = Rows(token_ids, valid, temperature), None
     if valid is not None:
         kept = valid.nonzero().squeeze(1)
-        hidden, d_stats, table = hidden[kept], d_stats[:, kept].contiguous(), table[:, kept].contiguous()
-        token_ids = select(token_ids, kept)
-        temperature = temperature if temperature.numel() == 1 else temperature[kept]
+        hidden, rows = hidden[kept], rows.take(kept)
+        d_stats, stats, rest = (values[:, kept].contiguous() for values in (d_stats, stats, rest))
     total = torch.zeros(hidden.shape if needs_hidden else 0, dtype=torch.float32, device=hidden.device)
     chunks = choose_chunks(len(hidden), n_cols, hidden.shape[1], hidden.dtype, kept is not None, chunk_rows)
     buffer = empty_logits(len(hidden), chunks.columns, hidden)
     for columns in blocks(n_cols, chunks.columns):
         n_columns = columns.stop - columns.start
         logits = buffer[:, :n_columns]
-        for rows in tiles(len(hidden), chunks.rows, hidden.dtype):
-            multiply(hidden[rows], weight[columns], select(bias, columns), out=logits[rows])
-        implementation.backward(
-            d_stats, table, logits[None], token_ids, None, temperature, softcap, n_columns, logits[None], columns.start
-        )
+        for tile in tiles(len(hidden), chunks.rows, hidden.dtype):
+            multiply(hidden[tile], weight[columns], select(bias, columns), out=logits[tile])
+        backward(d_stats, stats, rest, logits[None], rows, softcap, n_columns, logits[None], columns.start)
         if needs_hidden:
             add_product(total, logits, weight[columns])
         if needs_weight:
@@ -124,10 +124,8 @@ def linear_token_stats_backward(
 
 
 @linear_token_stats_backward.register_fake
-def _(
-    d_stats, table, hidden, weight, bias, token_ids, valid, temperature, softcap, chunk_rows,
-    needs_hidden, needs_weight, needs_bias, backend,
-):  # fmt: skip
+def _(d_stats, stats, rest, hidden, weight, *others):
+    needs_hidden, needs_weight, needs_bias = others[-3:]
     return (
         hidden.new_empty(hidden.shape if needs_hidden else 0),
         weight.new_empty(weight.shape if needs_weight else 0),
@@ -135,29 +133,39 @@ def _(
     )
 
 
-class _LinearTokenStats(torch.autograd.Function):
-    """(hidden, weight, bias, ...) -> the outputs of `_TokenStats` on their product."""
+def _setup_context(ctx, inputs, output):
+    *tensors, _, ctx.softcap, ctx.chunk_rows, ctx.backend = inputs
+    operator.save_table(ctx, tensors, output)
 
-    @staticmethod
-    def forward(ctx, hidden, weight, bias, token_ids, valid, temperature, top_p, softcap, chunk_rows, backend):
-        table, sizes = linear_token_stats_forward(
-            hidden, weight, bias, token_ids, valid, temperature, top_p, softcap, chunk_rows, backend
-        )
-        ctx.save_for_backward(hidden, weight, bias, token_ids, valid, temperature, table)
-        ctx.options = (softcap, chunk_rows)
-        ctx.backend = backend
-        return operator.mark_differentiable(ctx, table, sizes)
 
-    @staticmethod
-    def backward(ctx, d_stats, *_):
-        if d_stats is None:
-            return 10 * (None,)
-        operator.forbid_second_derivative("linear_token_stats")
-        *inputs, table = ctx.saved_tensors
-        needs = ctx.needs_input_grad[:3]
-        gradients = linear_token_stats_backward(d_stats.contiguous(), table, *inputs, *ctx.options, *needs, ctx.backend)
-        wanted = (gradient if need else None for gradient, need in zip(gradients, needs, strict=True))
-        return *wanted, None, None, None, None, None, None, None
+def _backward(ctx, d_stats, *_):
+    if d_stats is None:
+        return 10 * (None,)
+    operator.forbid_second_derivative("linear_token_stats")
+    *inputs, stats, rest = ctx.saved_tensors
+    needs = ctx.needs_input_grad[:3]
+    gradients = linear_token_stats_backward(
+        d_stats.contiguous(), stats, rest, *inputs, ctx.softcap, ctx.chunk_rows, ctx.backend, *needs
+    )
+    wanted = (gradient if need else None for gradient, need in zip(gradients, needs, strict=True))
+    return *wanted, *(7 * (None,))
+
+
+linear_token_stats_forward.register_autograd(_backward, setup_context=_setup_context)
+
+
+def backward_node(stats: TokenStats) -> Node | None:
+    """Return the node of autograd's graph that makes the logits again, for hooks around it.
+
+    Args:
+        stats: from `linear_token_stats`.
+    Returns:
+        None where nothing needs a gradient, and inside a compiled graph.
+    """
+    node = stats.entropy.grad_fn
+    while node is not None and "linear_token_stats" not in node.name():
+        node = node.next_functions[0][0] if node.next_functions else None
+    return node
 
 
 def linear_token_stats(
@@ -172,10 +180,9 @@ def linear_token_stats(
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     vocab_size: int | None = None,
-    inplace_backward: bool = False,
     backend: str = "auto",
 ) -> TokenStats:
-    """`token_stats` of ``hidden @ weight.T + bias`` without those logits: they exist a chunk at a time.
+    """Compute `token_stats` of ``hidden @ weight.T + bias``, whose logits exist only a chunk at a time.
 
     Differentiable in ``hidden``, ``weight`` and ``bias``; a frozen one costs no product. Four products in all, two of
     the logits and one for each gradient, since the gradient's coefficients may depend on the whole batch.
@@ -197,7 +204,6 @@ def linear_token_stats(
         chunk_rows: rows of logits at a time in the forward pass (as many elements in the backward pass), in place of
             the memory budget. One value gives one result, to the bit; others differ in rounding.
         vocab_size: rows of ``weight`` from here on are padding: not multiplied, gradient 0.
-        inplace_backward: as in `token_stats`, and without effect: a chunk's gradient is always written over it.
 
     Returns:
         `TokenStats`, its tensors shaped ``hidden.shape[:-1]``.
@@ -205,27 +211,18 @@ def linear_token_stats(
     Raises:
         TypeError, ValueError: as `token_stats`, and for hidden, weight, bias or chunk_rows that do not fit.
     """
-    hidden, weight, bias = prepare(hidden, weight, bias, chunk_rows)
-    logits_like = operator.check_head(hidden, weight, token_ids, valid, top_p, temperature, softcap, vocab_size)
+    hidden, weight, bias, rows = prepare(
+        hidden, weight, bias, token_ids, valid, top_p, temperature, softcap, vocab_size, chunk_rows
+    )
     backend = operator.resolve_backend(backend, hidden.device)
     operator.check_dtype("hidden", hidden, backend)
-    operator.check_inplace(inplace_backward)
     if backend == "reference":
-        rows = operator.flat_rows(token_ids, valid, temperature, logits_like)
-        operator.check_values(*rows, weight.shape[0] if vocab_size is None else vocab_size, backend)
+        operator.check_values(rows, len(weight), backend)
         return reference.linear_token_stats(
-            hidden, weight, token_ids, bias=bias, valid=valid, top_p=top_p, temperature=temperature,
-            softcap=softcap, vocab_size=vocab_size,
-        )  # fmt: skip
-    shape = hidden.shape[:-1]
-    outputs = _LinearTokenStats.apply(
-        hidden.reshape(-1, hidden.shape[-1]),
-        without_padding(weight, vocab_size),
-        without_padding(bias, vocab_size),
-        *operator.flat_rows(token_ids, valid, temperature, logits_like),
-        float(top_p),
-        float(softcap or 0.0),
-        chunk_rows or 0,
+            hidden, weight, token_ids, bias=bias, valid=valid, top_p=top_p, temperature=temperature, softcap=softcap
+        )
+    table = linear_token_stats_forward(
+        hidden.reshape(-1, hidden.shape[-1]), weight, bias, *rows, float(top_p), float(softcap or 0.0), chunk_rows or 0,
         backend,
-    )
-    return operator.as_token_stats(outputs, shape, token_ids is not None)
+    )  # fmt: skip
+    return operator.as_token_stats(table, hidden.shape[:-1], token_ids is not None)

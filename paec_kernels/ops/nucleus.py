@@ -8,15 +8,16 @@ matters only in a lane whose second best is >= tau, a "suspect":
 1. no suspect: the candidates' answer is exact;
 2. a few: read those lanes again (V / LANES columns each) and search the union, which misses nothing;
 3. many: read the row once more, for the sums over everything from a pivot on and for the candidates below it. With
-   the pivot a little above tau hardly a lane holds two tokens between them, and 1 ends the search. How far above is
-   told by the candidates that were found: a lane's chance to hide a third token follows from how many lanes have a
-   first;
+   the pivot a little above tau hardly a lane holds two tokens between them, and 1 ends the search. The candidates tell
+   how far above: a lane's chance to hide a third token follows from how many lanes have a first;
 4. a pivot at or below tau, or candidates that fall short of the target: narrow the bracket around tau by reading the
    masses of three thresholds at a time, until it holds few tokens, and go on with 3.
 
 A bracket [low, high) of keys, integers in the order of the logits' values, has G(low) >= target > G(high). A search
 ends when it holds one distinct value, tau. Weights are relative to the row's largest, which is 1.
 """
+
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
@@ -28,6 +29,16 @@ GATHERED_LANES = tl.constexpr(64)
 GATHERED_COLUMNS = tl.constexpr(8)
 AHEAD = tl.constexpr(4)  # blocks of columns that `load_ahead` loads before a reading uses the first
 FEW = tl.constexpr(32.0)  # tokens in a bracket that is narrow enough
+
+
+class Nucleus(NamedTuple):
+    """The tokens z > tau, and those at tau by a share; masses relative to the row's largest weight."""
+
+    tau: tl.tensor  # a raw logit
+    weight: tl.tensor  # w of a token at tau
+    mass: tl.tensor  # M = sum of w e
+    weighted: tl.tensor  # sum of w e log2(e)
+    size: tl.tensor  # as a float
 
 
 @triton.jit
@@ -67,53 +78,56 @@ def middle_of(low, high, SHIFT: tl.constexpr):
 
 
 @triton.jit
-def lowest_key(top, negligible, scale, softcap, SHIFT: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
+def lowest_key(negligible, units, SHIFT: tl.constexpr):
     """A key that no nucleus goes below.
 
     The tokens of relative weight under negligible = (1 - top_p) Z / V weigh at most (1 - top_p) Z together.
     """
     # Lowered by far more than rounding errors, and by far less than a round of the search is worth.
-    z = top + (tl.log2(negligible) - 1e-3) / scale - 1e-6 * tl.abs(top)
-    if HAS_SOFTCAP:
-        u = tl.minimum(z / softcap, 1.0) - 1e-5
-        z = tl.where(u > -1.0, tl.log2(tl.maximum(1.0 + u, 1e-6) / (1.0 - u)) * softcap * 0.34657359027997264, -LARGEST)
+    z = units.reference + (tl.log2(negligible) - 1e-3) / units.scale - 1e-6 * tl.abs(units.reference)
+    if units.softcap is not None:
+        u = tl.minimum(z / units.softcap, 1.0) - 1e-5
+        artanh = tl.log2(tl.maximum(1.0 + u, 1e-6) / (1.0 - u))  # times 2 / ln 2
+        z = tl.where(u > -1.0, artanh * units.softcap * 0.34657359027997264, -LARGEST)
     return key_of(tl.maximum(z, -LARGEST), SHIFT)
 
 
 @triton.jit
-def may_hold_more(
-    n_tokens, low, high, mass_low, mass_high, top, scale, softcap, SHIFT: tl.constexpr, HAS_SOFTCAP: tl.constexpr
-):
-    """Whether [low, high) may hold different values and over n_tokens tokens. Each weighs at least what one at low
-    does."""
-    lightest = tl.exp2(log2_weight(value_of(low, SHIFT), top, scale, softcap, HAS_SOFTCAP))
+def may_hold_more(n_tokens, low, high, mass_low, mass_high, units, SHIFT: tl.constexpr):
+    """Whether [low, high) may still hold more than n_tokens tokens of more than one value.
+
+    Each weighs at least what one at low does.
+    """
+    lightest = tl.exp2(log2_weight(value_of(low, SHIFT), units))
     rounding = 1e-6 * mass_low
     return (low + 1 < high) & (mass_low - mass_high > (n_tokens + 0.5) * lightest - rounding)
 
 
 @triton.jit
-def settle(mass_above, sum_above, n_above, n_tied, tau, target, top, scale, softcap, HAS_SOFTCAP: tl.constexpr):
-    """The nucleus from its sums over z > tau, when n_tied tokens are at tau.
+def settle(above, n_tied, tau, target, units):
+    """The nucleus from its sums over z > tau (G, sum of e log2(e), how many), when n_tied tokens are at tau.
 
     k = min(n, max(1, ceil((target - M>) / exp(tau)))) of them belong, each with weight w = k / n  [ours].
-
-    Returns:
-        tau, w, mass M, sum of w e log2(e), size.
     """
-    d = log2_weight(tau, top, scale, softcap, HAS_SOFTCAP)
+    mass_above, sum_above, n_above = above
+    d = log2_weight(tau, units)
     e = tl.exp2(d)
     needed = tl.ceil((target - mass_above) / tl.maximum(e, 1e-37))
     k = tl.minimum(tl.maximum(needed, 1.0), n_tied)
-    return tau, k / tl.maximum(n_tied, 1.0), mass_above + k * e, sum_above + k * e * d, n_above + k
+    return Nucleus(tau, k / tl.maximum(n_tied, 1.0), mass_above + k * e, sum_above + k * e * d, n_above + k)
 
 
 @triton.jit
-def weights_of(pair, top, scale, softcap, HAS_SOFTCAP: tl.constexpr):
+def the_top_alone(top):
+    """The nucleus of the largest logit, once."""
+    one, zero = tl.full([], 1.0, tl.float32), tl.full([], 0.0, tl.float32)
+    return Nucleus(top, one, one, zero, one)
+
+
+@triton.jit
+def weights_of(pair, units):
     first, second = pair
-    return (
-        tl.exp2(log2_weight(first, top, scale, softcap, HAS_SOFTCAP)),
-        tl.exp2(log2_weight(second, top, scale, softcap, HAS_SOFTCAP)),
-    )
+    return (tl.exp2(log2_weight(first, units)), tl.exp2(log2_weight(second, units)))
 
 
 @triton.jit
@@ -125,7 +139,7 @@ def mass_from(pair, weights, threshold):
 
 
 @triton.jit
-def sums_of(pair, weights, low_value, high_value, top, scale, softcap, HAS_SOFTCAP: tl.constexpr):
+def sums_of(pair, weights, low_value, high_value, units):
     """Over values held in registers, for a bracket [low, high) that holds one distinct value.
 
     Returns:
@@ -135,7 +149,7 @@ def sums_of(pair, weights, low_value, high_value, top, scale, softcap, HAS_SOFTC
     above = z >= high_value
     # A zero that the compiler cannot know to be one: it makes the exponents anew where it would otherwise keep
     # those that e came from in registers across the search, and spill.
-    d = (capped(z + (high_value - high_value), softcap, HAS_SOFTCAP) - top) * scale
+    d = (capped(z + (high_value - high_value), units.softcap) - units.reference) * units.scale
     weighted = tl.sum(tl.where(above, d, 0.0) * e)
     n_above = tl.sum(tl.where(above, 1.0, 0.0))
     n_member = tl.sum(tl.where(z >= low_value, 1.0, 0.0))
@@ -143,26 +157,24 @@ def sums_of(pair, weights, low_value, high_value, top, scale, softcap, HAS_SOFTC
 
 
 @triton.jit
-def search_values(
-    pair, extra, low, high, base_mass, base_sum, base_count, target, top, scale, softcap,
-    SHIFT: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-):  # fmt: skip
+def search_values(pair, extra, low, high, base, target, units, SHIFT: tl.constexpr):
     """Bisect [low, high) over values held in registers, all below high.
 
     Args:
         pair, extra: two tensors each; extra may be None.
-        base_mass, base_sum, base_count: of the row's tokens from high on: G, sum of e log2(e), how many.
+        base: of the row's tokens from high on: G, sum of e log2(e), how many.
     Returns:
         whether they reach the target at low, and if so: low as it is in the end; the nucleus as from `settle`.
     """
-    weights = weights_of(pair, top, scale, softcap, HAS_SOFTCAP)
+    weights = weights_of(pair, units)
     extra_weights = None
     if extra is not None:
-        extra_weights = weights_of(extra, top, scale, softcap, HAS_SOFTCAP)
+        extra_weights = weights_of(extra, units)
 
+    base_mass, base_sum, base_count = base
     mass_low = LARGEST
     mass_high = base_mass
-    while may_hold_more(1.0, low, high, mass_low, mass_high, top, scale, softcap, SHIFT, HAS_SOFTCAP):
+    while may_hold_more(1.0, low, high, mass_low, mass_high, units, SHIFT):
         middle = middle_of(low, high, SHIFT)
         mass = base_mass + mass_from(pair, weights, value_of(middle, SHIFT))
         if extra is not None:
@@ -174,24 +186,19 @@ def search_values(
         mass_high = tl.where(enough, mass_high, mass)
 
     low_value, high_value = value_of(low, SHIFT), value_of(high, SHIFT)
-    weighted, n_above, n_member, tau = sums_of(pair, weights, low_value, high_value, top, scale, softcap, HAS_SOFTCAP)
+    weighted, n_above, n_member, tau = sums_of(pair, weights, low_value, high_value, units)
     if extra is not None:
-        more_weighted, more_above, more_member, rival = sums_of(
-            extra, extra_weights, low_value, high_value, top, scale, softcap, HAS_SOFTCAP
-        )
+        more_weighted, more_above, more_member, rival = sums_of(extra, extra_weights, low_value, high_value, units)
         weighted += more_weighted
         n_above += more_above
         n_member += more_member
         tau = tl.maximum(tau, rival)
-    tau, weight, mass, weighted, size = settle(
-        mass_high, base_sum + weighted, base_count + n_above, n_member - n_above, tau, target,
-        top, scale, softcap, HAS_SOFTCAP,
-    )  # fmt: skip
-    return mass_low < LARGEST, low, tau, weight, mass, weighted, size
+    nucleus = settle((mass_high, base_sum + weighted, base_count + n_above), n_member - n_above, tau, target, units)
+    return mass_low < LARGEST, low, nucleus
 
 
 @triton.jit
-def gather_lanes(row_ptr, stride, n_cols, suspect, n_suspect, scratch_ptr, LANES: tl.constexpr):
+def gather_lanes(row, suspect, n_suspect, scratch_ptr, LANES: tl.constexpr):
     """The suspect lanes' columns, as the two best of each of GATHERED_LANES x GATHERED_COLUMNS places.
 
     Returns:
@@ -201,15 +208,15 @@ def gather_lanes(row_ptr, stride, n_cols, suspect, n_suspect, scratch_ptr, LANES
     tl.store(scratch_ptr + place, tl.arange(0, LANES), mask=suspect)
     tl.debug_barrier()
     index = tl.arange(0, GATHERED_LANES)
-    lane = tl.load(scratch_ptr + index, mask=index < n_suspect, other=n_cols)
+    lane = tl.load(scratch_ptr + index, mask=index < n_suspect, other=row.n_cols)
     offsets = lane[:, None] + LANES * tl.arange(0, GATHERED_COLUMNS)[None, :]
     first = tl.full([GATHERED_LANES, GATHERED_COLUMNS], -float("inf"), tl.float32)
     second = first
     dropped = first
-    for start in range(0, n_cols, LANES * GATHERED_COLUMNS):
+    for start in range(0, row.n_cols, LANES * GATHERED_COLUMNS):
         columns = start + offsets
-        inside = (columns < n_cols) & (lane[:, None] < n_cols)
-        z = tl.load(row_ptr + columns.to(tl.int64) * stride, mask=inside, other=-float("inf")).to(tl.float32)
+        inside = (columns < row.n_cols) & (lane[:, None] < row.n_cols)
+        z = tl.load(row.ptr + columns.to(tl.int64) * row.stride, mask=inside, other=-float("inf")).to(tl.float32)
         dropped = tl.maximum(dropped, tl.minimum(second, z))
         first, second = insert_top_two(first, second, z)
     return first, second, tl.max(dropped)
@@ -228,10 +235,7 @@ def tokens_in_lanes(n_hit, n_cols, LANES: tl.constexpr):
 
 
 @triton.jit
-def pivot_above(
-    first, second, low, high, n_cols, scale, softcap,
-    SHIFT: tl.constexpr, HAS_SOFTCAP: tl.constexpr, LANES: tl.constexpr,
-):  # fmt: skip
+def pivot_above(first, second, low, high, n_cols, units, SHIFT: tl.constexpr, LANES: tl.constexpr):
     """A key between low, where the candidates just reach the target, and high: just above tau, in all likelihood.
 
     Tokens fall into lanes by chance, so the lanes that have one from low on tell how many there are, N, and N how
@@ -240,9 +244,9 @@ def pivot_above(
     target ends k / (alpha N) nats above low.
     """
     low_value = value_of(low, SHIFT)
-    nat = 1.4426950408889634 / scale  # as a difference of logits
-    if HAS_SOFTCAP:
-        u = capped(low_value, softcap, HAS_SOFTCAP) / softcap
+    nat = 1.4426950408889634 / units.scale  # as a difference of logits
+    if units.softcap is not None:
+        u = capped(low_value, units.softcap) / units.softcap
         nat = nat / tl.maximum(1.0 - u * u, 1e-3)  # the slope of the cap
     n_first = tl.sum((first >= low_value).to(tl.float32))
     n_second = tl.sum((second >= low_value).to(tl.float32))
@@ -259,45 +263,40 @@ def pivot_above(
 
 @triton.jit
 def from_candidates(
-    row_ptr, stride, n_cols, first, second, low, high, target, top, scale, softcap,
-    scratch_ptr, SHIFT: tl.constexpr, HAS_SOFTCAP: tl.constexpr, LANES: tl.constexpr,
-):  # fmt: skip
+    row, first, second, low, high, target, units, scratch_ptr, SHIFT: tl.constexpr, LANES: tl.constexpr
+):
     """The nucleus from the two largest logits of each lane, and of a few lanes that may hold more.
 
     Returns:
         whether it is exact; low, raised where the candidates reach the target; a pivot for the next reading, or high;
         the nucleus as from `settle`.
     """
-    reached, low_found, tau, weight, mass, weighted, size = search_values(
-        (first, second), None, low, high, 0.0, 0.0, 0.0, target,
-        top, scale, softcap, SHIFT, HAS_SOFTCAP,
-    )  # fmt: skip
-    suspect = second >= tau
+    reached, low_found, nucleus = search_values((first, second), None, low, high, (0.0, 0.0, 0.0), target, units, SHIFT)
+    suspect = second >= nucleus.tau
     n_suspect = tl.sum(suspect.to(tl.int32))
     exact = reached & (n_suspect == 0)
     pivot = high
     if reached:
         low = low_found
         if (n_suspect > GATHERED_LANES) & (low + 1 < high):
-            pivot = pivot_above(first, second, low, high, n_cols, scale, softcap, SHIFT, HAS_SOFTCAP, LANES)
+            pivot = pivot_above(first, second, low, high, row.n_cols, units, SHIFT, LANES)
         elif (n_suspect > 0) & (n_suspect <= GATHERED_LANES):
-            best, next_best, dropped = gather_lanes(row_ptr, stride, n_cols, suspect, n_suspect, scratch_ptr, LANES)
+            best, next_best, dropped = gather_lanes(row, suspect, n_suspect, scratch_ptr, LANES)
             first = tl.where(suspect, -float("inf"), first)
             second = tl.where(suspect, -float("inf"), second)
             # The union reaches the target at low, since the candidates alone do.
-            _, low, tau, weight, mass, weighted, size = search_values(
-                (first, second), (best, next_best), low, high, 0.0, 0.0, 0.0, target,
-                top, scale, softcap, SHIFT, HAS_SOFTCAP,
-            )  # fmt: skip
-            exact = dropped < tau
-    return exact, low, pivot, tau, weight, mass, weighted, size
+            _, low, nucleus = search_values(
+                (first, second), (best, next_best), low, high, (0.0, 0.0, 0.0), target, units, SHIFT
+            )
+            exact = dropped < nucleus.tau
+    return exact, low, pivot, nucleus
 
 
 @triton.jit
-def load_ahead(row_ptr, stride, start, LANES: tl.constexpr):
+def load_ahead(row, start, LANES: tl.constexpr):
     """The next AHEAD blocks of LANES columns: one alone is too few bytes in flight to cover the latency of memory."""
-    pointers = row_ptr + (start + tl.arange(0, LANES)).to(tl.int64) * stride
-    step = LANES * tl.cast(stride, tl.int64)
+    pointers = row.ptr + (start + tl.arange(0, LANES)).to(tl.int64) * row.stride
+    step = LANES * tl.cast(row.stride, tl.int64)
     z0 = tl.load(pointers).to(tl.float32)
     z1 = tl.load(pointers + step).to(tl.float32)
     z2 = tl.load(pointers + 2 * step).to(tl.float32)
@@ -306,10 +305,10 @@ def load_ahead(row_ptr, stride, start, LANES: tl.constexpr):
 
 
 @triton.jit
-def add_masses(sums, z, low_value, high_value, t1, t2, t3, top, scale, softcap, HAS_SOFTCAP: tl.constexpr):
+def add_masses(sums, z, low_value, high_value, t1, t2, t3, units):
     m1, m2, m3, smallest, largest = sums
     # A sum or itself, chosen: a predicated instruction, where adding e or 0 is a selection and an addition.
-    e = tl.exp2(log2_weight(z, top, scale, softcap, HAS_SOFTCAP))
+    e = tl.exp2(log2_weight(z, units))
     m1 = tl.where(z >= t1, m1 + e, m1)
     m2 = tl.where(z >= t2, m2 + e, m2)
     m3 = tl.where(z >= t3, m3 + e, m3)
@@ -319,29 +318,26 @@ def add_masses(sums, z, low_value, high_value, t1, t2, t3, top, scale, softcap, 
 
 
 @triton.jit
-def read_masses(
-    row_ptr, stride, n_cols, low_value, high_value, t1, t2, t3, top, scale, softcap,
-    HAS_SOFTCAP: tl.constexpr, LANES: tl.constexpr,
-):  # fmt: skip
+def read_masses(row, low_value, high_value, t1, t2, t3, units, LANES: tl.constexpr):
     """Read the row once: G of three thresholds, the smallest logit >= low_value, the largest < high_value."""
     zeros = tl.zeros([LANES], tl.float32)
     infinity = tl.full([LANES], float("inf"), tl.float32)
     sums = zeros, zeros, zeros, infinity, -infinity
-    n_full = n_cols // (AHEAD * LANES) * (AHEAD * LANES)
+    n_full = row.n_cols // (AHEAD * LANES) * (AHEAD * LANES)
     for start in range(0, n_full, AHEAD * LANES):
-        blocks = load_ahead(row_ptr, stride, start, LANES)
+        blocks = load_ahead(row, start, LANES)
         for i in tl.static_range(AHEAD):
-            sums = add_masses(sums, blocks[i], low_value, high_value, t1, t2, t3, top, scale, softcap, HAS_SOFTCAP)
-    for start in range(n_full, n_cols, LANES):
-        z = load_last(row_ptr, stride, start, n_cols, LANES)
-        sums = add_masses(sums, z, low_value, high_value, t1, t2, t3, top, scale, softcap, HAS_SOFTCAP)
+            sums = add_masses(sums, blocks[i], low_value, high_value, t1, t2, t3, units)
+    for start in range(n_full, row.n_cols, LANES):
+        z = load_last(row, start, LANES)
+        sums = add_masses(sums, z, low_value, high_value, t1, t2, t3, units)
     return tl.sum(sums[0]), tl.sum(sums[1]), tl.sum(sums[2]), tl.min(sums[3]), tl.max(sums[4])
 
 
 @triton.jit
-def add_below(sums, z, low_value, high_value, top, scale, softcap, HAS_SOFTCAP: tl.constexpr):
+def add_below(sums, z, low_value, high_value, units):
     mass, weighted, n_above, n_member, first, second = sums
-    d = log2_weight(z, top, scale, softcap, HAS_SOFTCAP)
+    d = log2_weight(z, units)
     e = tl.exp2(d)
     above = z >= high_value
     mass = tl.where(above, mass + e, mass)
@@ -353,10 +349,7 @@ def add_below(sums, z, low_value, high_value, top, scale, softcap, HAS_SOFTCAP: 
 
 
 @triton.jit
-def read_below(
-    row_ptr, stride, n_cols, low_value, high_value, top, scale, softcap,
-    HAS_SOFTCAP: tl.constexpr, LANES: tl.constexpr,
-):  # fmt: skip
+def read_below(row, low_value, high_value, units, LANES: tl.constexpr):
     """Read the row once: sums over z >= high_value, and the two largest logits below it in each lane.
 
     Returns:
@@ -366,31 +359,30 @@ def read_below(
     zeros = tl.zeros([LANES], tl.float32)
     nothing = tl.full([LANES], -float("inf"), tl.float32)
     sums = zeros, zeros, zeros, zeros, nothing, nothing
-    n_full = n_cols // (AHEAD * LANES) * (AHEAD * LANES)
+    n_full = row.n_cols // (AHEAD * LANES) * (AHEAD * LANES)
     for start in range(0, n_full, AHEAD * LANES):
-        blocks = load_ahead(row_ptr, stride, start, LANES)
+        blocks = load_ahead(row, start, LANES)
         for i in tl.static_range(AHEAD):
-            sums = add_below(sums, blocks[i], low_value, high_value, top, scale, softcap, HAS_SOFTCAP)
-    for start in range(n_full, n_cols, LANES):
-        z = load_last(row_ptr, stride, start, n_cols, LANES)
-        sums = add_below(sums, z, low_value, high_value, top, scale, softcap, HAS_SOFTCAP)
+            sums = add_below(sums, blocks[i], low_value, high_value, units)
+    for start in range(n_full, row.n_cols, LANES):
+        z = load_last(row, start, LANES)
+        sums = add_below(sums, z, low_value, high_value, units)
     return tl.sum(sums[0]), tl.sum(sums[1]), tl.sum(sums[2]), tl.sum(sums[3]), sums[4], sums[5]
 
 
 @triton.jit
 def narrow_by_reading(
-    row_ptr, stride, n_cols, n_tokens, low, high, mass_low, mass_high, target, top, scale, softcap,
-    SHIFT: tl.constexpr, HAS_SOFTCAP: tl.constexpr, LANES: tl.constexpr,
-):  # fmt: skip
+    row, n_tokens, low, high, mass_low, mass_high, target, units, SHIFT: tl.constexpr, LANES: tl.constexpr
+):
     """Narrow [low, high) to one distinct value or n_tokens tokens by reading the row.
 
     G(low) >= target > G(high) is given; mass_low and mass_high are the two, or LARGEST and 0 where they are not known.
 
     Three thresholds a reading: around the place where a line between both ends passes the target, and half-way. Where
-    low comes from candidates its mass is not known: then right above it, for it is tau where many tokens are tied
-    there; a quarter of the way, for tau is not far; and half-way.
+    low comes from candidates its mass is not known: then one just above low (with many ties there, low is tau), a
+    quarter of the way, for tau is not far, and half-way.
     """
-    while may_hold_more(n_tokens, low, high, mass_low, mass_high, top, scale, softcap, SHIFT, HAS_SOFTCAP):
+    while may_hold_more(n_tokens, low, high, mass_low, mass_high, units, SHIFT):
         middle = middle_of(low, high, SHIFT)
         k2 = middle_of(low, middle, SHIFT)
         k1 = low + 1
@@ -406,9 +398,15 @@ def narrow_by_reading(
         k2 = tl.maximum(tl.minimum(middle, k2), k1)
         k1 = tl.minimum(middle, k1)
         m1, m2, m3, smallest, largest = read_masses(
-            row_ptr, stride, n_cols, value_of(low, SHIFT), value_of(high, SHIFT),
-            value_of(k1, SHIFT), value_of(k2, SHIFT), value_of(k3, SHIFT), top, scale, softcap, HAS_SOFTCAP, LANES,
-        )  # fmt: skip
+            row,
+            value_of(low, SHIFT),
+            value_of(high, SHIFT),
+            value_of(k1, SHIFT),
+            value_of(k2, SHIFT),
+            value_of(k3, SHIFT),
+            units,
+            LANES,
+        )
         if m2 >= target:
             low = k2
             mass_low = m2
@@ -434,32 +432,23 @@ def narrow_by_reading(
 
 
 @triton.jit
-def from_readings(
-    row_ptr, stride, n_cols, low, high, pivot, target, top, scale, softcap,
-    SHIFT: tl.constexpr, HAS_SOFTCAP: tl.constexpr, LANES: tl.constexpr,
-):  # fmt: skip
+def from_readings(row, low, high, pivot, target, units, SHIFT: tl.constexpr, LANES: tl.constexpr):
     """The nucleus of a row whose candidates alone do not tell it; as from `settle`."""
     mass_low = LARGEST
     mass_high = 0.0
     n_tokens = FEW
-    tau = top
-    weight = 0.0
-    mass = 1.0
-    weighted = 0.0
-    size = 1.0
-    exact = low > high  # false
-    while exact == 0:
+    nucleus = the_top_alone(units.reference)
+    exact = False
+    while not exact:
         if pivot == high:
             low, high, mass_low, mass_high = narrow_by_reading(
-                row_ptr, stride, n_cols, n_tokens, low, high, mass_low, mass_high, target, top, scale, softcap,
-                SHIFT, HAS_SOFTCAP, LANES // 4,
-            )  # fmt: skip
+                row, n_tokens, low, high, mass_low, mass_high, target, units, SHIFT, LANES // 4
+            )
             pivot = high
             n_tokens = 1.0  # where that is not enough
         base_mass, base_sum, base_count, n_member, first_below, second_below = read_below(
-            row_ptr, stride, n_cols, value_of(low, SHIFT), value_of(pivot, SHIFT),
-            top, scale, softcap, HAS_SOFTCAP, LANES // 4,
-        )  # fmt: skip
+            row, value_of(low, SHIFT), value_of(pivot, SHIFT), units, LANES // 4
+        )
         if (pivot < high) & (base_mass >= target):  # G(high) < target is known, however a sum rounds
             low = pivot
             mass_low = base_mass
@@ -467,65 +456,65 @@ def from_readings(
         else:
             high = pivot
             mass_high = base_mass
-            if may_hold_more(1.0, low, high, mass_low, mass_high, top, scale, softcap, SHIFT, HAS_SOFTCAP):
-                reached, low_found, tau, weight, mass, weighted, size = search_values(
-                    (first_below, second_below), None, low, high, base_mass, base_sum, base_count, target,
-                    top, scale, softcap, SHIFT, HAS_SOFTCAP,
-                )  # fmt: skip
-                n_suspect = tl.sum((second_below >= tau).to(tl.int32))
+            if may_hold_more(1.0, low, high, mass_low, mass_high, units, SHIFT):
+                reached, low_found, nucleus = search_values(
+                    (first_below, second_below),
+                    None,
+                    low,
+                    high,
+                    (base_mass, base_sum, base_count),
+                    target,
+                    units,
+                    SHIFT,
+                )
+                n_suspect = tl.sum((second_below >= nucleus.tau).to(tl.int32))
                 exact = reached & (n_suspect == 0)
                 low = tl.where(reached, low_found, low)
                 if reached & (exact == 0) & (low + 1 < high):
-                    pivot = pivot_above(
-                        first_below, second_below, low, high, n_cols, scale, softcap, SHIFT, HAS_SOFTCAP, LANES // 4
-                    )
+                    pivot = pivot_above(first_below, second_below, low, high, row.n_cols, units, SHIFT, LANES // 4)
                 mass_low = LARGEST
             else:
-                exact = low < high  # true
-                tau, weight, mass, weighted, size = settle(
-                    base_mass, base_sum, base_count, n_member - base_count, tl.max(first_below), target,
-                    top, scale, softcap, HAS_SOFTCAP,
-                )  # fmt: skip
-    return tau, weight, mass, weighted, size
+                exact = True
+                nucleus = settle(
+                    (base_mass, base_sum, base_count), n_member - base_count, tl.max(first_below), target, units
+                )
+    return nucleus
 
 
 @triton.jit
 def find_nucleus(
-    row_ptr, stride, n_cols, first, second, second_best, total, top_logit, top_p, top, scale, softcap, scratch_ptr,
-    SHIFT: tl.constexpr, HAS_SOFTCAP: tl.constexpr, LANES: tl.constexpr,
-):  # fmt: skip
+    row,
+    first,
+    second,
+    second_best,
+    total,
+    top_logit,
+    top_p,
+    units,
+    scratch_ptr,
+    SHIFT: tl.constexpr,
+    LANES: tl.constexpr,
+):
     """The nucleus of a row of finite total weight.
 
     Args:
         first, second: [LANES], the two largest logits of each lane; second_best: the row's second largest logit.
-        total: Z relative to the row's largest weight; top_logit: the largest logit, top = f(top_logit).
+        total: Z relative to the row's largest weight; top_logit: the largest logit.
+        units: with the reference f(top_logit).
         scratch_ptr: GATHERED_LANES int32 of this row's own.
-    Returns:
-        tau (a raw logit), tie weight w, mass M and sum of w e log2(e) relative to the largest weight, size (float).
     """
     target = top_p * total
-    tau = top_logit
-    weight = 1.0
-    mass = 1.0
-    weighted = 0.0
-    size = 1.0
+    nucleus = the_top_alone(top_logit)
     if top_p >= 1.0:
         # Every token of non-zero probability: from the smallest finite value on.
-        mass, weighted, size, _, _, _ = read_below(
-            row_ptr, stride, n_cols, -LARGEST, -LARGEST, top, scale, softcap, HAS_SOFTCAP, LANES // 4
-        )
-        tau = -float("inf")
-        weight = 0.0
+        mass, weighted, size, _, _, _ = read_below(row, -LARGEST, -LARGEST, units, LANES // 4)
+        nucleus = Nucleus(tl.full([], -float("inf"), tl.float32), tl.full([], 0.0, tl.float32), mass, weighted, size)
     elif (target > 1.0) | (second_best == top_logit):
-        low = lowest_key(top, (1.0 - top_p) * total / n_cols, scale, softcap, SHIFT, HAS_SOFTCAP)
+        low = lowest_key((1.0 - top_p) * total / row.n_cols, units, SHIFT)
         high = highest_key_of(top_logit, SHIFT) + 1
-        exact, low, pivot, tau, weight, mass, weighted, size = from_candidates(
-            row_ptr, stride, n_cols, first, second, low, high, target, top, scale, softcap,
-            scratch_ptr, SHIFT, HAS_SOFTCAP, LANES,
-        )  # fmt: skip
+        exact, low, pivot, nucleus = from_candidates(
+            row, first, second, low, high, target, units, scratch_ptr, SHIFT, LANES
+        )
         if exact == 0:
-            tau, weight, mass, weighted, size = from_readings(
-                row_ptr, stride, n_cols, low, high, pivot, target, top, scale, softcap,
-                SHIFT, HAS_SOFTCAP, LANES,
-            )  # fmt: skip
-    return tau, weight, mass, weighted, size
+            nucleus = from_readings(row, low, high, pivot, target, units, SHIFT, LANES)
+    return nucleus

@@ -1,7 +1,7 @@
 """A linear head's loss with its gradient made in the forward pass: three products in place of four.
 
-That is exact for a loss that is a sum over tokens. PAEC's is one only at given batch coefficients, and the whole
-batch's are not known before its last chunk. With the plan of the step before in their place it becomes an
+That is exact for a loss that is a sum over tokens. PAEC's loss is such a sum only once the batch's coefficients are
+known, and they are not before its last chunk. With the plan of the step before in their place it becomes an
 approximation: stale threshold, mean and floor, by one optimiser step. [ours]
 """
 
@@ -10,61 +10,53 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from paec_kernels.ops import layout, operator
-from paec_kernels.ops.chunks import (
-    add_product,
-    blocks,
-    choose_chunks,
-    empty_logits,
-    multiply,
-    prepare,
-    select,
-    without_padding,
-)
+from paec_kernels.ops import operator
+from paec_kernels.ops.chunks import add_product, blocks, choose_chunks, empty_logits, multiply, prepare
+from paec_kernels.ops.layout import Rows
 from paec_kernels.types import TokenStats
 
 ChunkLoss = Callable[[TokenStats, Tensor], Tensor]
 
 
 class _OnePass(torch.autograd.Function):
+    """(hidden, weight, bias, ...) -> the loss; its gradients are kept in the context."""
+
     @staticmethod
-    def forward(ctx, hidden, weight, bias, token_ids, valid, temperature, options, chunk_loss, needs):
+    def forward(ctx, hidden, weight, bias, rows: Rows, options, chunk_loss, needs):
         top_p, softcap, chunk_rows, backend = options
         n_rows, n_cols = len(hidden), len(weight)
-        operator.check_values(token_ids, valid, temperature, n_cols, backend)
-        implementation = operator.implementation(backend)
+        operator.check_values(rows, n_cols, backend)
+        passes = operator.passes_of(backend)
         needs_hidden, needs_weight, needs_bias = needs
         d_hidden = torch.zeros_like(hidden) if needs_hidden else None
         d_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
         d_bias = torch.zeros(n_cols, dtype=torch.float32, device=weight.device) if needs_bias else None
 
         device = hidden.device
-        kept = torch.arange(n_rows, device=device) if valid is None else valid.nonzero().squeeze(1)
-        step = choose_chunks(len(kept), n_cols, hidden.shape[1], hidden.dtype, valid is not None, chunk_rows).rows
-        buffer = empty_logits(min(step, len(kept)), n_cols, hidden)
+        kept = torch.arange(n_rows, device=device) if rows.valid is None else rows.valid.nonzero().squeeze(1)
+        chunks = choose_chunks(len(kept), n_cols, hidden.shape[1], hidden.dtype, rows.valid is not None, chunk_rows)
+        buffer = empty_logits(min(chunks.rows, len(kept)), n_cols, hidden)
         loss = torch.zeros((), dtype=torch.float32, device=device)
-        for block in blocks(len(kept), step):
-            rows = kept[block]
-            logits, hidden_rows, ids = buffer[: len(rows)], hidden[rows], select(token_ids, rows)
-            t = temperature if temperature.numel() == 1 else temperature[rows]
-            multiply(hidden_rows, weight, bias, out=logits)
-            table, sizes = implementation.forward(logits[None], ids, None, t, top_p, softcap, n_cols)
+        for block in blocks(len(kept), chunks.rows):
+            numbers = kept[block]
+            z, hidden_rows, arguments = buffer[: len(numbers)], hidden[numbers], rows.take(numbers)
+            multiply(hidden_rows, weight, bias, out=z)
+            stats, rest, sizes = passes.forward(z[None], arguments, top_p, softcap, n_cols)
             with torch.enable_grad():
-                leaf = table[: layout.N_DIFFERENTIABLE].clone().requires_grad_()  # the loss may write over its rows
-                stats = operator.as_token_stats((leaf, table, sizes), rows.shape, token_ids is not None)
-                chunk = chunk_loss(stats, rows)
+                leaf = stats.clone().requires_grad_()  # the loss may write over its rows
+                has_tokens = rows.token_ids is not None
+                chunk = chunk_loss(operator.as_token_stats((leaf, rest, sizes), numbers.shape, has_tokens), numbers)
             loss += chunk.detach()
             if not any(needs) or not chunk.requires_grad:
                 continue
             (d_stats,) = torch.autograd.grad(chunk, leaf)
-            d_stats = d_stats.contiguous()  # as the kernels read it
-            implementation.backward(d_stats, table, logits[None], ids, None, t, softcap, n_cols, logits[None])
+            passes.backward(d_stats.contiguous(), stats, rest, z[None], arguments, softcap, n_cols, z[None])
             if d_hidden is not None:
-                d_hidden[rows] = logits @ weight
+                d_hidden[numbers] = z @ weight
             if d_weight is not None:
-                add_product(d_weight, logits.T, hidden_rows)
+                add_product(d_weight, z.T, hidden_rows)
             if d_bias is not None:
-                d_bias += logits.sum(0, dtype=torch.float32)
+                d_bias += z.sum(0, dtype=torch.float32)
         ctx.gradients = [
             None if gradient is None else gradient.to(hidden.dtype) for gradient in (d_hidden, d_weight, d_bias)
         ]
@@ -77,7 +69,7 @@ class _OnePass(torch.autograd.Function):
             raise RuntimeError("one_pass_loss keeps its gradient for one backward pass, and it has been used")
         gradients, ctx.gradients = ctx.gradients, None
         scaled = (None if gradient is None else gradient.mul_(d_loss) for gradient in gradients)
-        return *scaled, None, None, None, None, None, None
+        return *scaled, None, None, None, None
 
 
 def one_pass_loss(
@@ -95,7 +87,7 @@ def one_pass_loss(
     vocab_size: int | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """The sum of ``chunk_loss`` over chunks of tokens, whose gradient is made at once, with three products.
+    """Sum ``chunk_loss`` over chunks of tokens, whose gradient is made at once, with three products.
 
     An approximation for PAEC, exact for losses that are sums over tokens. For PAEC ``chunk_loss`` returns
     ``paec.term(stats, valid_of_rows, plan)`` of the plan of the step *before*, and may ``paec.observe`` for the next::
@@ -122,20 +114,14 @@ def one_pass_loss(
     Raises:
         TypeError, ValueError: as `linear_token_stats`.
     """
-    hidden, weight, bias = prepare(hidden, weight, bias, chunk_rows)
-    logits_like = operator.check_head(hidden, weight, token_ids, valid, top_p, temperature, softcap, vocab_size)
+    hidden, weight, bias, rows = prepare(
+        hidden, weight, bias, token_ids, valid, top_p, temperature, softcap, vocab_size, chunk_rows
+    )
     backend = operator.resolve_backend(backend, hidden.device)
     if backend == "reference":
         raise ValueError("backend must be 'auto', 'triton' or 'torch' here, got 'reference'")
     operator.check_dtype("hidden", hidden, backend)
-    # Asked here, since autograd is off inside the Function whatever it is outside.
+    # Read before apply: inside a Function grad mode is always off.
     needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (hidden, weight, bias)]
-    return _OnePass.apply(
-        hidden.reshape(-1, hidden.shape[-1]),
-        without_padding(weight, vocab_size),
-        without_padding(bias, vocab_size),
-        *operator.flat_rows(token_ids, valid, temperature, logits_like),
-        (float(top_p), float(softcap or 0.0), chunk_rows or 0, backend),
-        chunk_loss,
-        needs,
-    )
+    options = (float(top_p), float(softcap or 0.0), chunk_rows or 0, backend)
+    return _OnePass.apply(hidden.reshape(-1, hidden.shape[-1]), weight, bias, rows, options, chunk_loss, needs)

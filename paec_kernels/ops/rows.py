@@ -5,8 +5,11 @@ weight relative to a reference logit r is 2^((f(z) - r) scale). The difference i
 that logits near +-5,000 keep the digits in which they differ.
 """
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from paec_kernels.types import IGNORE_INDEX
 
@@ -15,6 +18,28 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 # exp2 of this is 0 in float32, and it times 0 is 0: a finite stand-in for -inf in products.
 UNDERFLOW = tl.constexpr(-150.0)
+
+
+def strides_of(logits: Tensor) -> tuple[int, int, int]:
+    """Return the strides of ``[outer, inner, V]``; 0 for the only outer row, whose size would make Triton recompile."""
+    outer, inner, column = logits.stride()
+    return 0 if len(logits) == 1 else outer, inner, column
+
+
+class Row(NamedTuple):
+    """One row of logits, or of their gradient, of which the first n_cols columns are meant."""
+
+    ptr: tl.tensor
+    stride: tl.tensor
+    n_cols: tl.tensor
+
+
+class Units(NamedTuple):
+    """What makes the weight 2^((f(z) - reference) scale) of a logit z; softcap None makes f the identity."""
+
+    reference: tl.tensor
+    scale: tl.tensor
+    softcap: tl.tensor | None
 
 
 @triton.jit
@@ -34,10 +59,10 @@ def token_of(token_ids_ptr, row):
 
 
 @triton.jit
-def load_last(row_ptr, stride, start, n_cols, LANES: tl.constexpr):
+def load_last(row, start, LANES: tl.constexpr):
     """LANES columns, those from n_cols on as -inf."""
     columns = start + tl.arange(0, LANES)
-    z = tl.load(row_ptr + columns.to(tl.int64) * stride, mask=columns < n_cols, other=-float("inf"))
+    z = tl.load(row.ptr + columns.to(tl.int64) * row.stride, mask=columns < row.n_cols, other=-float("inf"))
     return z.to(tl.float32)
 
 
@@ -52,18 +77,18 @@ def tanh(u):
 
 
 @triton.jit
-def capped(z, softcap, HAS_SOFTCAP: tl.constexpr):
+def capped(z, softcap):
     """f(z); a masked token (-inf) stays masked."""
-    if HAS_SOFTCAP:
-        return tl.where(z == -float("inf"), z, softcap * tanh(z / softcap))
-    else:
+    if softcap is None:
         return z
+    else:
+        return tl.where(z == -float("inf"), z, softcap * tanh(z / softcap))
 
 
 @triton.jit
-def log2_weight(z, reference, scale, softcap, HAS_SOFTCAP: tl.constexpr):
+def log2_weight(z, units):
     """(f(z) - reference) * scale, at least UNDERFLOW, NaN where z is NaN."""
-    d = (capped(z, softcap, HAS_SOFTCAP) - reference) * scale
+    d = (capped(z, units.softcap) - units.reference) * units.scale
     return tl.maximum(d, UNDERFLOW, propagate_nan=tl.PropagateNan.ALL)
 
 

@@ -8,17 +8,16 @@ from ops.rows import flat
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import paec_kernels as pk
+from paec_kernels.ops.layout import Rows
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1", reason="launches on CPU tensors, in Triton's interpreter"
 )
-triton_backend = pytest.importorskip("paec_kernels.ops.triton_backend", reason="triton is not installed")
+forward = pytest.importorskip("paec_kernels.ops.forward", reason="triton is not installed").forward
 
 
 def launch(token_ids=(3, -100, 129), temperature=(1.0,), valid=None):
-    return triton_backend.forward(
-        flat(3, 130)[None], torch.tensor(token_ids), valid, torch.tensor(temperature), 0.95, 0.0, 130
-    )
+    return forward(flat(3, 130)[None], Rows(torch.tensor(token_ids), valid, torch.tensor(temperature)), 0.95, 0.0, 130)
 
 
 @pytest.mark.parametrize(
@@ -43,7 +42,7 @@ def test_the_forward_kernel_sees_what_is_out_of_range(wrong):
 def test_no_temperature_keeps_the_kernel_from_its_end(row, temperature):
     """A search of the nucleus with its weights upside down need not end, and a GPU would hang."""
     with pytest.raises(RuntimeError, match="temperature positive and finite"):
-        triton_backend.forward(row.bfloat16()[None, None], None, None, torch.tensor([temperature]), 0.95, 0.0, 4096)
+        forward(row.bfloat16()[None, None], Rows(None, None, torch.tensor([temperature])), 0.95, 0.0, 4096)
 
 
 def test_the_forward_kernel_does_not_see_what_is_not_valid():
@@ -52,9 +51,10 @@ def test_the_forward_kernel_does_not_see_what_is_not_valid():
 
 
 def test_the_stride_of_the_only_outer_row_compiles_nothing_anew():
+    strides_of = pytest.importorskip("paec_kernels.ops.rows").strides_of
     rows = torch.empty(2, 5, 7)
-    assert triton_backend._strides(rows) == (35, 7, 1)
-    assert triton_backend._strides(rows[:1]) == (0, 7, 1)
+    assert strides_of(rows) == (35, 7, 1)
+    assert strides_of(rows[:1]) == (0, 7, 1)
 
 
 class Launches(TorchDispatchMode):

@@ -128,7 +128,7 @@ def test_bad_input_is_named():
     policy = Policy()
     with pytest.raises(ValueError, match=r"token_ids must be .*\[0, 600\), got 600"):
         pk.one_pass_loss(policy.hidden, policy.weight, policy.token_ids * 0 + V, policy.grpo)
-    with pytest.raises(ValueError, match="chunk_rows must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="chunk_rows must be >= 1, got 0"):
         pk.one_pass_loss(policy.hidden, policy.weight, policy.token_ids, policy.grpo, chunk_rows=0)
     with pytest.raises(ValueError, match="backend must be"):
         pk.one_pass_loss(policy.hidden, policy.weight, policy.token_ids, policy.grpo, backend="reference")

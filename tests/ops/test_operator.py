@@ -11,7 +11,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.library import opcheck
 
 import paec_kernels as pk
-from paec_kernels.ops import layout, operator
+from paec_kernels.ops import operator
 
 
 def logits_and_ids():
@@ -19,7 +19,7 @@ def logits_and_ids():
 
 
 BAD = {
-    "logits not a tensor": (TypeError, "logits must be a tensor, got list", lambda z, y: ([1.0], None, {})),
+    "logits not a tensor": (TypeError, "logits must be a tensor, got \\[1.0\\]", lambda z, y: ([1.0], None, {})),
     "logits integer": (TypeError, "logits must be float32.*got torch.int64", lambda z, y: (z.long(), None, {})),
     "logits float64": (TypeError, "logits must be float32.*got torch.float64", lambda z, y: (z.double(), None, {})),
     "logits a scalar": (ValueError, r"logits must have shape .*got \(\)", lambda z, y: (z.sum(), None, {})),
@@ -44,11 +44,11 @@ BAD = {
     "top_p 0": (ValueError, r"top_p must be in \(0, 1\], got 0", lambda z, y: (z, y, {"top_p": 0})),
     "top_p above 1": (ValueError, "top_p .*got 1.5", lambda z, y: (z, y, {"top_p": 1.5})),
     "top_p NaN": (ValueError, "top_p .*got nan", lambda z, y: (z, y, {"top_p": float("nan")})),
-    "temperature 0": (ValueError, "temperature must be positive.*got 0", lambda z, y: (z, y, {"temperature": 0})),
+    "temperature 0": (ValueError, "temperature must be > 0 and finite, got 0", lambda z, y: (z, y, {"temperature": 0})),
     "temperature negative": (ValueError, "temperature .*got -1", lambda z, y: (z, y, {"temperature": -1.0})),
     "a temperature of 0 among rows": (
         ValueError,
-        "temperature must be positive.*got 0.0",
+        "temperature must be > 0 and finite, got 0.0",
         lambda z, y: (z, y, {"temperature": torch.tensor([[1.0, 1, 1], [1, 0, 1]])}),
     ),
     "temperature of another shape": (
@@ -81,7 +81,7 @@ BAD = {
         "logits must be float32.*got torch.float8",
         lambda z, y: (z.to(torch.float8_e5m2), y, {"backend": "reference"}),
     ),
-    "softcap 0": (ValueError, "softcap must be positive.*got 0", lambda z, y: (z, y, {"softcap": 0.0})),
+    "softcap 0": (ValueError, "softcap must be > 0 and finite, got 0.0", lambda z, y: (z, y, {"softcap": 0.0})),
     "vocab_size too large": (
         ValueError,
         "vocab_size must be .*got 41",
@@ -184,19 +184,17 @@ except ValueError as error:
 def operator_arguments(backend):
     logits = torch.randn(2, 4, 90)[:, :-1].requires_grad_()
     token_ids, valid = torch.randint(0, 80, (6,)), torch.rand(6) > 0.2
-    return logits, token_ids, valid, torch.ones(1), 0.95, 0.0, 80, backend
+    return logits, token_ids, valid, torch.ones(1), 0.95, 0.0, 80, False, backend
 
 
 def test_opcheck(backend):
     arguments = operator_arguments(backend)
-    with torch.no_grad():
-        table, _ = operator.token_stats_forward(*arguments)
-    plain = (arguments[0].detach(), *arguments[1:])
-    opcheck(operator.token_stats_forward, plain)
-    d_stats = torch.randn_like(table[: layout.N_DIFFERENTIABLE])
-    backward = (d_stats, table, plain[0], *plain[1:4], 0.0, 80, backend)
-    opcheck(operator.token_stats_backward, backward)
-    opcheck(operator.token_stats_backward_, (*backward[:2], plain[0].clone(), *backward[3:]))
+    opcheck(operator.token_stats_forward, arguments)
+    logits, *rows = (None if value is None else value.detach() for value in arguments[:4])
+    stats, rest, _ = operator.token_stats_forward(logits, *arguments[1:])
+    for given, out in ((logits, torch.empty(logits.shape)), (None, logits)):
+        backward = (torch.randn_like(stats), stats, rest, given, *rows, 0.0, 80, backend, out)
+        opcheck(operator.token_stats_backward, backward)
 
 
 @pytest.mark.parametrize("inplace", [False, True])

@@ -14,7 +14,8 @@ from ops.rows import flat, gradient_of, hard_rows
 
 import paec_kernels as pk
 from paec_kernels import reference
-from paec_kernels.ops import layout, torch_backend
+from paec_kernels.ops import layout, torch_backend, torch_nucleus, torch_rows
+from paec_kernels.ops.layout import Rows
 
 ROOT = Path(__file__).parents[2]
 WIDTH = 5003
@@ -34,11 +35,10 @@ def mixed_rows(n: int) -> torch.Tensor:
     return torch.stack([rows[i % len(rows)] for i in range(n)])
 
 
-def table_of(logits, token_ids=None, valid=None, temperature=None, top_p=0.95, softcap=0.0):
-    if logits.dim() == 2:
-        logits = logits[None]
-    temperature = torch.ones(1) if temperature is None else temperature
-    return torch_backend.forward(logits, token_ids, valid, temperature, top_p, softcap, logits.shape[-1])
+def table_of(logits, top_p=0.95):
+    """The table's rest, and the sizes."""
+    one = torch.ones(1, dtype=torch.float32)
+    return torch_backend.forward(logits[None], Rows(None, None, one), top_p, 0.0, logits.shape[-1])[1:]
 
 
 @pytest.mark.parametrize("softcap", [None, 20.0])
@@ -58,14 +58,14 @@ def test_a_row_is_the_same_to_the_bit_in_any_chunk_and_with_any_threads(monkeypa
     expected = [torch.cat(values) for values in zip(*(stats_and_gradient([i]) for i in range(17)), strict=True)]
     torch.set_num_threads(n_threads)
     for chunk_rows in (1, 3, 5, 17):
-        monkeypatch.setattr(torch_backend, "CHUNK_BYTES_PER_THREAD", chunk_rows * 5056 * 4)
+        monkeypatch.setattr(torch_rows, "CHUNK_BYTES_PER_THREAD", chunk_rows * 5056 * 4)
         for order in (list(range(17)), [*range(5, 17), *range(5)]):
             for value, alone in zip(stats_and_gradient(order), expected, strict=True):
                 assert torch.equal(value, alone[order])
 
 
 def test_scattered_valid_rows_of_a_slice(monkeypatch):
-    monkeypatch.setattr(torch_backend, "CHUNK_BYTES_PER_THREAD", 3 * 5056 * 4)
+    monkeypatch.setattr(torch_rows, "CHUNK_BYTES_PER_THREAD", 3 * 5056 * 4)
     whole = mixed_rows(24).view(4, 6, WIDTH)
     logits = whole[:, 1:]
     valid = torch.rand(4, 5) < 0.6
@@ -90,13 +90,12 @@ def test_scattered_valid_rows_of_a_slice(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_gradient_over_the_logits_themselves(dtype):
     logits, token_ids = mixed_rows(9).to(dtype)[None], torch.arange(9)
-    d_stats = torch.randn(layout.N_DIFFERENTIABLE, 9)
-    valid = torch.arange(9) != 4
-    arguments = (token_ids, valid, torch.full((1,), 0.7))
-    table, _ = torch_backend.forward(logits, *arguments, 0.9, 0.0, 5000)
+    d_stats = torch.randn(layout.N_STATS, 9)
+    rows = Rows(token_ids, torch.arange(9) != 4, torch.full((1,), 0.7))
+    stats, rest, _ = torch_backend.forward(logits, rows, 0.9, 0.0, 5000)
     out = torch.full_like(logits, math.nan)
-    torch_backend.backward(d_stats, table, logits, *arguments, 0.0, 5000, out)
-    torch_backend.backward(d_stats, table, logits, *arguments, 0.0, 5000, logits)
+    for into in (out, logits):
+        torch_backend.backward(d_stats, stats, rest, logits, rows, 0.0, 5000, into)
     assert torch.equal(out, logits)
     assert (out[..., 5000:] == 0).all()
     assert (out[:, 4] == 0).all()
@@ -108,7 +107,7 @@ def steps(*counts: int) -> torch.Tensor:
     return row[torch.randperm(len(row))]
 
 
-SHORT_LIST = torch_backend.SHORT_LIST
+SHORT_LIST = torch_nucleus.SHORT_LIST
 TIED = {
     "within the list": steps(20, 40, 3000),
     "up to its end": steps(20, SHORT_LIST - 20, 10),
@@ -140,7 +139,7 @@ def test_tied_tokens_in_and_beyond_the_short_list(name, top_p):
 def test_the_sieve_keeps_every_member_and_its_ties(name, top_p):
     z = hard_rows()[name]
     e = (z - z.max()).exp()
-    columns, listed = torch_backend.possible_members(e[None], (1 - top_p) * e.sum()[None])
+    columns, listed = torch_nucleus.possible_members(e[None], (1 - top_p) * e.sum()[None])
     kept = torch.zeros_like(z, dtype=torch.bool)
     kept[columns[listed]] = True
     assert kept.sum() == listed.sum()
@@ -152,7 +151,7 @@ def test_the_sieve_keeps_every_member_and_its_ties(name, top_p):
 @pytest.mark.parametrize("width", [64, 128, 192, 8192, 8256])
 def test_top_columns_are_those_of_a_topk(width):
     z = flat(3, width).round(decimals=1)
-    columns = torch_backend.top_columns(z, SHORT_LIST)
+    columns = torch_nucleus.top_columns(z, SHORT_LIST)
     assert torch.equal(z.gather(1, columns), z.topk(min(SHORT_LIST, width)).values)
     assert all(len(row.unique()) == len(row) for row in columns)
 
@@ -188,7 +187,7 @@ def test_the_whole_vocabulary_is_a_nucleus_at_top_p_1():
 def test_threads_keep_their_settings(n_threads):
     seen = []
     logits = flat(64, 3000)
-    torch_backend.serial_threads.cache_clear()  # it is their start that touches the settings
+    torch_rows.serial_threads.cache_clear()  # it is their start that touches the settings
     pk.token_stats(logits, backend="torch")
     for _ in range(2):
         thread = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
@@ -234,11 +233,10 @@ def test_a_forked_process_gets_threads_of_its_own():
 def test_the_default_dtype_changes_nothing(dtype):
     logits = TIED["across its end"][None]
     expected, _ = table_of(logits)
-    one = torch.ones(1)
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        table, _ = table_of(logits, temperature=one)
+        table, _ = table_of(logits)
     finally:
         torch.set_default_dtype(before)
     assert table.dtype == torch.float32
@@ -257,7 +255,7 @@ def test_an_error_in_a_chunk_reaches_the_caller(n_threads):
         raise RuntimeError("in a chunk")
 
     with pytest.raises(RuntimeError, match="in a chunk"):
-        torch_backend.for_each_chunk(fail, flat(8, 300)[None], None)
+        torch_rows.for_each_chunk(fail, flat(8, 300)[None], None)
 
 
 def test_peak_memory():
