@@ -1,6 +1,7 @@
 """Saved state: files that are either whole or as they were, and refusals of another configuration's."""
 
 import os
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,9 +14,10 @@ ABSENT = "absent"
 def whole_file(path: Path) -> Iterator[Path]:
     """Give a path to write to, beside ``path``, which it replaces in one step when the block ends without an error.
 
-    The path is this process' own, so that several may write the same file at once; after an error it is gone.
+    Each call gives a path of its own, so that several processes may write the same file at once, on whatever machines
+    that share the disk (whose process ids may coincide). After an error it is gone.
     """
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
     try:
         yield partial
         os.replace(partial, path)
