@@ -54,6 +54,16 @@ def assert_same_bits(a, b):
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
+def assert_same_weights(a: dict, b: dict, learning_rate: float):
+    """But for rounding, which shows where a gradient is almost 0, since Adam's first steps are lr * sign(gradient)."""
+    for name in a:
+        off = (a[name] - b[name]).abs()
+        if name.endswith("qkv.bias"):  # a key's bias has no gradient but rounding: it moves all scores of a query alike
+            query, _, value = off.chunk(3)
+            off = torch.cat([query, value])
+        assert off.mean() < 1e-3 * learning_rate, name
+
+
 def assert_alike(a: dict, b: dict, rel: float):
     assert a.keys() == b.keys()
     for name in a.keys() - set(TIMES):
@@ -98,9 +108,7 @@ def test_micro_batches_change_nothing_but_rounding(config, algo):
     config = with_algo(replace(config, steps=2, updates=2), algo)
     whole = loop.train(replace(config, out=config.out / "whole", micro_batch=1000))
     parts = loop.train(replace(config, out=config.out / "parts", micro_batch=3))
-    for a, b in zip(whole.policy.module.parameters(), parts.policy.module.parameters(), strict=True):
-        # Adam's first steps are lr * sign(gradient), so rounding shows where a gradient is almost 0.
-        assert (a - b).abs().mean() < 1e-2 * config.learning_rate
+    assert_same_weights(whole.policy.module.state_dict(), parts.policy.module.state_dict(), config.learning_rate)
     rows = [read_rows(config.out / name)[-1] for name in ("whole", "parts")]
     assert rows[0]["selected_entropy"] == pytest.approx(rows[1]["selected_entropy"], rel=1e-4)
     assert rows[0]["policy_loss"] == pytest.approx(rows[1]["policy_loss"], rel=1e-3, abs=1e-6)
@@ -229,8 +237,7 @@ def test_two_processes_equal_one(config, algo):
     one, two = (read_rows(config.out / name) for name in ("one", "two"))
     for a, b in zip(one, two, strict=True):
         assert_alike(a, b, rel=1e-3)
-    a, b = weights(config.out / "one"), weights(config.out / "two")
-    assert all((a[name] - b[name]).abs().mean() < 1e-2 * config.learning_rate for name in a)
+    assert_same_weights(weights(config.out / "one"), weights(config.out / "two"), config.learning_rate)
 
 
 def test_prompts_must_divide_among_updates(config):
