@@ -35,6 +35,9 @@ class EntropyTerm(nn.Module):
     The state is in ``state_dict`` together with the config; a checkpoint of another config, or one that is not
     complete, is refused and changes nothing. The state follows the statistics to their device.
 
+    A subclass names its ``CONFIG`` and ``PLAN`` and says, in ``_observation``, ``_plan`` and ``_term``, what a
+    micro-batch leaves for the plan, what the plan is, and what the micro-batch's share of the loss is.
+
     Args:
         config: the method's constants.
         process_group: the data-parallel ranks that share an optimiser step. None is all ranks, as everywhere in
@@ -47,6 +50,7 @@ class EntropyTerm(nn.Module):
     CONFIG: ClassVar[type]
     PLAN: ClassVar[type]
     config: Any  # of type CONFIG
+    anchor_steps = 1  # the optimiser steps whose mean entropies are averaged into the anchor
     anchor_sum: Tensor
     anchor_count: Tensor
     last_mean_entropy: Tensor
@@ -64,13 +68,8 @@ class EntropyTerm(nn.Module):
         self._planned = False
 
     @property
-    def anchor_steps(self) -> int:
-        """Optimiser steps whose mean entropies are averaged into the anchor."""
-        return 1
-
-    @property
     def anchor(self) -> Tensor:
-        """The anchor in nats, 0-d; NaN until it is set."""
+        """The anchor in nats, 0-d, which is NaN until it is set."""
         is_set = self.anchor_count >= self.anchor_steps
         return torch.where(is_set, self.anchor_sum / self.anchor_steps, math.nan)
 
@@ -84,6 +83,7 @@ class EntropyTerm(nn.Module):
         Raises:
             TypeError, ValueError: statistics or ``valid`` of another type, dtype, shape or device.
         """
+        check_stats(stats, valid)
         observation = self._observation(stats, valid)
         if self.anchor_sum.device != valid.device:
             self.to(valid.device)
@@ -119,6 +119,7 @@ class EntropyTerm(nn.Module):
         """
         if not isinstance(plan, self.PLAN):
             raise TypeError(f"plan must be the {self.PLAN.__name__} that plan() returned for this step, got {plan!r}")
+        check_stats(stats, valid)
         return self._term(stats, valid, plan, accuracy)
 
     @torch.no_grad()
@@ -136,6 +137,7 @@ class EntropyTerm(nn.Module):
         self.anchor_count += taken
 
     def _observation(self, stats: TokenStats, valid: Tensor) -> Tensor:
+        """Return what ``_plan`` needs of the micro-batch, whose tensors were checked."""
         raise NotImplementedError
 
     def _plan(self, observed: list[Tensor]) -> tuple[Any, Tensor]:
@@ -143,6 +145,7 @@ class EntropyTerm(nn.Module):
         raise NotImplementedError
 
     def _term(self, stats: TokenStats, valid: Tensor, plan: Any, accuracy: Tensor | None) -> Tensor:
+        """Return what ``term`` does, of arguments that were checked except ``accuracy``."""
         raise NotImplementedError
 
     def _apply(self, fn, recurse=True):
@@ -191,8 +194,8 @@ class EntropyTerm(nn.Module):
         return found
 
 
-def checked_stats(stats: TokenStats, valid: Tensor) -> TokenStats:
-    """Return the statistics if they fit together and ``valid`` fits them.
+def check_stats(stats: TokenStats, valid: Tensor) -> None:
+    """Refuse statistics that do not fit together, and a mask that does not fit them.
 
     Raises:
         TypeError, ValueError: the argument that does not fit is named, with its value and what was expected.
@@ -203,7 +206,7 @@ def checked_stats(stats: TokenStats, valid: Tensor) -> TokenStats:
     like = ("stats.entropy", stats.entropy)
     for name in ("nucleus_entropy", "margin", "nucleus_size"):
         checks.tensor(f"stats.{name}", getattr(stats, name), like=like)
-    if stats.entropy.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"stats must be float32 or float64, got {stats.entropy.dtype}")
+    for value in (stats.entropy, stats.nucleus_entropy):
+        if value.dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"stats must be float32 or float64, got {value.dtype}")
     checks.tensor("valid", valid, kind="bool", like=like)
-    return stats

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from paec_kernels import checks
-from paec_kernels.losses.entropy_term import EntropyTerm, checked_stats
+from paec_kernels.losses.entropy_term import EntropyTerm
 from paec_kernels.losses.mask import penalty_coefficients, position_score, soft_mask
 from paec_kernels.losses.paec_config import PAECConfig
 from paec_kernels.losses.quantile import as_fraction, quantile
@@ -62,11 +62,8 @@ class PAEC(EntropyTerm):
         super().__init__(config, process_group)
         checks.one_of("backend", backend, BACKENDS)
         self.backend = backend
+        self.anchor_steps = config.anchor_steps
         self._rho = as_fraction(config.rho)
-
-    @property
-    def anchor_steps(self) -> int:
-        return self.config.anchor_steps
 
     def forward(self, stats: TokenStats, valid: Tensor) -> PAECOutput:
         """Take the whole optimiser step of this rank at once.
@@ -89,8 +86,7 @@ class PAEC(EntropyTerm):
 
     def _observation(self, stats: TokenStats, valid: Tensor) -> Tensor:
         """Return the scores and entropies, ``[2, N]``."""
-        entropy = self._entropy(stats, valid)
-        return torch.stack([position_score(stats, valid, self.config, self.backend), entropy])
+        return torch.stack([position_score(stats, valid, self.config, self.backend), self._entropy(stats)])
 
     def _plan(self, observed: list[Tensor]) -> tuple[Plan, Tensor]:
         """Gather the observed numbers of all ranks, on which every rank then computes the same."""
@@ -111,7 +107,7 @@ class PAEC(EntropyTerm):
         return self._loss_and_mask(stats, valid, plan)[0]
 
     def _loss_and_mask(self, stats: TokenStats, valid: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
-        entropy = self._entropy(stats, valid)
+        entropy = self._entropy(stats)
         score = position_score(stats, valid, self.config, self.backend)
         mask, (mask_sum, _) = soft_mask(score, entropy, plan.threshold, self.config.tau_m, self.backend)
         coefficient = penalty_coefficients(
@@ -127,8 +123,7 @@ class PAEC(EntropyTerm):
         tangent = (coefficient * torch.where(valid.reshape(-1), entropy, 0.0)).sum() + offset * share
         return world_size(self.process_group) * tangent, mask.view(valid.shape)
 
-    def _entropy(self, stats: TokenStats, valid: Tensor) -> Tensor:
-        """Return the entropy that the loss is about, flat ``[N]``, after checking the arguments."""
-        stats = checked_stats(stats, valid)
+    def _entropy(self, stats: TokenStats) -> Tensor:
+        """Return the entropy that the loss is about, flat ``[N]``."""
         entropy = stats.entropy if self.config.entropy_support == "full" else stats.nucleus_entropy
         return entropy.reshape(-1)

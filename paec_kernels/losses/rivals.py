@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from paec_kernels import checks
-from paec_kernels.losses.entropy_term import EntropyTerm, checked_stats
+from paec_kernels.losses.entropy_term import EntropyTerm
 from paec_kernels.losses.quantile import as_fraction, quantile
 from paec_kernels.losses.ranks import mean_over_ranks
 from paec_kernels.types import TokenStats
@@ -54,8 +54,7 @@ class MeanEntropyTerm(EntropyTerm):
 
     def _sum_and_count(self, stats: TokenStats, valid: Tensor) -> tuple[Tensor, Tensor]:
         """Return this micro-batch's sum of what the mean is of, with its gradient, and how many it sums."""
-        entropy = checked_stats(stats, valid).entropy
-        return torch.where(valid, entropy, 0.0).sum(), valid.sum().to(entropy.dtype)
+        return torch.where(valid, stats.entropy, 0.0).sum(), valid.sum().to(stats.entropy.dtype)
 
     def _coefficient_and_target(self, mean: Tensor) -> tuple[Tensor, Tensor]:
         """Return the plan's last two fields, given the step's mean."""
@@ -139,10 +138,9 @@ class AER(MeanEntropyTerm):
         return self.coef.clone(), self.config.target_ratio * self.anchor
 
     def _weighted_sum(self, stats: TokenStats, valid: Tensor, plan: EntropyPlan, accuracy: Tensor | None) -> Tensor:
-        entropy = checked_stats(stats, valid).entropy
-        checks.tensor("accuracy", accuracy, kind="floating", like=("stats.entropy", entropy), broadcast=True)
+        checks.tensor("accuracy", accuracy, kind="floating", like=("stats.entropy", stats.entropy), broadcast=True)
         assert accuracy is not None  # the check refuses it
-        return -plan.coefficient * torch.where(valid, (1 - accuracy.detach()) * entropy, 0.0).sum()
+        return -plan.coefficient * torch.where(valid, (1 - accuracy.detach()) * stats.entropy, 0.0).sum()
 
 
 @dataclass(frozen=True)
@@ -181,11 +179,10 @@ class SIREN(MeanEntropyTerm):
     config: SIRENConfig
 
     def _sum_and_count(self, stats: TokenStats, valid: Tensor) -> tuple[Tensor, Tensor]:
-        nucleus_entropy = checked_stats(stats, valid).nucleus_entropy
         if valid.dim() != 2:
             raise ValueError(f"valid must be [B, T], a row for each answer, got shape {tuple(valid.shape)}")
-        peaks = peak_positions(nucleus_entropy.detach(), valid, self.config.rho)
-        sums = torch.where(peaks, nucleus_entropy, 0.0).sum(1)
+        peaks = peak_positions(stats.nucleus_entropy.detach(), valid, self.config.rho)
+        sums = torch.where(peaks, stats.nucleus_entropy, 0.0).sum(1)
         return (sums / peaks.sum(1).clamp(min=1)).sum(), valid.any(1).sum().to(sums.dtype)
 
     def _coefficient_and_target(self, mean: Tensor) -> tuple[Tensor, Tensor]:

@@ -358,6 +358,11 @@ def test_term_needs_a_plan():
     [
         (lambda s, v: (tuple(s), v), TypeError, "stats must be a TokenStats, got tuple"),
         (lambda s, v: (s._replace(entropy=s.entropy.half()), v), TypeError, "float32 or float64, got .*16"),
+        (
+            lambda s, v: (s._replace(nucleus_entropy=s.nucleus_entropy.half()), v),
+            TypeError,
+            "float32 or float64, got .*16",
+        ),
         (lambda s, v: (s._replace(margin=None), v), TypeError, "stats.margin must be a tensor, got None"),
         (
             lambda s, v: (s._replace(margin=s.margin[:1]), v),
