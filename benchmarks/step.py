@@ -22,7 +22,7 @@ from benchmarks.rivals.eager import by_sort
 from benchmarks.rows import Row, percentile
 from benchmarks.workload import ADVANTAGE, CLIP_HIGH, RATIO_NOISE, Case
 from paec_kernels.train import loop
-from paec_kernels.train.algorithms import Algorithm, GRPOOptions, PAECOptions
+from paec_kernels.train.algorithms import Algorithm, GRPOOptions, MicroBatch, PAECOptions
 from paec_kernels.train.models.by_name import pick_device, starting_policy
 from paec_kernels.train.models.policy import Rollout
 from paec_kernels.train.presets import PRESETS
@@ -102,7 +102,7 @@ def step_rows(run: Run, device: str, *, answers: int, on_step: Callable[[str], N
         for name, way in WAYS.items()
     }
     takes = {name: partial(take_step, runs[name], micro_batches, way.looks) for name, way in WAYS.items()}
-    tokens = sum(int(batch.valid.sum()) for _, batch in micro_batches)
+    tokens = sum(int(batch.valid.sum()) for batch in micro_batches)
     yield from rows_in_turns(run, Case(tokens, len(policy.head), torch.float32, KIND, device), takes, errors, on_step)
 
 
@@ -110,33 +110,34 @@ def algorithm_of(way: Way) -> Algorithm:
     return Algorithm(PAEC) if way.calibrated else Algorithm(GRPOOptions(), monitored=False)
 
 
-def sample_step(run: loop.Run) -> list[loop.MicroBatch]:
+def sample_step(run: loop.Run) -> list[MicroBatch]:
     tasks, _ = load_tasks(run.config.tasks)
     [micro_batches] = loop.split(run, *loop.sample(run.config, run.policy, tasks, 0, 0, 1))
     torch.manual_seed(0)
     changed = []
-    for rollout, batch in micro_batches:
+    for batch in micro_batches:
         # Where every answer is right, or every one wrong, the loss would be 0.
         advantages = torch.full_like(batch.advantages, ADVANTAGE)
         old_logp = batch.old_logp + RATIO_NOISE * torch.randn_like(batch.old_logp)
-        changed.append(loop.MicroBatch(rollout, batch._replace(advantages=advantages, old_logp=old_logp)))
+        changed.append(batch._replace(advantages=advantages, old_logp=old_logp))
     return changed
 
 
-def set_anchors(runs: dict[str, loop.Run], micro_batches: list[loop.MicroBatch]) -> float:
+def set_anchors(runs: dict[str, loop.Run], micro_batches: list[MicroBatch]) -> float:
     """Set PAEC's anchors as one step of training does; return the anchor, nats."""
     for name, run in runs.items():
         if WAYS[name].calibrated:
-            _, plan = run.algorithm.plan([batch for _, batch in loop.look_again(run, micro_batches)], seed=0)
+            _, plan = run.algorithm.plan(loop.look_again(run, micro_batches), seed=0)
             run.algorithm.step()
     return plan.metrics["selected_entropy"].item()
 
 
 @torch.no_grad()
-def losses_in_float64(run: loop.Run, micro_batches: list[loop.MicroBatch], anchor: float) -> tuple[Tensor, Tensor]:
+def losses_in_float64(run: loop.Run, micro_batches: list[MicroBatch], anchor: float) -> tuple[Tensor, Tensor]:
     """Return GRPO's and PAEC's loss of all tokens at once, by the definitions."""
     columns = []
-    for rollout, batch in micro_batches:
+    for batch in micro_batches:
+        rollout = batch.rollout
         hidden = run.model(rollout.sequences, rollout.attention_mask, rollout.prompt_length)
         for row, valid in enumerate(batch.valid):  # float64 and a sort take twenty times the memory of the logits
             logits = (hidden[row, valid] @ run.policy.head.T).double()
@@ -151,13 +152,13 @@ def losses_in_float64(run: loop.Run, micro_batches: list[loop.MicroBatch], ancho
 
 
 @torch.no_grad()
-def relative_error(run: loop.Run, micro_batches: list[loop.MicroBatch], expected: Tensor) -> float:
-    batches, plan = run.algorithm.plan([batch for _, batch in loop.look_again(run, micro_batches)], seed=0)
+def relative_error(run: loop.Run, micro_batches: list[MicroBatch], expected: Tensor) -> float:
+    batches, plan = run.algorithm.plan(loop.look_again(run, micro_batches), seed=0)
     loss = sum(run.algorithm.loss(batch, plan)[0] for batch in batches)
     return ((loss - expected).abs() / expected.abs()).item()
 
 
-def take_step(run: loop.Run, micro_batches: list[loop.MicroBatch], looks: bool) -> None:
+def take_step(run: loop.Run, micro_batches: list[MicroBatch], looks: bool) -> None:
     loop.optimiser_step(run, loop.look_again(run, micro_batches) if looks else micro_batches, seed=0)
 
 

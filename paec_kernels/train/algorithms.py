@@ -6,7 +6,7 @@
     for micro_batches in optimiser_steps:
         micro_batches, plan = algorithm.plan(micro_batches, seed=step)    # statistics without a gradient
         for batch in micro_batches:
-            loss, metrics = algorithm.loss(with_gradient(batch), plan)
+            loss, metrics = algorithm.loss(batch._replace(stats=stats_of(batch.rollout)), plan)    # with one
             loss.backward()
         optimizer.step(); algorithm.step()
 
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from paec_kernels.losses.covariance import clip_cov_selection, kl_cov_selection
-from paec_kernels.losses.entropy_term import EntropyTerm
+from paec_kernels.losses.entropy_term import EntropyTerm, check_stats
 from paec_kernels.losses.paec import PAEC
 from paec_kernels.losses.paec import Plan as PAECPlan
 from paec_kernels.losses.paec_config import PAECConfig
@@ -38,21 +38,28 @@ from paec_kernels.losses.rivals import (
     SIRENConfig,
 )
 from paec_kernels.saved_state import refuse_other_config
+from paec_kernels.train.models.policy import Rollout
 from paec_kernels.types import TokenStats
 
 LossAndMetrics = tuple[Tensor, dict[str, Tensor]]
+NO_NUCLEUS = 1e-9  # a top_p that the likeliest token reaches alone: no statistic of the nucleus takes less time
 UNIFORM_TAU_M = 1e30  # (s - q) / tau_m vanishes beside 1: every m is 1/2 to the bit, in float32 and float64
 
 
-class Batch(NamedTuple):
-    """A micro-batch of one optimiser step: B answers, padded to T tokens."""
+class MicroBatch(NamedTuple):
+    """B answers of one optimiser step, padded to T tokens: whole groups or parts of them."""
 
-    stats: TokenStats  # [B, T], of the current weights, at the algorithm's top_p
-    old_logp: Tensor  # [B, T], of the sampling policy
+    rollout: Rollout
     advantages: Tensor  # [B, 1]
     accuracy: Tensor  # [B, 1], the mean reward of the answer's group, in [0, 1]
-    valid: Tensor  # bool [B, T], True at response tokens
+    stats: TokenStats  # [B, T], of the current weights, at the algorithm's top_p
+    old_logp: Tensor  # [B, T], of the sampling policy
     selected: Tensor | None = None  # bool [B, T], the tokens that the policy loss treats apart; filled in by `plan`
+
+    @property
+    def valid(self) -> Tensor:
+        """The answers' tokens, bool [B, T]."""
+        return self.rollout.valid
 
 
 class Plan(NamedTuple):
@@ -68,15 +75,15 @@ class Method:
     """What every method answers."""
 
     @property
-    def top_p(self) -> float:
-        """The nucleus mass that ``token_stats`` must be called with."""
-        return PAECConfig().top_p
+    def top_p(self) -> float | None:
+        """The nucleus mass that ``token_stats`` must be called with; None for a method that reads no nucleus."""
+        return None
 
-    def select(self, micro_batches: Sequence[Batch], seed: int) -> list[Tensor] | None:
+    def select(self, micro_batches: Sequence[MicroBatch], seed: int) -> list[Tensor] | None:
         """Choose the tokens of the step that the policy loss treats apart, a bool mask ``[B, T]`` for each."""
         return None
 
-    def policy_loss(self, batch: Batch, normalizer: Tensor) -> LossAndMetrics:
+    def policy_loss(self, batch: MicroBatch, normalizer: Tensor) -> LossAndMetrics:
         """Return the loss of a micro-batch, and metrics that are means over its tokens."""
         raise NotImplementedError
 
@@ -94,7 +101,7 @@ class GRPOOptions(Method):
     clip_high: float = 0.28
     """Ratios above 1 + clip_high are clipped; DAPO's value."""
 
-    def policy_loss(self, batch: Batch, normalizer: Tensor) -> LossAndMetrics:
+    def policy_loss(self, batch: MicroBatch, normalizer: Tensor) -> LossAndMetrics:
         return grpo_loss(*_tokens(batch), clip_low=self.clip_low, clip_high=self.clip_high, normalizer=normalizer)
 
 
@@ -149,7 +156,7 @@ class CISPOOptions(Method):
     clip_high: float = 0.28
     """Importance weights above 1 + clip_high are lowered to it; DAPO's value [ours]."""
 
-    def policy_loss(self, batch: Batch, normalizer: Tensor) -> LossAndMetrics:
+    def policy_loss(self, batch: MicroBatch, normalizer: Tensor) -> LossAndMetrics:
         return cispo_loss(*_tokens(batch), clip_low=self.clip_low, clip_high=self.clip_high, normalizer=normalizer)
 
 
@@ -168,11 +175,11 @@ class ClipCovOptions(Method):
     cov_high: float = 5.0
     """Only tokens of a covariance below this [code]."""
 
-    def select(self, micro_batches: Sequence[Batch], seed: int) -> list[Tensor]:
+    def select(self, micro_batches: Sequence[MicroBatch], seed: int) -> list[Tensor]:
         columns = map(list, zip(*map(_tokens, micro_batches), strict=True))
         return clip_cov_selection(*columns, seed=seed, **asdict(self))
 
-    def policy_loss(self, batch: Batch, normalizer: Tensor) -> LossAndMetrics:
+    def policy_loss(self, batch: MicroBatch, normalizer: Tensor) -> LossAndMetrics:
         assert batch.selected is not None  # by plan()
         return clip_cov_loss(
             *_tokens(batch), batch.selected, clip_low=self.clip_low, clip_high=self.clip_high, normalizer=normalizer
@@ -188,11 +195,11 @@ class KLCovOptions(Method):
     kl_coef: float = 1.0
     """Weight of the penalty [code]."""
 
-    def select(self, micro_batches: Sequence[Batch], seed: int) -> list[Tensor]:
+    def select(self, micro_batches: Sequence[MicroBatch], seed: int) -> list[Tensor]:
         logp, _, advantages, valid = map(list, zip(*map(_tokens, micro_batches), strict=True))
         return kl_cov_selection(logp, advantages, valid, fraction=self.fraction)
 
-    def policy_loss(self, batch: Batch, normalizer: Tensor) -> LossAndMetrics:
+    def policy_loss(self, batch: MicroBatch, normalizer: Tensor) -> LossAndMetrics:
         assert batch.selected is not None  # by plan()
         return kl_cov_loss(*_tokens(batch), batch.selected, kl_coef=self.kl_coef, normalizer=normalizer)
 
@@ -244,7 +251,7 @@ class Algorithm(nn.Module):
     of the whole step in one batch, in value and gradient. Micro-batches may differ in B and T; every rank has at least
     one, if without a valid token.
 
-    With a monitor every algorithm is measured by the same PAEC, whose anchor and floor are part of no other method's
+    Every algorithm is measured by the same PAEC, the monitor, whose anchor and floor are part of no other method's
     loss. A method that selects as PAEC does is measured by its own. With SIREN, the positions are chosen by a nucleus
     of its top_p.
 
@@ -253,7 +260,7 @@ class Algorithm(nn.Module):
 
     Args:
         options: of one of ``ALGORITHMS``.
-        monitored: whether to measure what PAEC would select. Its plan is one more gather over ranks in each step.
+        monitored: whether to measure what PAEC would select, which takes a nucleus and one more gather over ranks.
     """
 
     def __init__(self, options: Method, *, monitored: bool = True) -> None:
@@ -264,38 +271,39 @@ class Algorithm(nn.Module):
         self.name = names[0]
         self.options = options
         self.term = options.entropy_term()
-        measures_itself = isinstance(self.term, PAEC) and not isinstance(options, PAECNoMaskOptions)
-        self.monitor = PAEC(PAECConfig()) if monitored and not measures_itself else None
+        self.measures_itself = isinstance(self.term, PAEC) and not isinstance(options, PAECNoMaskOptions)
+        self.monitor = PAEC(PAECConfig()) if monitored and not self.measures_itself else None
 
     @property
     def top_p(self) -> float:
         """The nucleus mass that ``token_stats`` must be called with."""
-        return self.options.top_p
+        if self.options.top_p is not None:
+            return self.options.top_p
+        return NO_NUCLEUS if self.monitor is None else self.monitor.config.top_p
 
     @torch.no_grad()
-    def plan(self, micro_batches: Sequence[Batch], *, seed: int) -> tuple[list[Batch], Plan]:
+    def plan(self, micro_batches: Sequence[MicroBatch], *, seed: int) -> tuple[list[MicroBatch], Plan]:
         """Find what the step's losses need to know of all its tokens. All ranks must call it.
 
         Args:
             micro_batches: those of this rank, by the weights that ``loss`` will see; no gradient is kept.
             seed: of random picks; the same on every rank, another one for each step.
         Returns:
-            the micro-batches with what is ``selected``, and the plan. Its metrics: ``entropy`` (nats) and
-            ``nucleus_size`` (tokens), means over the step's valid tokens; ``selected_entropy`` (PAEC's masked mean),
-            ``floor`` (0 until it is set) and ``anchor`` (NaN until then), in nats, unless nothing measures them; and
-            what the entropy term plans, as ``term/...``.
+            the micro-batches with what is ``selected``, and the plan. Its metrics: ``entropy`` (nats), the mean over
+            the step's valid tokens; what the entropy term plans, as ``term/...``; and where PAEC measures the step,
+            ``nucleus_size`` (tokens), a mean as well, ``selected_entropy`` (PAEC's masked mean), ``floor`` (0 until it
+            is set) and ``anchor`` (NaN until then), in nats.
         Raises:
             TypeError, ValueError: a micro-batch of wrong types, shapes or devices, or none at all.
         """
-        if not micro_batches:
-            raise ValueError("micro_batches must hold at least one micro-batch on each rank, got none")
-        for batch in micro_batches:
-            _check_batch(batch)
+        _check(micro_batches)  # all of them, before any is observed
         for batch in micro_batches:
             for module in self._entropy_modules():
                 module.observe(batch.stats, batch.valid)
         term = None if self.term is None else self.term.plan()
-        measured = term if self.monitor is None else self.monitor.plan()
+        measured = term if self.measures_itself else None
+        if self.monitor is not None:
+            measured = self.monitor.plan()
 
         valid = [batch.valid for batch in micro_batches]
         normalizer = mean_over_ranks(torch.stack([v.sum() for v in valid]).sum(), None)
@@ -304,16 +312,11 @@ class Algorithm(nn.Module):
             total = torch.stack([torch.where(v, x, 0.0).sum() for x, v in zip(values, valid, strict=True)]).sum()
             return mean_over_ranks(total, None) / (normalizer + (normalizer == 0))
 
-        metrics = {
-            "entropy": step_mean([batch.stats.entropy for batch in micro_batches]),
-            "nucleus_size": step_mean([batch.stats.nucleus_size.to(batch.old_logp.dtype) for batch in micro_batches]),
-        }
-        if isinstance(measured, PAECPlan):
-            metrics |= {
-                "selected_entropy": measured.mean_entropy,
-                "floor": measured.floor,
-                "anchor": measured.anchor,
-            }
+        metrics = {"entropy": step_mean([batch.stats.entropy for batch in micro_batches])}
+        if measured is not None:
+            sizes = [batch.stats.nucleus_size.to(batch.old_logp.dtype) for batch in micro_batches]
+            metrics |= {"nucleus_size": step_mean(sizes), "selected_entropy": measured.mean_entropy}
+            metrics |= {"floor": measured.floor, "anchor": measured.anchor}
         if term is not None:
             # "items" is no metric of the step: it is divided by the ranks.
             metrics |= {f"term/{name}": value for name, value in term._asdict().items() if name != "items"}
@@ -322,7 +325,7 @@ class Algorithm(nn.Module):
             micro_batches = [batch._replace(selected=s) for batch, s in zip(micro_batches, selected, strict=True)]
         return list(micro_batches), Plan(normalizer, term, metrics)
 
-    def loss(self, batch: Batch, plan: Plan) -> LossAndMetrics:
+    def loss(self, batch: MicroBatch, plan: Plan) -> LossAndMetrics:
         """Return a micro-batch's share of the step's loss.
 
         Args:
@@ -352,10 +355,7 @@ class Algorithm(nn.Module):
         return [module for module in (self.monitor, self.term) if module is not None]
 
     def get_extra_state(self) -> dict[str, Any]:
-        state = {"algo": self.name}
-        for name, value in asdict(self.options).items():
-            state |= {f"{name}.{part}": x for part, x in value.items()} if isinstance(value, dict) else {name: value}
-        return state
+        return {"algo": self.name, **asdict(self.options)}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Raise before the parts are loaded, so that a checkpoint of other options changes nothing."""
@@ -364,15 +364,23 @@ class Algorithm(nn.Module):
         refuse_other_config(state, self.get_extra_state(), "algorithm")
 
 
-def _tokens(batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _tokens(batch: MicroBatch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     assert batch.stats.logp is not None  # plan() has checked it
     return batch.stats.logp, batch.old_logp, batch.advantages, batch.valid
 
 
-def _check_batch(batch: Batch) -> None:
-    if not isinstance(batch, Batch) or not isinstance(batch.stats, TokenStats):
-        raise TypeError(f"micro_batches must be Batches of TokenStats, got {batch!r}")
-    stats, old_logp, advantages, accuracy, valid, _ = batch
-    check_tokens(logp=stats.logp, old_logp=old_logp, advantages=advantages, accuracy=accuracy, valid=valid)
+def _check(micro_batches: Sequence[MicroBatch]) -> None:
+    """Refuse micro-batches that the losses could not take. Reading the accuracies is the one wait for the device."""
+    if not micro_batches:
+        raise ValueError("micro_batches must hold at least one micro-batch on each rank, got none")
+    for batch in micro_batches:
+        if not isinstance(batch, MicroBatch):
+            raise TypeError(f"micro_batches must be MicroBatches, got {batch!r}")
+        check_stats(batch.stats, batch.valid)
+        if batch.valid.dim() != 2:
+            raise ValueError(f"valid must be [B, T], a row for each answer, got shape {tuple(batch.valid.shape)}")
+        rest = {name: getattr(batch, name) for name in ("old_logp", "advantages", "accuracy", "valid")}
+        check_tokens(logp=batch.stats.logp, **rest)
+    accuracy = torch.cat([batch.accuracy.flatten() for batch in micro_batches])
     if not bool(((accuracy >= 0) & (accuracy <= 1)).all()):
         raise ValueError(f"accuracy must be in [0, 1], got {accuracy.tolist()}")

@@ -21,7 +21,8 @@ from torch import Tensor
 import paec_kernels as pk
 from paec_kernels import checks
 from paec_kernels.saved_state import whole_file
-from paec_kernels.train import algorithms, loop
+from paec_kernels.train import loop
+from paec_kernels.train.algorithms import MicroBatch, PAECOptions
 from paec_kernels.train.config import TrainConfig, plain, seed_of
 from paec_kernels.train.models.by_name import pick_device, starting_policy, trained_policy
 from paec_kernels.train.models.policy import Policy
@@ -107,7 +108,7 @@ class InspectConfig:
             **{name: value for name, value in asked.items() if value is not None},
             tasks=self.tasks or start.tasks,
             algo="paec",
-            method=algorithms.PAECOptions(paec=self.paec),
+            method=PAECOptions(paec=self.paec),
             seed=self.seed,
             prompts=1,  # a group at a time
             updates=1,
@@ -172,7 +173,7 @@ def make_report(config: InspectConfig, progress: Progress) -> Report:
     run.policy.module.register_forward_hook(lambda *_: progress.advance(bar))  # each pass over a micro-batch
 
     groups: list[Report] = []
-    batches: list[loop.MicroBatch] = []
+    batches: list[MicroBatch] = []
     for number in range(n_groups):
         rollout, rewards = loop.sample(training, run.policy, tasks, number, rank=0, world=1)
         [[batch]] = loop.split(run, rollout, rewards)
@@ -223,21 +224,17 @@ def start(config: InspectConfig, training: TrainConfig, progress: Progress) -> l
     else:
         policy = starting_policy(training, device, show_warm_step)
     progress.remove_task(bar)
-    optimizer = torch.optim.AdamW(
-        policy.module.parameters(), training.learning_rate, weight_decay=training.weight_decay
-    )
-    algorithm = algorithms.Algorithm(training.method).to(device)
-    return loop.Run(training, policy, policy.module, optimizer, algorithm)
+    return loop.new_run(training, policy)
 
 
-def calibrate(paec: pk.PAEC, batches: list[loop.MicroBatch]) -> tuple[dict[str, Tensor], dict[str, float]]:
+def calibrate(paec: pk.PAEC, batches: list[MicroBatch]) -> tuple[dict[str, Tensor], dict[str, float]]:
     """Calibrate over all answers' tokens.
 
     Returns:
         the statistics and PAEC's soft mask of all N valid tokens, [N] by name, those of each answer in a row; and of
         the whole batch PAEC's metrics, its weighted terms and the mean entropy.
     """
-    columns = zip(*([x[batch.valid] for x in batch.stats if x is not None] for _, batch in batches), strict=True)
+    columns = zip(*([x[batch.valid] for x in batch.stats if x is not None] for batch in batches), strict=True)
     stats = pk.TokenStats(*map(torch.cat, columns))
     calibrated = paec(stats, torch.ones_like(stats.margin, dtype=torch.bool))
     batch = calibrated.metrics | {
@@ -249,9 +246,9 @@ def calibrate(paec: pk.PAEC, batches: list[loop.MicroBatch]) -> tuple[dict[str, 
     return tokens, {name: value.item() for name, value in batch.items()}
 
 
-def describe(policy: Policy, task: Task, problem: Problem, micro_batch: loop.MicroBatch) -> Report:
+def describe(policy: Policy, task: Task, problem: Problem, batch: MicroBatch) -> Report:
     """Return a problem and its answers in the micro-batch's order, as text and as tokens, with their rewards."""
-    rollout, batch = micro_batch
+    rollout = batch.rollout
     texts, tokens = policy.texts(rollout), policy.tokens(rollout)
     answers = [
         {

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import paec_kernels as pk
 from paec_kernels.losses.ranks import mean_over_ranks
-from paec_kernels.train import algorithms
+from paec_kernels.train.algorithms import Algorithm, MicroBatch
 from paec_kernels.train.config import TrainConfig, plain, seed_of
 from paec_kernels.train.models.by_name import pick_device, starting_policy
 from paec_kernels.train.models.policy import Policy, Rollout
@@ -42,13 +42,6 @@ class Interrupted(Exception):
     """SIGINT came; the checkpoint holds every step that was done."""
 
 
-class MicroBatch(NamedTuple):
-    """Answers of whole or partial groups, and what the losses must know of them."""
-
-    rollout: Rollout
-    batch: algorithms.Batch
-
-
 @dataclass
 class Run:
     """All that training changes, and how the model is called."""
@@ -57,7 +50,7 @@ class Run:
     policy: Policy
     model: nn.Module  # policy.module, wrapped where there is more than one process
     optimizer: torch.optim.Optimizer
-    algorithm: algorithms.Algorithm
+    algorithm: Algorithm
     steps_done: int = 0
 
     def state_dict(self) -> dict[str, Any]:
@@ -123,10 +116,7 @@ def train(
     device = pick_device(config.device)
     if tasks is None:
         tasks, _ = load_tasks(config.tasks, config.eval_tasks)
-    policy = starting_policy(config, device)
-    model = DistributedDataParallel(policy.module) if world > 1 else policy.module
-    optimizer = torch.optim.AdamW(policy.module.parameters(), config.learning_rate, weight_decay=config.weight_decay)
-    run = Run(config, policy, model, optimizer, algorithms.Algorithm(config.method).to(device))
+    run = new_run(config, starting_policy(config, device))
     path = config.out / "checkpoint.pt"
     if path.exists():
         run.load_state_dict(load_checkpoint(path, config.identity()))
@@ -144,6 +134,14 @@ def train(
             if stop and run.steps_done < config.steps:
                 raise Interrupted(f"stopped after step {run.steps_done} of {config.steps}")
     return run
+
+
+def new_run(config: TrainConfig, policy: Policy) -> Run:
+    """Make a run at its start; nothing is read from disk or written to it."""
+    several = dist.is_initialized() and dist.get_world_size() > 1
+    model = DistributedDataParallel(policy.module) if several else policy.module
+    optimizer = torch.optim.AdamW(policy.module.parameters(), config.learning_rate, weight_decay=config.weight_decay)
+    return Run(config, policy, model, optimizer, Algorithm(config.method).to(policy.head.device))
 
 
 def train_step(run: Run, tasks: Sequence[Task], rank: int, world: int) -> Row:
@@ -216,18 +214,17 @@ def split(run: Run, rollout: Rollout, rewards: Tensor) -> list[list[MicroBatch]]
             part = rollout.rows(rows)
             stats = run.look(part)
             assert stats.logp is not None  # token ids are always given
-            batch = algorithms.Batch(stats, stats.logp, advantages[rows], accuracy[rows], part.valid)
-            micro_batches.append(MicroBatch(part, batch))
+            micro_batches.append(MicroBatch(part, advantages[rows], accuracy[rows], stats, old_logp=stats.logp))
         updates.append(micro_batches)
     return updates
 
 
-def look_again(run: Run, micro_batches: list[MicroBatch]) -> list[MicroBatch]:
+def look_again(run: Run, micro_batches: Sequence[MicroBatch]) -> list[MicroBatch]:
     """Take the statistics by the current weights; the old log-probs stay those of the sampling."""
-    return [MicroBatch(rollout, batch._replace(stats=run.look(rollout))) for rollout, batch in micro_batches]
+    return [batch._replace(stats=run.look(batch.rollout)) for batch in micro_batches]
 
 
-def optimiser_step(run: Run, micro_batches: list[MicroBatch], seed: int) -> Row:
+def optimiser_step(run: Run, micro_batches: Sequence[MicroBatch], seed: int) -> Row:
     """Plan over all tokens, then train on them; return the step's metrics over all ranks.
 
     Args:
@@ -236,11 +233,11 @@ def optimiser_step(run: Run, micro_batches: list[MicroBatch], seed: int) -> Row:
     Raises:
         FloatingPointError: the gradient is not finite; no weight has changed.
     """
-    batches, plan = run.algorithm.plan([batch for _, batch in micro_batches], seed=seed)
+    micro_batches, plan = run.algorithm.plan(micro_batches, seed=seed)
     shares: list[dict[str, Tensor]] = []
-    for (rollout, _), batch in zip(micro_batches, batches, strict=True):
-        with _gradients_stay_local(run.model, len(shares) + 1 < len(batches)):
-            stats = run.statistics(run.model, rollout)
+    for batch in micro_batches:
+        with _gradients_stay_local(run.model, len(shares) + 1 < len(micro_batches)):
+            stats = run.statistics(run.model, batch.rollout)
             loss, metrics = run.algorithm.loss(batch._replace(stats=stats), plan)
             loss.backward()
         shares.append(metrics)

@@ -11,6 +11,7 @@ from losses.batches import CONFIG, make_batch
 from paec_kernels import reference
 from paec_kernels.losses.mask import penalty_coefficients, position_score, soft_mask
 from paec_kernels.losses.paec_config import PAECConfig
+from paec_kernels.train.algorithms import UNIFORM_TAU_M
 from paec_kernels.types import TokenStats
 
 pytestmark = pytest.mark.usefixtures("device")
@@ -112,6 +113,15 @@ def test_no_valid_token_gives_zeros(backend):
     assert torch.equal(mask, torch.zeros(5))
     assert torch.equal(sums, torch.zeros(2))
     assert torch.equal(coefficient, torch.zeros(5))
+
+
+def test_a_uniform_mask_is_one_half_to_the_bit(backend):
+    """What "paec-no-mask" is made of."""
+    batch = make_batch(4, 50)
+    score = position_score(as_float32(batch.stats), batch.valid, CONFIG, backend)
+    for s in (score, score.double()):
+        mask, _ = soft_mask(s, torch.ones_like(s), s.min(), UNIFORM_TAU_M, backend)
+        assert (mask == torch.where(batch.valid.flatten(), 0.5, 0.0)).all()
 
 
 def test_nan_is_not_hidden(backend):

@@ -9,27 +9,27 @@ from paec_kernels import reference
 from paec_kernels.losses.paec_config import PAECConfig
 from paec_kernels.losses.rivals import AERConfig, GlobalEntropyConfig, SIRENConfig
 from paec_kernels.train.algorithms import (
+    ALGORITHMS,
     AEROptions,
     Algorithm,
-    Batch,
     CISPOOptions,
     ClipCovOptions,
     GlobalOptions,
-    GRPOOptions,
     KLCovOptions,
     Method,
+    MicroBatch,
     PAECNoMaskOptions,
     PAECNoPenaltyOptions,
     PAECOptions,
     SIRENOptions,
 )
+from paec_kernels.train.models.policy import Rollout
 
 VOCAB = 30
 LENGTHS = [17, 4, 9, 0, 20, 11, 1, 6]  # of the answers; one is empty
 PIECES = [(0, 3), (3, 4), (4, 6), (6, 8)]  # the micro-batches, each as wide as its longest answer; one has no token
-# Every part of every loss is active: large weights, and selections of several tokens.
-OPTIONS: list[Method] = [
-    GRPOOptions(),
+# With which every part of the loss is active: large weights, and selections of several tokens.
+WEIGHTY: list[Method] = [
     GlobalOptions(bonus=GlobalEntropyConfig(coef=0.3)),
     PAECOptions(paec=PAECConfig(beta=0.03, lam=0.7)),
     PAECNoMaskOptions(paec=PAECConfig(beta=0.03, lam=0.7)),
@@ -40,6 +40,7 @@ OPTIONS: list[Method] = [
     AEROptions(aer=AERConfig(initial_coef=0.3)),
     SIRENOptions(siren=SIRENConfig(coef=0.5)),
 ]
+OPTIONS = [next((options for options in WEIGHTY if type(options) is kind), kind()) for kind in ALGORITHMS.values()]
 
 
 class Answers(NamedTuple):
@@ -52,9 +53,10 @@ class Answers(NamedTuple):
     accuracy: Tensor  # [B, 1]
     valid: Tensor  # [B, T]
 
-    def batch(self, top_p: float) -> Batch:
+    def batch(self, top_p: float) -> MicroBatch:
         stats = reference.token_stats(self.logits, self.token_ids, valid=self.valid, top_p=top_p)
-        return Batch(stats, self.old_logp, self.advantages, self.accuracy, self.valid)
+        rollout = Rollout(self.token_ids, torch.ones_like(self.token_ids), 0, self.valid)
+        return MicroBatch(rollout, self.advantages, self.accuracy, stats, self.old_logp)
 
     def piece(self, first: int, last: int) -> "Answers":
         """Answers first to last, cut after the longest; a leaf of its own."""

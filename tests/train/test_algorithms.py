@@ -6,8 +6,9 @@ import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from train.algorithm_rank_worker import run
-from train.steps import LENGTHS, OPTIONS, PIECES, Outcome, make_answers, run_step, started
+from train.steps import OPTIONS, PIECES, Outcome, make_answers, run_step, started
 
 from paec_kernels import reference
 from paec_kernels.losses.paec_config import PAECConfig
@@ -18,6 +19,7 @@ from paec_kernels.train.algorithms import (
     AEROptions,
     Algorithm,
     GRPOOptions,
+    MicroBatch,
     PAECNoMaskOptions,
     PAECNoPenaltyOptions,
     PAECOptions,
@@ -26,10 +28,6 @@ from paec_kernels.train.algorithms import (
 
 each_algorithm = pytest.mark.parametrize("options", OPTIONS, ids=ALGORITHMS)
 PAEC_OPTIONS = PAECOptions(paec=PAECConfig(beta=0.03, lam=0.7))
-
-
-def test_the_options_here_are_of_every_algorithm():
-    assert [type(options) for options in OPTIONS] == list(ALGORITHMS.values())
 
 
 # Exactness
@@ -143,16 +141,6 @@ def test_no_mask_is_about_the_plain_mean():
     assert outcome.plan_metrics["selected_entropy"] > 1.2 * entropy
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_the_mask_of_no_mask_is_uniform_to_the_bit(dtype):
-    answers = make_answers()
-    stats = answers.batch(0.95).stats
-    stats = type(stats)(*(x.detach().to(dtype) if x.is_floating_point() else x for x in stats))
-    algorithm = Algorithm(PAECNoMaskOptions())
-    mask = algorithm.term(stats, answers.valid).mask
-    assert (mask == torch.where(answers.valid, 0.5, 0.0)).all()
-
-
 # Monitoring
 
 
@@ -196,9 +184,42 @@ def test_without_a_monitor_the_loss_is_the_same(options):
     answers, alone = make_answers(), Algorithm(options, monitored=False)
     outcomes = [run_step(algorithm, [answers]) for algorithm in (alone, Algorithm(options))]
     assert torch.equal(outcomes[0].grads[0], outcomes[1].grads[0])
-    assert ("anchor" in outcomes[0].plan_metrics) == (
-        type(options) in (PAECOptions, PAECNoPenaltyOptions, PAECNoMaskOptions)
-    )
+    measured = {"nucleus_size", "selected_entropy", "floor", "anchor"} & outcomes[0].plan_metrics.keys()
+    assert len(measured) == (4 if type(options) in (PAECOptions, PAECNoPenaltyOptions) else 0)
+
+
+def test_grpo_alone_pays_for_no_nucleus():
+    alone = Algorithm(GRPOOptions(), monitored=False)
+    assert make_answers().batch(alone.top_p).stats.nucleus_size.max() == 1
+    assert Algorithm(GRPOOptions()).top_p == PAECConfig().top_p
+
+
+class Reads(TorchDispatchMode):
+    """Counts how often the host waits for a value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func.overloadpacket is torch.ops.aten._local_scalar_dense
+        return func(*args, **(kwargs or {}))
+
+
+@each_algorithm
+def test_the_host_does_not_wait_for_each_micro_batch(options):
+    counts = []
+    for pieces in ([(0, 8)], PIECES):
+        algorithm, answers = started(options), make_answers()
+        batches = [answers.piece(*piece).batch(algorithm.top_p) for piece in pieces]
+        with Reads() as reads:
+            batches, plan = algorithm.plan(batches, seed=0)
+            for batch in batches:
+                algorithm.loss(batch, plan)
+            algorithm.step()
+        counts.append(reads.count)
+    assert counts[0] == counts[1]
+    assert counts[0] == 1 or algorithm.name.endswith("-cov")  # which read how many tokens there are
 
 
 @each_algorithm
@@ -276,29 +297,41 @@ def test_options_are_of_an_algorithm():
         Algorithm(None)
 
 
+def with_valid(batch: MicroBatch, valid: torch.Tensor) -> MicroBatch:
+    return batch._replace(rollout=batch.rollout._replace(valid=valid))
+
+
+def without_rows(batch: MicroBatch) -> MicroBatch:
+    """Its first answer's tokens, ``[T]``."""
+    stats = type(batch.stats)(*(x[0] for x in batch.stats))
+    rest = {name: getattr(batch, name)[0] for name in ("advantages", "accuracy", "old_logp")}
+    return with_valid(batch._replace(stats=stats, **rest), batch.valid[0])
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        (lambda b: tuple(b), TypeError, "micro_batches must be Batches of TokenStats"),
+        (lambda b: tuple(b), TypeError, "micro_batches must be MicroBatches"),
+        (lambda b: b._replace(stats=None), TypeError, "stats must be a TokenStats, got NoneType"),
         (lambda b: b._replace(stats=b.stats._replace(logp=None)), TypeError, "logp must be a tensor, got None"),
-        (
-            lambda b: b._replace(old_logp=b.old_logp[:, 1:]),
-            ValueError,
-            r"old_logp must .* of logp, \(8, 20\)",
-        ),
+        (lambda b: b._replace(stats=b.stats._replace(margin=None)), TypeError, "stats.margin must be a tensor"),
+        (lambda b: b._replace(old_logp=b.old_logp[:, 1:]), ValueError, r"old_logp must .* of logp, \(8, 20\)"),
         (lambda b: b._replace(advantages=b.advantages[:, 0]), ValueError, r"advantages must .* got \(8,\)"),
         (lambda b: b._replace(accuracy=b.accuracy[:4]), ValueError, r"accuracy must .* got \(4, 1\)"),
-        (lambda b: b._replace(accuracy=b.accuracy + 1), ValueError, r"accuracy must be in \[0, 1\], got \[\[1\."),
+        (lambda b: b._replace(accuracy=b.accuracy + 1), ValueError, r"accuracy must be in \[0, 1\], got \[.*1\."),
         (lambda b: b._replace(accuracy=b.accuracy * math.nan), ValueError, r"accuracy must be in \[0, 1\]"),
-        (lambda b: b._replace(valid=b.valid.int()), TypeError, "valid must be a bool tensor, got torch.int32"),
+        (lambda b: with_valid(b, b.valid.int()), TypeError, "valid must be a bool tensor, got torch.int32"),
+        (without_rows, ValueError, r"valid must be \[B, T\], a row for each answer, got shape \(20,\)"),
     ],
 )
 def test_bad_batches_are_named_before_anything_is_observed(change, error, message):
-    batch = make_answers().batch(0.95)
-    algorithm = started(SIRENOptions())  # a term of its own and a monitor
+    with torch.no_grad():
+        batch = make_answers().batch(0.8)
+    algorithm, fresh = (started(SIRENOptions()) for _ in range(2))  # a term of its own and a monitor
     with pytest.raises(error, match=message):
         algorithm.plan([batch, change(batch)], seed=0)
-    assert algorithm.plan([batch], seed=0)[1].normalizer == sum(LENGTHS)
+    metrics, expected = (each.plan([batch], seed=0)[1].metrics for each in (algorithm, fresh))
+    assert metrics == expected
 
 
 def test_a_plan_needs_micro_batches():
