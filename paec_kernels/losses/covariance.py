@@ -1,4 +1,4 @@
-"""Which tokens of an optimiser step Clip-Cov and KL-Cov treat apart: by the covariance of log-prob and advantage.
+"""The tokens of an optimiser step that Clip-Cov and KL-Cov treat apart, by the covariance of log-prob and advantage.
 
 Marks are as in `policy`.
 """
@@ -30,7 +30,7 @@ def clip_cov_selection(
     clip_high: float = 1.0,
     process_group: dist.ProcessGroup | None = None,
 ) -> list[Tensor]:
-    """Which tokens of an optimiser step Clip-Cov removes (arXiv 2505.22617, section 4).
+    """Choose the tokens of an optimiser step that Clip-Cov removes (arXiv 2505.22617, section 4).
 
         cov = (logp - mean logp) (A - mean A), means over the step's N valid tokens
         max(1, floor(fraction N)) tokens, at random, of those with cov_low < cov < cov_high
@@ -75,7 +75,7 @@ def kl_cov_selection(
     fraction: float = 2e-3,
     process_group: dist.ProcessGroup | None = None,
 ) -> list[Tensor]:
-    """Which tokens of an optimiser step KL-Cov penalises (arXiv 2505.22617, section 4).
+    """Choose the tokens of an optimiser step that KL-Cov penalises (arXiv 2505.22617, section 4).
 
         cov = (logp - mean logp) (A - mean A), means over the step's N valid tokens
         the max(1, floor(fraction N)) tokens of the highest cov; among equals, those that come first
@@ -120,11 +120,12 @@ class _StepTokens:
         self.cov = (log_p - mean_over(log_p, self.valid)) * (a - mean_over(a, self.valid))
 
     def at_least_one(self, fraction: float) -> int:
+        """Return the fraction as a number of tokens, 1 at least where there is a token."""
         n_valid = int(self.valid.sum())
         return min(n_valid, max(1, int(fraction * n_valid)))
 
     def masks(self, chosen: Tensor) -> list[Tensor]:
-        """This rank's part of the chosen positions, a mask for each of its micro-batches."""
+        """Return this rank's part of the chosen positions, a mask for each of its micro-batches."""
         mask = torch.zeros_like(self.valid)
         mask[chosen] = True
         ranks = world_size(self._group)

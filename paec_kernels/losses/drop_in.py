@@ -71,7 +71,7 @@ class PAECLoss(nn.Module):
         old_logp: Tensor,
         ref_logp: Tensor | None = None,
     ) -> PAECOutput:
-        """The loss of this rank's tokens, 0-d; its mask ``[...]``; metrics of ``grpo_loss`` and ``PAEC``.
+        """Compute the loss of this rank's tokens, its mask, and the metrics of ``grpo_loss`` and ``PAEC``.
 
         Args:
             logits: ``[..., V]``, each row predicting the token of ``token_ids`` at the same place.
@@ -80,7 +80,7 @@ class PAECLoss(nn.Module):
             valid: bool ``[...]``, True at response tokens; other rows of the logits are not read.
             old_logp, ref_logp: ``[...]``, of the sampling and of the reference policy, at ``temperature``.
         Returns:
-            PAECOutput; its metrics also hold ``policy_loss`` and ``paec_loss``, of this rank.
+            PAECOutput: loss 0-d, mask ``[...]``; the metrics also hold ``policy_loss`` and ``paec_loss``, of this rank.
         """
         for name, value in (("token_ids", token_ids), ("valid", valid)):
             if value is None:  # which `token_stats` would take

@@ -92,7 +92,7 @@ def _(nucleus_entropy, nucleus_size, margin, valid, alpha, tau_c, h_scale, log_s
 
 @torch.library.custom_op("paec::soft_mask", mutates_args=())
 def soft_mask(score: Tensor, entropy: Tensor, threshold: Tensor, tau_m: float) -> tuple[Tensor, Tensor]:
-    """mask ``[N]`` and ``[2]``: sum(mask), sum(mask * entropy)."""
+    """Return the mask ``[N]`` and ``[2]``: sum(mask), sum(mask * entropy)."""
     n = score.numel()
     n_blocks = triton.cdiv(n, BLOCK)
     mask = torch.empty_like(score)

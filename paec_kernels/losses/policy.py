@@ -5,6 +5,7 @@ Marks: [paper] the method's paper says so, [code] the implementation or recipe t
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,19 +17,20 @@ MAX_LOG_RATIO = 20.0  # verl's; the exponential of more overflows, and infinity 
 
 
 def group_advantages(rewards: Tensor) -> Tensor:
-    """A_gi = (r_gi - mean_g) / (std_g + 1e-4), GRPO's normalisation (DeepSeekMath, arXiv 2402.03300, 4.1.2).
+    """Normalise rewards within their groups as GRPO does (DeepSeekMath, arXiv 2402.03300, 4.1.2).
+
+        A_gi = (r_gi - mean_g) / (std_g + 1e-4)
 
     Args:
         rewards: floating ``[groups, samples]``: the samples of one prompt in a row.
     Returns:
         ``[groups, samples]``, std with Bessel's correction as TRL and verl take it; 0 for a single sample.
+    Raises:
+        TypeError, ValueError: rewards of another type or number of dimensions.
     """
-    if not isinstance(rewards, Tensor):
-        raise TypeError(f"rewards must be a tensor, got {rewards!r}")
+    checks.tensor("rewards", rewards, kind="floating")
     if rewards.dim() != 2:
         raise ValueError(f"rewards must be [groups, samples], got shape {tuple(rewards.shape)}")
-    if not rewards.is_floating_point():
-        raise TypeError(f"rewards must be a floating tensor, got {rewards.dtype}")
     centred = rewards - rewards.mean(dim=1, keepdim=True)
     std = rewards.std(dim=1, keepdim=True, correction=min(1, rewards.shape[1] - 1))
     return centred / (std + STD_EPSILON)
@@ -46,7 +48,7 @@ def grpo_loss(
     kl_coef: float = 0.0,
     normalizer: float | Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """GRPO (arXiv 2402.03300, eq. 3) in DAPO's token-level form with clip-higher (arXiv 2503.14476, eq. 8).
+    """Compute GRPO's loss (arXiv 2402.03300, eq. 3), token-level with clip-higher as DAPO (arXiv 2503.14476, eq. 8).
 
         L = -sum over valid tokens of [min(r A, clip(r, 1 - clip_low, 1 + clip_high) A) - kl_coef KL]
             / normalizer,  r = exp(logp - old_logp),  KL = exp(ref - logp) - (ref - logp) - 1  (k3)
@@ -71,9 +73,11 @@ def grpo_loss(
     Raises:
         TypeError, ValueError: a wrong type, shape, device or range.
     """
-    check_tokens(logp=logp, old_logp=old_logp, advantages=advantages, valid=valid, ref_logp=ref_logp)
+    check_tokens(logp=logp, old_logp=old_logp, advantages=advantages, valid=valid)
     check_numbers(clip_low, clip_high, normalizer, kl_coef=kl_coef)
-    if kl_coef > 0 and ref_logp is None:
+    if ref_logp is not None:
+        check_tokens(logp=logp, ref_logp=ref_logp)
+    elif kl_coef > 0:
         raise ValueError(f"kl_coef = {kl_coef!r} needs ref_logp, got None")
     logp, log_ratio, advantages = where_valid(logp, old_logp, advantages, valid)
     objective = _clipped_surrogate(log_ratio, advantages, clip_low, clip_high)
@@ -96,7 +100,7 @@ def cispo_loss(
     clip_high: float = 0.28,
     normalizer: float | Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """CISPO (MiniMax-M1, arXiv 2506.13585, eq. 4 and 5): REINFORCE under a clipped importance weight.
+    """Compute CISPO's loss (MiniMax-M1, arXiv 2506.13585, eq. 4 and 5): REINFORCE under a clipped importance weight.
 
         L = -sum over valid tokens of sg(clip(r, 1 - clip_low, 1 + clip_high)) A logp / normalizer,
         r = exp(logp - old_logp),  sg the stop-gradient
@@ -134,7 +138,7 @@ def clip_cov_loss(
     clip_high: float = 1.0,
     normalizer: float | Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Clip-Cov (The Entropy Mechanism of RL, arXiv 2505.22617): a few tokens of high covariance get no gradient.
+    """Compute Clip-Cov's loss (arXiv 2505.22617): a few tokens of high covariance get no gradient.
 
         L = -sum over valid tokens that are not removed of min(r A, clip(r, 1 - clip_low, 1 + clip_high) A)
             / normalizer
@@ -169,7 +173,7 @@ def kl_cov_loss(
     kl_coef: float = 1.0,
     normalizer: float | Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """KL-Cov (The Entropy Mechanism of RL, arXiv 2505.22617): the tokens of highest covariance are held back.
+    """Compute KL-Cov's loss (arXiv 2505.22617): the tokens of highest covariance are held back.
 
         L = -sum over valid tokens of [r A - kl_coef |logp - old_logp| where penalised] / normalizer
 
@@ -198,7 +202,7 @@ def kl_cov_loss(
 
 
 def where_valid(logp: Tensor, old_logp: Tensor, advantages: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """logp, log-ratio and advantages ``[...]``, 0 at invalid positions; only logp keeps its gradient."""
+    """Return logp, log-ratio and advantages ``[...]``, 0 at invalid positions; only logp keeps its gradient."""
     logp = torch.where(valid, logp, 0.0)
     old_logp = torch.where(valid, old_logp.detach(), 0.0)
     advantages = torch.where(valid, advantages.detach(), 0.0)
@@ -216,7 +220,7 @@ def _negative_mean(objective: Tensor, valid: Tensor, normalizer: float | Tensor 
 
 
 def silenced_by_clipping(ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float) -> Tensor:
-    """Where PPO's clipping takes the gradient away, ``[2, ...]``: r too low, A < 0; r too high, A > 0."""
+    """Tell where PPO's clipping takes the gradient away, ``[2, ...]``: r too low, A < 0; r too high, A > 0."""
     return torch.stack([(ratio < 1 - clip_low) & (advantages < 0), (ratio > 1 + clip_high) & (advantages > 0)])
 
 
@@ -241,6 +245,7 @@ def _ratio_metrics(
 
 
 def mean_over(x: Tensor, valid: Tensor) -> Tensor:
+    """Return the mean of x where ``valid`` is True, 0-d; 0 where it never is."""
     return torch.where(valid, x, 0.0).sum() / valid.sum().clamp(min=1)
 
 
@@ -248,19 +253,16 @@ def check_tokens(**named: Tensor | None) -> None:
     """Refuse tensors of a batch of tokens that do not fit together.
 
     The first is floating, ``[...]``, and gives device and shape. ``advantages`` and ``accuracy`` may have dimensions
-    of size 1; ``valid``, ``removed`` and ``penalised`` are bool, all others floating; ``ref_logp`` may be None.
+    of size 1; ``valid``, ``removed`` and ``penalised`` are bool, all others floating.
 
     Raises:
         TypeError, ValueError: the argument that does not fit is named, with its value and what was expected.
     """
-    first_name, first = next(iter(named.items()))
-    checks.tensor(first_name, first, kind="floating")
-    assert first is not None  # the check refuses it
+    like: tuple[str, Any] | None = None
     for name, value in named.items():
-        if name != "ref_logp" or value is not None:
-            kind = "bool" if name in ("valid", "removed", "penalised") else "floating"
-            broadcast = name in ("advantages", "accuracy")
-            checks.tensor(name, value, kind=kind, like=(first_name, first), broadcast=broadcast)
+        kind = "bool" if name in ("valid", "removed", "penalised") else "floating"
+        checks.tensor(name, value, kind=kind, like=like, broadcast=name in ("advantages", "accuracy"))
+        like = like or (name, value)
 
 
 def check_numbers(

@@ -8,12 +8,12 @@ from torch import Tensor
 
 
 def as_fraction(q: float) -> Fraction:
-    """0.8 as 4/5, so that a position q * (n - 1) is exact in int64 up to n = 2^33."""
+    """Return 0.8 as 4/5, so that a position q * (n - 1) is exact in int64 up to n = 2^33."""
     return Fraction(str(q)).limit_denominator(2**30)
 
 
 def quantile(score: Tensor, q: Fraction) -> Tensor:
-    """The q-quantile of the scores that are not +inf, with linear interpolation as in ``torch.quantile``.
+    """Return the q-quantile of the scores that are not +inf, with linear interpolation as in ``torch.quantile``.
 
     ``torch.quantile`` refuses more than 2^24 elements and rounds the position q * (n - 1) to the scores'
     dtype; here any n works and the position is exact. How many scores are valid is known only on the

@@ -8,12 +8,12 @@ from torch import Tensor
 
 
 def world_size(group: dist.ProcessGroup | None) -> int:
-    """Ranks in the group, None being all ranks; 1 where torch.distributed is not initialised."""
+    """Count the ranks in the group, None being all ranks; 1 where torch.distributed is not initialised."""
     return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
 
 
 def gather_columns(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """Every rank's ``[K, N_rank]`` side by side, in rank order, padded with +inf: ``[K, W * max N_rank]``.
+    """Lay every rank's ``[K, N_rank]`` side by side, in rank order, padded with +inf: ``[K, W * max N_rank]``.
 
     Ranks may differ in N_rank, 0 included, not in K or dtype. Reading the largest N_rank is a host sync;
     a single rank needs none.
@@ -29,7 +29,7 @@ def gather_columns(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
 
 
 def mean_over_ranks(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """The mean of every rank's x; x itself on a single rank."""
+    """Return the mean of every rank's x; x itself on a single rank."""
     if world_size(group) == 1:
         return x
     total = x.clone()
