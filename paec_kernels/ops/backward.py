@@ -43,7 +43,7 @@ class Line(NamedTuple):
 def write_tile(
     out, row, start, line, MASKED: tl.constexpr, WITH_NUCLEUS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Write the gradient of BLOCK columns, of which with MASKED those behind the row's last get 0, as far as out goes."""
+    """Write BLOCK columns of the gradient; with MASKED those behind the row's last get 0 as far as out goes."""
     columns = start + tl.arange(0, BLOCK)
     pointers = row.ptr + columns.to(tl.int64) * row.stride
     if MASKED:
