@@ -25,8 +25,10 @@ setup: .venv/.stamp ## make .venv with the package, the demo's and the developer
 demo: .venv/.stamp ## train a tiny model by GRPO and by PAEC, a few minutes: table, plots, runs/demo
 	.venv/bin/paec compare --arms grpo paec --seeds 2 --jobs 2 --out runs/demo
 
-demo-llm: .venv/.stamp ## one GRPO + PAEC step on SmolLM2-135M: coloured answers, figures, runs/demo-llm
-	.venv/bin/python -m paec_kernels.demo --out runs/demo-llm $(if $(LINEAR),--linear)
+demo-llm: .venv/.stamp ## look into one GRPO + PAEC step of SmolLM2-135M, token by token: runs/demo-llm
+	.venv/bin/paec inspect --model smollm2 --tasks gym:chain_sum,max_terms=2,max_digits=1 \
+		gym:products,max_terms=2,max_digits=1 --problems 3 --temperature 0.7 --max-new-tokens 48 --learning-rate 1e-5 \
+		--out runs/demo-llm $(if $(LINEAR),--operator linear)
 
 test: .venv/.stamp ## all tests
 	.venv/bin/python -m pytest -n $(JOBS)

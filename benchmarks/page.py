@@ -4,9 +4,9 @@ python -m benchmarks.page      # again from the rows that are there, measuring n
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from benchmarks import cost_model, plots
 from benchmarks.floors import LINEAR, ON_LOGITS
@@ -16,26 +16,12 @@ from benchmarks.rows import RESULTS, Row, only, path_of, plain, read, span_of_da
 
 DEVICES = {"cuda": "On a GPU", "cpu": "On a CPU"}
 COMMANDS = {"cuda": "make bench-gpu", "cpu": "make bench"}
-SECTIONS = {
-    "rivals": "From logits, beside everything else",
-    "linear": "From hidden states, beside four bare products",
-    "step": "A whole optimiser step of the reference loop",
-    "vocabulary": "Against the vocabulary",
-    "rows": "Against the number of rows",
-    "kinds": "Kinds of logits, and what the nucleus costs",
-}
-PLOTS = {
-    "rivals": ("time_of_rivals",),
-    "linear": ("time_of_linear",),
-    "vocabulary": ("share_against_v", "memory_against_v"),
-    "rows": ("time_against_n",),
-}
 
 
 def write(folder: Path = RESULTS) -> list[Path]:
-    """The plots and the page. Returns what was written."""
+    """Write the plots and the page, and return what was written."""
     rows = {device: {s: read(path_of(folder, device, s)) for s in SECTIONS} for device in DEVICES}
-    drawn = {device: plots.write(found, folder / "plots", device) for device, found in rows.items()}
+    drawn = {device: draw(found, folder / "plots", device) for device, found in rows.items()}
     compiled, predictions = (
         json.loads(path.read_text()) if path.exists() else None
         for path in (folder / "compiled_code.json", folder / "predictions.json")
@@ -43,6 +29,25 @@ def write(folder: Path = RESULTS) -> list[Path]:
     page = folder / "README.md"
     page.write_text(text(rows, drawn, compiled, predictions))
     return [page, *(folder / "plots" / f"{d}_{name}.png" for d, names in drawn.items() for name in names)]
+
+
+def draw(rows: dict[str, list[Row]], folder: Path, device: str) -> list[str]:
+    """Write ``<device>_<name>.png`` into ``folder`` for whatever there are rows of, and return the names."""
+    folder.mkdir(parents=True, exist_ok=True)
+    names = []
+    for name, figure in figures(rows):
+        figure.savefig(folder / f"{device}_{name}.png", dpi=130, metadata={"Software": None})
+        names.append(name)
+    return names
+
+
+def figures(rows: dict[str, list[Row]]) -> Iterator[tuple[str, plots.Figure]]:
+    """Draw each section's plots. One for which no row has a number does not exist."""
+    for section, (_, _, pictures) in SECTIONS.items():
+        for name, plot in pictures:
+            figure = plot(only(rows.get(section, []), status="ok"))
+            if figure is not None:
+                yield name, figure
 
 
 def text(
@@ -101,22 +106,22 @@ def of_device(device: str, rows: dict[str, list[Row]], drawn: list[str]) -> Iter
     yield from (f"## {DEVICES[device]}", "")
     if not any(rows.values()):
         yield from (f"**No row yet.** `{COMMANDS[device]}` fills these tables:", "")
-        for title in SECTIONS.values():
-            yield f"- {title}: empty"
+        for section in SECTIONS.values():
+            yield f"- {section.title}: empty"
         yield ""
         return
-    for section, title in SECTIONS.items():
+    for name, (title, table, pictures) in SECTIONS.items():
         yield from (f"### {title}", "")
-        found = rows[section]
+        found = rows[name]
         if not found:
             yield from ("Empty: not measured yet.", "")
             continue
         yield from (origin(found), "")
-        yield from TABLES[section](found)
+        yield from table(found)
         yield ""
-        for name in PLOTS.get(section, ()):
-            if name in drawn:
-                yield from (f"![{name.replace('_', ' ')}](plots/{device}_{name}.png)", "")
+        for plot, _ in pictures:
+            if plot in drawn:
+                yield from (f"![{plot.replace('_', ' ')}](plots/{device}_{plot}.png)", "")
 
 
 def origin(rows: list[Row]) -> str:
@@ -197,8 +202,26 @@ def sweep(rows: list[Row]) -> Iterator[str]:
             yield _cells([*where, *times, times_over(row.relative), shares, mebibytes(row)])
 
 
-TABLES = {"rivals": comparison, "linear": comparison, "step": step}
-TABLES |= dict.fromkeys(("vocabulary", "rows", "kinds"), sweep)
+class Section(NamedTuple):
+    """How a section's rows are shown. What is measured for it is in `benchmarks.sweep`."""
+
+    title: str
+    table: Callable[[list[Row]], Iterator[str]]
+    pictures: tuple[tuple[str, plots.Plot], ...] = ()
+
+
+SECTIONS = {
+    "rivals": Section("From logits, beside everything else", comparison, (("time_of_rivals", plots.bars),)),
+    "linear": Section("From hidden states, beside four bare products", comparison, (("time_of_linear", plots.bars),)),
+    "step": Section("A whole optimiser step of the reference loop", step),
+    "vocabulary": Section(
+        "Against the vocabulary",
+        sweep,
+        (("share_against_v", plots.share_against_v), ("memory_against_v", plots.memory_against_v)),
+    ),
+    "rows": Section("Against the number of rows", sweep, (("time_against_n", plots.time_against_n),)),
+    "kinds": Section("Kinds of logits, and what the nucleus costs", sweep),
+}
 
 
 def compiled_code(found: dict[str, Any] | None) -> Iterator[str]:

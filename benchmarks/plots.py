@@ -1,7 +1,6 @@
 """The rows as pictures, each readable by itself: titled with device, shapes, commit and date."""
 
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -15,36 +14,12 @@ COLOURS = ("#d1662b", "#3a8f5c", "#8a5fb0", "#b8912a", "#b0446a", "#4a4a55", "#7
 PASS_STYLE = {"forward": "-", "backward": "--"}
 
 
-def write(rows: dict[str, list[Row]], folder: Path, device: str) -> list[str]:
-    """Write ``<device>_<name>.png`` into ``folder`` for whatever there are rows of, and return the names."""
-    folder.mkdir(parents=True, exist_ok=True)
-    names = []
-    for name, figure in figures(rows):
-        figure.savefig(folder / f"{device}_{name}.png", dpi=130, metadata={"Software": None})
-        names.append(name)
-    return names
+Plot = Callable[[list[Row]], Figure | None]  # of the rows with a number
 
 
-def figures(rows: dict[str, list[Row]]) -> Iterator[tuple[str, Figure]]:
-    """Draw rows by section. A plot for which no row has a number does not exist."""
-    vocabulary = timed(rows.get("vocabulary", []))
-    if vocabulary:
-        yield "share_against_v", share_against_v(vocabulary)
-        if any(row.peak_bytes is not None for row in vocabulary):
-            yield "memory_against_v", memory_against_v(vocabulary)
-    if by_n := timed(rows.get("rows", [])):
-        yield "time_against_n", time_against_n(by_n)
-    if rivals := timed(rows.get("rivals", [])):
-        yield "time_of_rivals", bars(rivals, "From logits")
-    if linear := timed(rows.get("linear", [])):
-        yield "time_of_linear", bars(linear, "From hidden states")
-
-
-def timed(rows: list[Row]) -> list[Row]:
-    return only(rows, status="ok")
-
-
-def share_against_v(rows: list[Row]) -> Figure:
+def share_against_v(rows: list[Row]) -> Figure | None:
+    if not rows:
+        return None
     dtypes = _in_order(row.dtype for row in rows)
     figure, panels = _figure(5.2 * len(dtypes) + 2.2, 4.6, len(dtypes))
     for axes, dtype in zip(panels, dtypes, strict=True):
@@ -63,8 +38,10 @@ def share_against_v(rows: list[Row]) -> Figure:
     return figure
 
 
-def memory_against_v(rows: list[Row]) -> Figure:
+def memory_against_v(rows: list[Row]) -> Figure | None:
     rows = [row for row in rows if row.peak_bytes is not None and row.passes == "both"]
+    if not rows:
+        return None
     dtypes = _in_order(row.dtype for row in rows)
     figure, panels = _figure(5.2 * len(dtypes) + 2.2, 4.6, len(dtypes))
     for axes, dtype in zip(panels, dtypes, strict=True):
@@ -83,7 +60,9 @@ def memory_against_v(rows: list[Row]) -> Figure:
     return figure
 
 
-def time_against_n(rows: list[Row]) -> Figure:
+def time_against_n(rows: list[Row]) -> Figure | None:
+    if not rows:
+        return None
     figure, (axes,) = _figure(8.4, 4.8, 1)
     rows = only(rows, passes="both")
     for name in (ON_LOGITS.name, *_contenders(rows)):
@@ -97,8 +76,10 @@ def time_against_n(rows: list[Row]) -> Figure:
     return figure
 
 
-def bars(rows: list[Row], what: str) -> Figure:
+def bars(rows: list[Row]) -> Figure | None:
     """Stack forward and backward; draw a way that has only a forward pass, or one that cannot be split, as one bar."""
+    if not rows:
+        return None
     names = sorted(_in_order(row.implementation for row in rows), key=lambda name: -_total(rows, name))
     figure, (axes,) = _figure(9.5, 1.6 + 0.42 * len(names), 1)
     for y, name in enumerate(names):
@@ -119,6 +100,7 @@ def bars(rows: list[Row], what: str) -> Figure:
     axes.set_xlabel("ms (dark: forward, light: backward, hatched: one number for both)")
     r = rows[0]
     width = f", D = {r.d:,}" if r.d else ""
+    what = "From hidden states" if r.d else "From logits"
     _title(figure, f"{what}: N = {r.n:,}, V = {r.v:,}{width}, {r.dtype}, {r.logits}", rows)
     return figure
 

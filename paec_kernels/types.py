@@ -1,4 +1,4 @@
-"""What passes between the operators and the losses."""
+"""The types that the operators hand to the losses."""
 
 from typing import NamedTuple
 

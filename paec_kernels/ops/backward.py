@@ -43,7 +43,7 @@ class Line(NamedTuple):
 def write_tile(
     out, row, start, line, MASKED: tl.constexpr, WITH_NUCLEUS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of BLOCK columns, of which with MASKED those that the row has not get 0, as far as out goes."""
+    """Write BLOCK columns of the gradient; with MASKED those behind the row's last get 0 as far as out goes."""
     columns = start + tl.arange(0, BLOCK)
     pointers = row.ptr + columns.to(tl.int64) * row.stride
     if MASKED:
@@ -76,7 +76,7 @@ def write_tile(
 
 @triton.jit
 def write_columns(out, row, begin, line, WITH_NUCLEUS: tl.constexpr, BLOCK: tl.constexpr):
-    """The gradient of out's columns from begin on: whole tiles, then what is left and the padding."""
+    """Write the gradient of out's columns from begin on: whole tiles, then what is left and the padding."""
     whole = begin + tl.maximum(tl.minimum(out.n_cols, row.n_cols) - begin, 0) // BLOCK * BLOCK
     for start in range(begin, whole, BLOCK):
         write_tile(out, row, start, line, False, WITH_NUCLEUS, BLOCK)
@@ -93,7 +93,7 @@ def backward_kernel(
     n_rows, n_inner, n_cols, width, softcap, first_column,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of TILES * BLOCK columns of one row; d_logits may be logits itself.
+    """Write the gradient of TILES * BLOCK columns of one row; d_logits may be logits itself.
 
     Columns from n_cols to width are padding and get 0, as every column of a row that is not valid does. The
     table is as in `layout`; d_stats: [3, n_rows] float32, the gradient of its stats; token_ids, valid: [n_rows] or

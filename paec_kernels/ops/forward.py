@@ -35,6 +35,7 @@ REFERENCE_RANGE = tl.constexpr(40.0)
 
 @triton.jit
 def accumulate(sums, z, units):
+    """Add a block of columns to the sums of `read_row`."""
     total, weighted, first, second = sums
     d = log2_weight(z, units)
     e = tl.exp2(d)
@@ -46,7 +47,7 @@ def accumulate(sums, z, units):
 def read_row(
     row, units, LANES: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """Z, S and the two largest logits of each lane: four [LANES] tensors."""
+    """Read the row once: Z, S and the two largest logits of each lane, four [LANES] tensors."""
     zeros = tl.zeros([LANES], tl.float32)
     nothing = tl.full([LANES], -float("inf"), tl.float32)
     sums = zeros, zeros, nothing, nothing
@@ -84,7 +85,7 @@ def forward_kernel(
     n_rows, n_inner, n_cols, top_p, softcap,
     SHIFT: tl.constexpr, LANES: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """Statistics of one row into stats [10, n_rows] float32 and size [n_rows] int32.
+    """Compute one row's column of the table, stats [3, n_rows] and rest [7, n_rows], and its size [n_rows] int32.
 
     logits: [outer, inner, V] by strides, of which n_cols columns are read; ALIGNED says that rows begin at multiples
     of 16 bytes and columns adjoin. token_ids and valid: [n_rows] or None. temperature: [n_rows], or one element with

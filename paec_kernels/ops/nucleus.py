@@ -43,20 +43,20 @@ class Nucleus(NamedTuple):
 
 @triton.jit
 def key_of(z, SHIFT: tl.constexpr):
-    """An integer in the order of z; SHIFT drops the bits that a 16-bit logit leaves unused in float32."""
+    """Map z to an integer in the same order; SHIFT drops the bits that a 16-bit logit leaves unused in float32."""
     bits = z.to(tl.int32, bitcast=True)
     return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits) >> SHIFT
 
 
 @triton.jit
 def highest_key_of(z, SHIFT: tl.constexpr):
-    """The key of the last value that equals z: -0.0 equals 0.0 and has the key before it."""
+    """Return the key of the last value that equals z: -0.0 equals 0.0 and has the key before it."""
     return key_of(tl.where(z == 0, 0.0, z), SHIFT)
 
 
 @triton.jit
 def value_of(key, SHIFT: tl.constexpr):
-    """The inverse of key_of."""
+    """Invert key_of."""
     positive = key << SHIFT
     negative = (positive | ((1 << SHIFT) - 1)) ^ 0x7FFFFFFF
     return tl.where(key < 0, negative, positive).to(tl.float32, bitcast=True)
@@ -64,7 +64,7 @@ def value_of(key, SHIFT: tl.constexpr):
 
 @triton.jit
 def middle_of(low, high, SHIFT: tl.constexpr):
-    """A key inside (low, high): half-way by value where the bracket spans zero, since keys crowd around it.
+    """Choose a key inside (low, high): half-way by value where the bracket spans zero, since keys crowd around it.
 
     Not where it is narrow: closing in on zero by value would pass every exponent down to the smallest.
     """
@@ -79,7 +79,7 @@ def middle_of(low, high, SHIFT: tl.constexpr):
 
 @triton.jit
 def lowest_key(negligible, units, SHIFT: tl.constexpr):
-    """A key that no nucleus goes below.
+    """Return a key that no nucleus goes below.
 
     The tokens of relative weight under negligible = (1 - top_p) Z / V weigh at most (1 - top_p) Z together.
     """
@@ -94,7 +94,7 @@ def lowest_key(negligible, units, SHIFT: tl.constexpr):
 
 @triton.jit
 def may_hold_more(n_tokens, low, high, mass_low, mass_high, units, SHIFT: tl.constexpr):
-    """Whether [low, high) may still hold more than n_tokens tokens of more than one value.
+    """Tell whether [low, high) may still hold more than n_tokens tokens of more than one value.
 
     Each weighs at least what one at low does.
     """
@@ -105,7 +105,7 @@ def may_hold_more(n_tokens, low, high, mass_low, mass_high, units, SHIFT: tl.con
 
 @triton.jit
 def settle(above, n_tied, tau, target, units):
-    """The nucleus from its sums over z > tau (G, sum of e log2(e), how many), when n_tied tokens are at tau.
+    """Complete the nucleus from its sums over z > tau (G, sum of e log2(e), how many), when n_tied tokens are at tau.
 
     k = min(n, max(1, ceil((target - M>) / exp(tau)))) of them belong, each with weight w = k / n  [ours].
     """
@@ -119,20 +119,21 @@ def settle(above, n_tied, tau, target, units):
 
 @triton.jit
 def the_top_alone(top):
-    """The nucleus of the largest logit, once."""
+    """Return the nucleus that is the largest logit, once."""
     one, zero = tl.full([], 1.0, tl.float32), tl.full([], 0.0, tl.float32)
     return Nucleus(top, one, one, zero, one)
 
 
 @triton.jit
 def weights_of(pair, units):
+    """Weigh both of a pair of tensors."""
     first, second = pair
     return (tl.exp2(log2_weight(first, units)), tl.exp2(log2_weight(second, units)))
 
 
 @triton.jit
 def mass_from(pair, weights, threshold):
-    """G(threshold) over values held in registers."""
+    """Sum G(threshold) over values held in registers."""
     mass = tl.where(pair[0] >= threshold, weights[0], 0.0)
     mass = tl.where(pair[1] >= threshold, mass + weights[1], mass)
     return tl.sum(mass)
@@ -140,7 +141,7 @@ def mass_from(pair, weights, threshold):
 
 @triton.jit
 def sums_of(pair, weights, low_value, high_value, units):
-    """Over values held in registers, for a bracket [low, high) that holds one distinct value.
+    """Sum over values held in registers, for a bracket [low, high) that holds one distinct value.
 
     Returns:
         sum of e log2(e) over z >= high, counts of z >= high and of z >= low, the best z < high.
@@ -164,7 +165,7 @@ def search_values(pair, extra, low, high, base, target, units, SHIFT: tl.constex
         pair, extra: two tensors each; extra may be None.
         base: of the row's tokens from high on: G, sum of e log2(e), how many.
     Returns:
-        whether they reach the target at low, and if so: low as it is in the end; the nucleus as from `settle`.
+        whether they reach the target at low, and if so: low as it is in the end; the nucleus.
     """
     weights = weights_of(pair, units)
     extra_weights = None
@@ -199,7 +200,7 @@ def search_values(pair, extra, low, high, base, target, units, SHIFT: tl.constex
 
 @triton.jit
 def gather_lanes(row, suspect, n_suspect, scratch_ptr, LANES: tl.constexpr):
-    """The suspect lanes' columns, as the two best of each of GATHERED_LANES x GATHERED_COLUMNS places.
+    """Read the suspect lanes' columns, and keep the two best of each of GATHERED_LANES x GATHERED_COLUMNS places.
 
     Returns:
         the best and the second best of each place, and the best that a place may have dropped.
@@ -224,7 +225,7 @@ def gather_lanes(row, suspect, n_suspect, scratch_ptr, LANES: tl.constexpr):
 
 @triton.jit
 def tokens_in_lanes(n_hit, n_cols, LANES: tl.constexpr):
-    """Of how many tokens n_hit lanes have one: a lane has none of N with chance (1 - N / V)^(V / LANES).
+    """Estimate of how many tokens n_hit lanes have one: a lane has none of N with chance (1 - N / V)^(V / LANES).
 
     Returns:
         N, and the share of lanes that have none.
@@ -236,7 +237,7 @@ def tokens_in_lanes(n_hit, n_cols, LANES: tl.constexpr):
 
 @triton.jit
 def pivot_above(first, second, low, high, n_cols, units, SHIFT: tl.constexpr, LANES: tl.constexpr):
-    """A key between low, where the candidates just reach the target, and high: just above tau, in all likelihood.
+    """Choose a key between low, where the candidates just reach the target, and high; probably just above tau.
 
     Tokens fall into lanes by chance, so the lanes that have one from low on tell how many there are, N, and N how
     many of them the candidates miss. Let N grow by 2^alpha where the weight halves. The missed ones, which grow as
@@ -265,11 +266,11 @@ def pivot_above(first, second, low, high, n_cols, units, SHIFT: tl.constexpr, LA
 def from_candidates(
     row, first, second, low, high, target, units, scratch_ptr, SHIFT: tl.constexpr, LANES: tl.constexpr
 ):
-    """The nucleus from the two largest logits of each lane, and of a few lanes that may hold more.
+    """Find the nucleus from the two largest logits of each lane, and from all of a few lanes that may hold more.
 
     Returns:
         whether it is exact; low, raised where the candidates reach the target; a pivot for the next reading, or high;
-        the nucleus as from `settle`.
+        the nucleus.
     """
     reached, low_found, nucleus = search_values((first, second), None, low, high, (0.0, 0.0, 0.0), target, units, SHIFT)
     suspect = second >= nucleus.tau
@@ -294,7 +295,7 @@ def from_candidates(
 
 @triton.jit
 def load_ahead(row, start, LANES: tl.constexpr):
-    """The next AHEAD blocks of LANES columns: one alone is too few bytes in flight to cover the latency of memory."""
+    """Load AHEAD blocks of LANES columns: one alone is too few bytes in flight to cover the latency of memory."""
     pointers = row.ptr + (start + tl.arange(0, LANES)).to(tl.int64) * row.stride
     step = LANES * tl.cast(row.stride, tl.int64)
     z0 = tl.load(pointers).to(tl.float32)
@@ -306,6 +307,7 @@ def load_ahead(row, start, LANES: tl.constexpr):
 
 @triton.jit
 def add_masses(sums, z, low_value, high_value, t1, t2, t3, units):
+    """Add a block of columns to the sums of `read_masses`."""
     m1, m2, m3, smallest, largest = sums
     # A sum or itself, chosen: a predicated instruction, where adding e or 0 is a selection and an addition.
     e = tl.exp2(log2_weight(z, units))
@@ -336,6 +338,7 @@ def read_masses(row, low_value, high_value, t1, t2, t3, units, LANES: tl.constex
 
 @triton.jit
 def add_below(sums, z, low_value, high_value, units):
+    """Add a block of columns to the sums of `read_below`."""
     mass, weighted, n_above, n_member, first, second = sums
     d = log2_weight(z, units)
     e = tl.exp2(d)
@@ -433,7 +436,7 @@ def narrow_by_reading(
 
 @triton.jit
 def from_readings(row, low, high, pivot, target, units, SHIFT: tl.constexpr, LANES: tl.constexpr):
-    """The nucleus of a row whose candidates alone do not tell it; as from `settle`."""
+    """Find the nucleus of a row whose candidates alone do not tell it."""
     mass_low = LARGEST
     mass_high = 0.0
     n_tokens = FEW
@@ -495,7 +498,7 @@ def find_nucleus(
     SHIFT: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """The nucleus of a row of finite total weight.
+    """Find the nucleus of a row of finite total weight.
 
     Args:
         first, second: [LANES], the two largest logits of each lane; second_best: the row's second largest logit.

@@ -44,14 +44,14 @@ class Units(NamedTuple):
 
 @triton.jit
 def row_offset(row, n_inner, stride_outer, stride_inner):
-    """Element offset of a flat row index in a [outer, inner, V] view, in int64: N * V passes 2^31."""
+    """Return the element offset of a flat row index in a [outer, inner, V] view, in int64: N * V passes 2^31."""
     row = row.to(tl.int64)
     return (row // n_inner) * stride_outer + (row % n_inner) * stride_inner
 
 
 @triton.jit
 def token_of(token_ids_ptr, row):
-    """The row's token id; IGNORE where there are no ids."""
+    """Load the row's token id; IGNORE where there are no ids."""
     if token_ids_ptr is None:
         return tl.full([], IGNORE, tl.int64)
     else:
@@ -60,7 +60,7 @@ def token_of(token_ids_ptr, row):
 
 @triton.jit
 def load_last(row, start, LANES: tl.constexpr):
-    """LANES columns, those from n_cols on as -inf."""
+    """Load LANES columns, those from n_cols on as -inf."""
     columns = start + tl.arange(0, LANES)
     z = tl.load(row.ptr + columns.to(tl.int64) * row.stride, mask=columns < row.n_cols, other=-float("inf"))
     return z.to(tl.float32)
@@ -68,6 +68,7 @@ def load_last(row, start, LANES: tl.constexpr):
 
 @triton.jit
 def tanh(u):
+    """Compute tanh to float32's precision, near 0 too."""
     t = tl.exp2(tl.abs(u) * -2.8853900817779268)  # exp(-2 |u|)
     magnitude = (1.0 - t) / (1.0 + t)
     # 1 - t cancels for small u: the Taylor series up to u^9 is exact to float32 there.
@@ -78,7 +79,7 @@ def tanh(u):
 
 @triton.jit
 def capped(z, softcap):
-    """f(z); a masked token (-inf) stays masked."""
+    """Compute f(z); a masked token (-inf) stays masked."""
     if softcap is None:
         return z
     else:
@@ -87,12 +88,12 @@ def capped(z, softcap):
 
 @triton.jit
 def log2_weight(z, units):
-    """(f(z) - reference) * scale, at least UNDERFLOW, NaN where z is NaN."""
+    """Compute (f(z) - reference) * scale, at least UNDERFLOW, NaN where z is NaN."""
     d = (capped(z, units.softcap) - units.reference) * units.scale
     return tl.maximum(d, UNDERFLOW, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
 def insert_top_two(first, second, z):
-    """Per lane, the two largest values seen."""
+    """Keep the two largest values that each lane has seen."""
     return tl.maximum(first, z), tl.maximum(second, tl.minimum(first, z))

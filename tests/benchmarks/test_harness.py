@@ -322,7 +322,7 @@ def test_a_part_that_raises_leaves_the_others_and_the_page(monkeypatch, tmp_path
     names = ("token_stats", "eager, sort", "TRL, fused")
     parts = [sweep.Part("kinds", case, names, 1) for case in cases]
     monkeypatch.setattr(sweep, "parts_on_cpu", lambda: iter(parts))
-    monkeypatch.setattr(sweep.page.plots, "write", lambda *_: [])
+    monkeypatch.setattr(sweep.page, "draw", lambda *_: [])
     threads = f"--threads={torch.get_num_threads()}"
     monkeypatch.setattr("sys.argv", ["sweep", "--device", "cpu", "--out", str(tmp_path), threads])
     with pytest.raises(KeyboardInterrupt):

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import cost_model, harness, page, plots
+from benchmarks import cost_model, harness, page
 from benchmarks.rivals import eager, ours
 from benchmarks.rows import RESULTS, RowFile, path_of, read
 from benchmarks.workload import Case
@@ -95,7 +95,7 @@ def test_page_and_plots_are_written_from_the_files_alone(rows, tmp_path):
 
 def test_a_plots_title_names_every_device_and_the_span_of_dates(rows):
     older = [replace(row, device="another", date="2026-01-02 03:04 UTC") for row in rows]
-    for _, figure in plots.figures({"vocabulary": rows + older}):
+    for _, figure in page.figures({"vocabulary": rows + older}):
         title = figure.get_suptitle()
         assert f"another, {rows[0].device}" in title or f"{rows[0].device}, another" in title
         assert f"2026-01-02 03:04 UTC to {max(row.date for row in rows)}" in title
@@ -151,7 +151,6 @@ def test_a_row_stands_beside_its_prediction(rows, predictions):
 
 
 def test_plots_leave_out_rows_without_a_number(rows):
-    assert all(row.status == "ok" for row in plots.timed(rows))
-    assert dict(plots.figures({"rivals": [row for row in rows if row.status != "ok"]})) == {}
+    assert dict(page.figures({"rivals": [row for row in rows if row.status != "ok"]})) == {}
     floor_alone = [row for row in rows if row.anchor is None and row.status == "ok"]
-    assert {name for name, _ in plots.figures({"rivals": floor_alone})} == {"time_of_rivals"}
+    assert {name for name, _ in page.figures({"rivals": floor_alone})} == {"time_of_rivals"}

@@ -50,28 +50,19 @@ def test_widths(backend, width):
     check_gradient(backend, flat(3, width), token_ids, torch.randn(3, 3), inplace=True)
 
 
-def test_rows_not_valid_ignored_tokens_and_padding_get_zero(backend):
+@pytest.mark.parametrize("inplace", [False, True])
+def test_rows_not_valid_ignored_tokens_and_padding_get_zero(backend, inplace):
     logits = flat(4, 200)
+    logits[1] = math.nan
     valid = torch.tensor([True, False, True, True])
-    token_ids = torch.tensor([5, 6, -100, 7])
+    options = {"valid": valid, "vocab_size": 150, "inplace_backward": inplace, "backend": backend}
     only_logp = torch.tensor([[1.0] * 4, [0.0] * 4, [0.0] * 4])
     gradient = gradient_of(
-        lambda z: pk.token_stats(z, token_ids, valid=valid, vocab_size=150, backend=backend), logits, only_logp
+        lambda z: pk.token_stats(z * 1.0, torch.tensor([5, 10**6, -100, 7]), **options), logits, only_logp
     )
     assert (gradient[[1, 2]] == 0).all()
     assert (gradient[:, 150:] == 0).all()
     assert (gradient[[0, 3], :150] != 0).all()
-
-
-def test_an_invalid_row_holding_nan_gets_zero(backend):
-    logits = torch.stack([broken_rows()["NaN"], flat(1, 5003)[0]])
-    gradient = gradient_of(
-        lambda z: pk.token_stats(z, torch.tensor([1, 1]), valid=torch.tensor([False, True]), backend=backend),
-        logits,
-        torch.ones(3, 2),
-    )
-    assert (gradient[0] == 0).all()
-    assert gradient[1].isfinite().all()
 
 
 @pytest.mark.parametrize("name", broken_rows())
@@ -82,31 +73,6 @@ def test_a_broken_row_has_nan_alone(backend, name):
     )
     assert gradient[1].isnan().all()
     assert gradient[[0, 2]].isfinite().all()
-
-
-def test_masked_tokens_get_zero(backend):
-    logits = flat(1, 300).index_fill(1, torch.arange(0, 100), -math.inf)
-    gradient = gradient_of(lambda z: pk.token_stats(z, torch.tensor([150]), backend=backend), logits, torch.ones(3, 1))
-    assert gradient.isfinite().all()
-    assert (gradient[:, :100] == 0).all()
-
-
-def test_signs(backend):
-    """A step up the gradient of logp raises the token; of H flattens; of H_p flattens within the nucleus."""
-    logits, token_ids = flat(1, 50), torch.tensor([20])
-    for i, name in enumerate(("logp", "entropy", "nucleus_entropy")):
-        weights = torch.zeros(3, 1)
-        weights[i] = 1
-        gradient = gradient_of(lambda z: pk.token_stats(z, token_ids, backend=backend), logits, weights)
-        before, after = (
-            getattr(reference.token_stats(z.double(), token_ids), name) for z in (logits, logits + 1e-2 * gradient)
-        )
-        assert after > before
-    top = logits.argmax()
-    gradient = gradient_of(
-        lambda z: pk.token_stats(z, token_ids, backend=backend), logits, torch.tensor([[0.0], [1.0], [0.0]])
-    )
-    assert gradient[0, top] < 0
 
 
 def test_tied_tokens_share_a_gradient(backend):
@@ -159,14 +125,6 @@ def test_strided_logits(backend, name, inplace):
     if inplace:
         view.copy_(STRIDED[name](gradient))
     assert torch.equal(made[0].detach(), logits)
-
-
-def test_in_place_into_a_slice_leaves_its_surroundings(backend):
-    whole = torch.randn(2, 4, 60, requires_grad=True) * 1.0
-    before = whole.detach().clone()
-    pk.token_stats(whole[:, :-1], inplace_backward=True, backend=backend).entropy.sum().backward()
-    assert torch.equal(whole.detach()[:, -1], before[:, -1])
-    assert not torch.equal(whole.detach()[:, :-1], before[:, :-1])
 
 
 def test_in_place_over_what_another_function_saved_is_an_error(backend):

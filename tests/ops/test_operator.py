@@ -18,103 +18,61 @@ def logits_and_ids():
     return torch.randn(2, 3, 40), torch.randint(0, 40, (2, 3))
 
 
-BAD = {
-    "logits not a tensor": (TypeError, "logits must be a tensor, got \\[1.0\\]", lambda z, y: ([1.0], None, {})),
-    "logits integer": (TypeError, "logits must be float32.*got torch.int64", lambda z, y: (z.long(), None, {})),
-    "logits float64": (TypeError, "logits must be float32.*got torch.float64", lambda z, y: (z.double(), None, {})),
-    "logits a scalar": (ValueError, r"logits must have shape .*got \(\)", lambda z, y: (z.sum(), None, {})),
-    "no columns": (ValueError, r"logits must have shape .*got \(2, 3, 0\)", lambda z, y: (z[..., :0], None, {})),
-    "token_ids of another shape": (ValueError, r"token_ids .*\(2, 3\), got \(2, 2\)", lambda z, y: (z, y[:, :2], {})),
-    "token_ids float": (TypeError, "token_ids must be an integer.*float32", lambda z, y: (z, y.float(), {})),
-    "token_ids bool": (TypeError, "token_ids must be an integer.*bool", lambda z, y: (z, y > 3, {})),
-    "token_ids on another device": (ValueError, "token_ids must be on .*meta", lambda z, y: (z, y.to("meta"), {})),
-    "token id too large": (
-        ValueError,
-        r"token_ids must be -100 or in \[0, 40\), got 40",
-        lambda z, y: (z, 0 * y + 40, {}),
-    ),
-    "token id negative": (ValueError, "token_ids must be .*got -1", lambda z, y: (z, 0 * y - 1, {})),
-    "token id in the padding": (
-        ValueError,
-        r"token_ids must be .*\[0, 30\), got 35",
-        lambda z, y: (z, 0 * y + 35, {"vocab_size": 30}),
-    ),
-    "valid not bool": (TypeError, "valid must be a bool tensor.*int64", lambda z, y: (z, y, {"valid": y})),
-    "valid of another shape": (ValueError, "valid must have", lambda z, y: (z, y, {"valid": (y > 0)[:1]})),
-    "top_p 0": (ValueError, r"top_p must be in \(0, 1\], got 0", lambda z, y: (z, y, {"top_p": 0})),
-    "top_p above 1": (ValueError, "top_p .*got 1.5", lambda z, y: (z, y, {"top_p": 1.5})),
-    "top_p NaN": (ValueError, "top_p .*got nan", lambda z, y: (z, y, {"top_p": float("nan")})),
-    "temperature 0": (ValueError, "temperature must be > 0 and finite, got 0", lambda z, y: (z, y, {"temperature": 0})),
-    "temperature negative": (ValueError, "temperature .*got -1", lambda z, y: (z, y, {"temperature": -1.0})),
-    "a temperature of 0 among rows": (
-        ValueError,
-        "temperature must be > 0 and finite, got 0.0",
-        lambda z, y: (z, y, {"temperature": torch.tensor([[1.0, 1, 1], [1, 0, 1]])}),
-    ),
-    "temperature of another shape": (
-        ValueError,
-        "temperature must have",
-        lambda z, y: (z, y, {"temperature": torch.ones(2)}),
-    ),
-    "temperature of integers": (TypeError, "temperature .*int64", lambda z, y: (z, y, {"temperature": y + 1})),
-    "top_p a string": (TypeError, "top_p must be a number, got 'x'", lambda z, y: (z, y, {"top_p": "x"})),
-    "temperature None": (TypeError, "temperature must be a number", lambda z, y: (z, y, {"temperature": None})),
-    "vocab_size a float": (TypeError, "vocab_size must be an int, got 3.5", lambda z, y: (z, y, {"vocab_size": 3.5})),
-    "temperature on another device": (
-        ValueError,
-        "temperature must be on .*meta",
-        lambda z, y: (z, y, {"temperature": torch.tensor(0.7, device="meta")}),
-    ),
-    "vocab_size a bool": (TypeError, "vocab_size must be an int, got True", lambda z, y: (z, y, {"vocab_size": True})),
-    "reference, integer logits": (
+LIKE = r"must have the shape of logits\[..., 0\], \(2, 3\), got"
+# The message's beginning, then what takes the place of good arguments z, a leaf of [2, 3, 40], and y.
+BAD = [
+    (TypeError, r"logits must be a tensor, got \[1.0\]", lambda z, y: {"logits": [1.0]}),
+    (TypeError, "logits must be float32.*got torch.int64", lambda z, y: {"logits": z.long()}),
+    (TypeError, "logits must be float32.*got torch.float64", lambda z, y: {"logits": z.double()}),
+    (
         TypeError,
-        "logits must be float32.*float64 too.*got torch.int64",
-        lambda z, y: (z.long(), y, {"backend": "reference"}),
+        "logits must be float32.*float64 too.*got torch.float8",
+        lambda z, y: {"logits": z.to(torch.float8_e5m2), "backend": "reference"},
     ),
-    "reference, complex logits": (
-        TypeError,
-        "logits must be float32.*got torch.complex64",
-        lambda z, y: (z.to(torch.complex64), y, {"backend": "reference"}),
-    ),
-    "reference, float8 logits": (
-        TypeError,
-        "logits must be float32.*got torch.float8",
-        lambda z, y: (z.to(torch.float8_e5m2), y, {"backend": "reference"}),
-    ),
-    "softcap 0": (ValueError, "softcap must be > 0 and finite, got 0.0", lambda z, y: (z, y, {"softcap": 0.0})),
-    "vocab_size too large": (
-        ValueError,
-        "vocab_size must be .*got 41",
-        lambda z, y: (z, y, {"vocab_size": 41}),
-    ),
-    "vocab_size 0": (ValueError, "vocab_size .*got 0", lambda z, y: (z, y, {"vocab_size": 0})),
-    "another backend": (ValueError, "backend must be one of .*got 'cuda'", lambda z, y: (z, y, {"backend": "cuda"})),
-    "an expanded tensor in place": (
-        ValueError,
-        "inplace_backward needs .*expanded",
-        lambda z, y: (z[:, :1].expand(2, 3, 40), y, {"inplace_backward": True}),
-    ),
-    "a leaf in place": (
+    (ValueError, r"logits must have shape \[..., V\] with V >= 1, got \(\)", lambda z, y: {"logits": z.sum()}),
+    (ValueError, r"logits must have shape .*got \(2, 3, 0\)", lambda z, y: {"logits": z[..., :0]}),
+    (ValueError, rf"token_ids {LIKE} \(2, 2\)", lambda z, y: {"token_ids": y[:, :2]}),
+    (TypeError, "token_ids must be an integer tensor, got torch.bool", lambda z, y: {"token_ids": y > 3}),
+    (ValueError, "token_ids must be on .*meta", lambda z, y: {"token_ids": y.to("meta")}),
+    (ValueError, r"token_ids must be -100 or in \[0, 40\), got 40", lambda z, y: {"token_ids": 0 * y + 40}),
+    (ValueError, "token_ids must be .*got -1", lambda z, y: {"token_ids": 0 * y - 1}),
+    (ValueError, r"token_ids must be .*\[0, 30\), got 35", lambda z, y: {"token_ids": 0 * y + 35, "vocab_size": 30}),
+    (ValueError, "token_ids must be .*got 40", lambda z, y: {"token_ids": 0 * y + 40, "backend": "reference"}),
+    (TypeError, "valid must be a bool tensor, got torch.int64", lambda z, y: {"valid": y}),
+    (ValueError, rf"valid {LIKE} \(1, 3\)", lambda z, y: {"valid": (y > 0)[:1]}),
+    (ValueError, r"top_p must be in \(0, 1\], got 0", lambda z, y: {"top_p": 0}),
+    (TypeError, "top_p must be a number, got 'x'", lambda z, y: {"top_p": "x"}),
+    (ValueError, "temperature must be > 0 and finite, got 0", lambda z, y: {"temperature": 0}),
+    (ValueError, "temperature must be > 0 and finite, got 0.0", lambda z, y: {"temperature": y.clamp(max=0).float()}),
+    (TypeError, "temperature must be a number, got None", lambda z, y: {"temperature": None}),
+    (TypeError, "temperature must be a floating tensor, got torch.int64", lambda z, y: {"temperature": y + 1}),
+    (ValueError, rf"temperature {LIKE} \(2,\)", lambda z, y: {"temperature": torch.ones(2)}),
+    (ValueError, "temperature must be on .*meta", lambda z, y: {"temperature": torch.tensor(0.7, device="meta")}),
+    (ValueError, "softcap must be > 0 and finite, got 0.0", lambda z, y: {"softcap": 0.0}),
+    (TypeError, "vocab_size must be an int, got 3.5", lambda z, y: {"vocab_size": 3.5}),
+    (ValueError, r"vocab_size must be in \[1, 40\], got 41", lambda z, y: {"vocab_size": 41}),
+    (ValueError, "backend must be one of .*got 'cuda'", lambda z, y: {"backend": "cuda"}),
+    (TypeError, "inplace_backward must be a bool, got 'yes'", lambda z, y: {"inplace_backward": "yes"}),
+    (
         ValueError,
         "inplace_backward needs logits that were computed, got a leaf",
-        lambda z, y: (z.requires_grad_(), y, {"inplace_backward": True}),
+        lambda z, y: {"inplace_backward": True},
     ),
-    "inplace_backward a word": (
-        TypeError,
-        "inplace_backward must be a bool, got 'yes'",
-        lambda z, y: (z, y, {"inplace_backward": "yes"}),
+    (
+        ValueError,
+        "inplace_backward needs .*expanded",
+        lambda z, y: {"logits": z[:, :1].expand(2, 3, 40), "inplace_backward": True},
     ),
-}
+]
 
 
-@pytest.mark.parametrize("name", BAD)
-def test_bad_input_is_named_before_anything_changes(name):
-    error, message, make = BAD[name]
+@pytest.mark.parametrize(("error", "message", "make"), BAD)
+def test_bad_input_is_named_before_anything_changes(error, message, make):
     logits, token_ids = logits_and_ids()
-    arguments = make(logits, token_ids)
-    before = logits.clone()
+    arguments = {"logits": logits.requires_grad_(), "token_ids": token_ids} | make(logits, token_ids)
+    before = logits.detach().clone()
     with pytest.raises(error, match=message):
-        pk.token_stats(arguments[0], arguments[1], **arguments[2])
+        pk.token_stats(**arguments)
     assert torch.equal(logits, before)
 
 
@@ -181,16 +139,12 @@ except ValueError as error:
     assert result.stdout == "fine\n", result.stderr
 
 
-def operator_arguments(backend):
+def test_opcheck(backend):
     logits = torch.randn(2, 4, 90)[:, :-1].requires_grad_()
     token_ids, valid = torch.randint(0, 80, (6,)), torch.rand(6) > 0.2
-    return logits, token_ids, valid, torch.ones(1), 0.95, 0.0, 80, False, backend
-
-
-def test_opcheck(backend):
-    arguments = operator_arguments(backend)
+    arguments = (logits, token_ids, valid, torch.ones(1), 0.95, 0.0, 80, False, backend)
     opcheck(operator.token_stats_forward, arguments)
-    logits, *rows = (None if value is None else value.detach() for value in arguments[:4])
+    logits, *rows = (value.detach() for value in arguments[:4])
     stats, rest, _ = operator.token_stats_forward(logits, *arguments[1:])
     for given, out in ((logits, torch.empty(logits.shape)), (None, logits)):
         backward = (torch.randn_like(stats), stats, rest, given, *rows, 0.0, 80, backend, out)
@@ -219,12 +173,13 @@ def test_compile_without_graph_breaks_or_recompiles_for_a_new_length(backend, in
 
 
 @pytest.mark.slow
-def test_inductor_compiles_a_loss_on_the_operator():
+@pytest.mark.parametrize("inplace", [False, True])
+def test_inductor_compiles_a_loss_on_the_operator(inplace):
     """What `torch.compile` does by default, in a process of its own, since inductor imports triton."""
-    code = """
+    code = f"""
 import torch, paec_kernels as pk
 def loss(z, y):
-    stats = pk.token_stats(z, y)
+    stats = pk.token_stats(2.0 * z, y, inplace_backward={inplace})
     return (stats.logp - stats.entropy).sum()
 compiled = torch.compile(loss, fullgraph=True, dynamic=True)
 for n in (4, 6):

@@ -87,20 +87,6 @@ def test_scattered_valid_rows_of_a_slice(monkeypatch):
         assert (value[~valid] == 0).all()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_gradient_over_the_logits_themselves(dtype):
-    logits, token_ids = mixed_rows(9).to(dtype)[None], torch.arange(9)
-    d_stats = torch.randn(layout.N_STATS, 9)
-    rows = Rows(token_ids, torch.arange(9) != 4, torch.full((1,), 0.7))
-    stats, rest, _ = torch_backend.forward(logits, rows, 0.9, 0.0, 5000)
-    out = torch.full_like(logits, math.nan)
-    for into in (out, logits):
-        torch_backend.backward(d_stats, stats, rest, logits, rows, 0.0, 5000, into)
-    assert torch.equal(out, logits)
-    assert (out[..., 5000:] == 0).all()
-    assert (out[:, 4] == 0).all()
-
-
 def steps(*counts: int) -> torch.Tensor:
     """A row in random order with counts[0] logits of 0, counts[1] of -1, and so on."""
     row = torch.cat([torch.full((count,), -float(level)) for level, count in enumerate(counts)])
