@@ -22,7 +22,7 @@ from benchmarks.rivals.eager import by_sort
 from benchmarks.rows import Row, percentile
 from benchmarks.workload import ADVANTAGE, CLIP_HIGH, RATIO_NOISE, Case
 from paec_kernels.train import loop
-from paec_kernels.train.algorithms import Algorithm, GRPOOptions, MicroBatch, PAECOptions
+from paec_kernels.train.algorithms import NO_NUCLEUS, Algorithm, GRPOOptions, MicroBatch, PAECOptions
 from paec_kernels.train.models.by_name import pick_device, starting_policy
 from paec_kernels.train.models.policy import Rollout
 from paec_kernels.train.presets import PRESETS
@@ -76,7 +76,7 @@ class Way(NamedTuple):
 
 WAYS = {
     "GRPO, log_softmax": Way("torch: log_softmax, gather; grpo_loss", ByLogSoftmax, calibrated=False),
-    "GRPO": Way("token_stats, grpo_loss", loop.Run, calibrated=False),
+    "GRPO": Way(f"token_stats(top_p={NO_NUCLEUS}), grpo_loss", loop.Run, calibrated=False),
     "GRPO, old log-probs known": Way("as GRPO, without the look", loop.Run, calibrated=False, looks=False),
     "GRPO + PAEC": Way("token_stats, grpo_loss, PAEC", loop.Run, calibrated=True),
     "GRPO + PAEC, sort": Way("torch: log_softmax, sort, cumsum; grpo_loss, PAEC", BySort, calibrated=True),

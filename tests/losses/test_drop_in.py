@@ -111,7 +111,7 @@ def test_what_token_stats_may_lack_must_be_here(name):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"clip_low": "a"}, TypeError, "clip_low must be a number, got 'a'"),
+        ({"clip_high": -1}, ValueError, "clip_high must be >= 0, got -1"),
         ({"clip_low": -1}, ValueError, r"clip_low must be in \[0, 1\], got -1"),
         ({"kl_coef": -1.0}, ValueError, "kl_coef must be >= 0, got -1.0"),
         ({"temperature": -1.0}, ValueError, "temperature must be > 0 and finite, got -1.0"),

@@ -259,11 +259,27 @@ def test_a_checkpoint_of_another_config_is_refused_and_changes_nothing():
         assert "coef_step: checkpoint 0.005, here 0.1" in str(error.value)
         assert other.anchor.isnan()
         assert other.coef == 0.25
-    del state["coef"]
-    with pytest.raises(RuntimeError, match=r"Missing key.*coef"):
-        AER().load_state_dict(state)
     with pytest.raises(RuntimeError, match=r"top_p: checkpoint 'absent', here 0\.8"):
-        SIREN().load_state_dict(state)
+        SIREN().load_state_dict({name: value for name, value in state.items() if name != "coef"})
+
+
+def test_a_checkpoint_without_a_whole_state_is_refused_and_changes_nothing():
+    config = AERConfig(initial_coef=0.25)
+    state = trained(AER(config)).state_dict()
+    assert state["coef"] != 0.25
+    regulariser = AER(config)
+    with pytest.raises(RuntimeError, match=r"Missing key.*coef"):
+        regulariser.load_state_dict({name: value for name, value in state.items() if name != "coef"})
+    with pytest.raises(RuntimeError, match=r"coef must be a finite 0-d tensor >= 0, got tensor\(nan\)"):
+        regulariser.load_state_dict(state | {"coef": torch.tensor(math.nan)})
+    assert regulariser.anchor.isnan()
+    assert regulariser.coef == 0.25
+
+
+def test_the_coefficient_stays_float32_in_a_module_that_is_cast():
+    regulariser = AER(AERConfig(initial_coef=1 / 3)).half()
+    assert regulariser.coef.dtype == torch.float32
+    assert regulariser.coef == torch.tensor(1 / 3)
 
 
 # Misuse
@@ -318,6 +334,7 @@ def test_siren_needs_answers():
     [
         (lambda: GlobalEntropyConfig(coef=-1), ValueError, "GlobalEntropyConfig.coef must be >= 0 and finite, got -1"),
         (lambda: AERConfig(coef_step=math.nan), ValueError, "AERConfig.coef_step must be >= 0 and finite, got nan"),
+        (lambda: AERConfig(initial_coef=-1), ValueError, "AERConfig.initial_coef must be >= 0 and finite, got -1"),
         (lambda: AERConfig(target_ratio="1"), TypeError, "AERConfig.target_ratio must be a number, got '1'"),
         (lambda: SIRENConfig(rho=1.1), ValueError, r"SIRENConfig.rho must be in \[0, 1\], got 1.1"),
         (lambda: SIRENConfig(top_p=0), ValueError, r"SIRENConfig.top_p must be in \(0, 1\], got 0"),
