@@ -60,7 +60,7 @@ class Truth:
 
 
 def weighted_sum(outputs: Outputs, weights: dict[str, Tensor]) -> Tensor:
-    """Add up what is differentiated. An output that is itself a mean has weight 1; one for fewer rows than N takes theirs."""
+    """Add up what is differentiated; an output that is a mean has weight 1, one for fewer rows than N takes theirs."""
     return sum(
         output if output.dim() == 0 else (weights[name][: len(output)] * output).sum()
         for name, output in outputs.items()
