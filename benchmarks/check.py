@@ -51,7 +51,7 @@ class Truth:
         self.tied = (weights > 0) & (weights < 1)  # a sort gives these tokens another gradient, in its own order
 
     def gradients(self, names: tuple[str, ...]) -> tuple[Tensor, ...]:
-        """Of the rows ``[n, V]`` or ``[n, D]``, and of the head where there is one, in the leaf's dtype."""
+        """Compute the gradient of the rows, ``[n, V]`` or ``[n, D]``, and of the head where there is one."""
         loss = weighted_sum({name: self.outputs[name] for name in names}, self.some.weights)
         (d_logits,) = torch.autograd.grad(loss, self._leaf, retain_graph=True)
         if self.some.head is None:
@@ -60,7 +60,7 @@ class Truth:
 
 
 def weighted_sum(outputs: Outputs, weights: dict[str, Tensor]) -> Tensor:
-    """What is differentiated. An output that is itself a mean has weight 1; one for fewer rows than N takes theirs."""
+    """Add up what is differentiated; an output that is a mean has weight 1, one for fewer rows than N takes theirs."""
     return sum(
         output if output.dim() == 0 else (weights[name][: len(output)] * output).sum()
         for name, output in outputs.items()
@@ -68,7 +68,7 @@ def weighted_sum(outputs: Outputs, weights: dict[str, Tensor]) -> Tensor:
 
 
 def backward(outputs: Outputs, names: tuple[str, ...], weights: dict[str, Tensor]) -> None:
-    """Of `weighted_sum`, whose gradients are the weights: no kernel of the sum's own is launched, or timed."""
+    """Run the backward pass of `weighted_sum`, whose gradients are the weights: the sum itself launches nothing."""
     torch.autograd.backward(
         [outputs[name] for name in names],
         [None if outputs[name].dim() == 0 else _weight_of(outputs[name], weights[name]) for name in names],
@@ -119,7 +119,7 @@ def check(implementation: Implementation, case: Case, inputs: Inputs, found: Out
 
 
 def _allowed(rounding: float, tolerance: float, strict: bool) -> float:
-    """An error; ``rounding`` is that of the definition in float32."""
+    """Bound an error; ``rounding`` is that of the definition in float32."""
     bound = SLACK * rounding + EXTRA
     return bound if strict else max(bound, tolerance)
 
@@ -144,7 +144,7 @@ def _same_sizes(found: Outputs, truth: Truth, strict: bool, most: int | None) ->
 def _gradient_error(
     implementation: Implementation, case: Case, inputs: Inputs, truth: Truth, strict: bool, same: Tensor
 ) -> float:
-    """Relative to the largest entry; no gradient may reach another row than those that carry weight."""
+    """Return the error relative to the largest entry; a gradient of a row without weight is an error, too."""
     grad = inputs.rows.grad
     if grad is None:
         raise WrongResult("gives no gradient")
@@ -172,6 +172,6 @@ def _gradient_error(
 
 
 def _largest(found: Tensor, expected: Tensor, kept) -> float:
-    """Largest difference where kept; infinite where a result is not finite."""
+    """Return the largest difference where kept; infinite where a result is not finite."""
     difference = (found.double() - expected.double()).abs()[kept]
     return torch.nan_to_num(difference, nan=torch.inf).max().item() if difference.numel() else 0.0

@@ -178,7 +178,7 @@ class Code:
 
 
 def code(compiled: Any) -> Code:
-    """Of SASS, or of AMD's assembly."""
+    """Parse SASS, or AMD's assembly."""
     amd = "amdgcn" in compiled.asm
     text = compiled.asm["amdgcn"] if amd else _cuda_tool("nvdisasm", ["-c"], compiled)
     instruction = re.compile(r"\s+([a-z].*?)\s*(?:;.*)?$" if amd else r"\s+/\*[0-9a-f]+\*/\s+(.*?)\s*;")
@@ -258,7 +258,7 @@ def _outside(found: Code, loops: list[tuple[int, int]]) -> int:
 
 
 def _round(found: Code, loop: tuple[int, int], dtype: str) -> dict[str, Any]:
-    """Of a loop that reads logits: a round's instructions and elements, and the loads that a thread waits for."""
+    """Describe a loop that reads logits: a round's instructions and elements, and the loads that a thread waits for."""
     body = [found.listing[i] for i in found.way(loop[0], [loop[1]])]
     ahead = any("LDGSTS" in line for line in body)
     loaded = _bytes(body, "LDGSTS" if ahead else "LDG")
@@ -295,7 +295,7 @@ def nucleus_search(dtype: str = "bf16") -> dict[str, int]:
 
 
 def scratch_order(target: str) -> dict[str, Any]:
-    """How lanes are passed between threads through memory, in the code of `gather_kernel`.
+    """Find how lanes are passed between threads through memory, in the code of `gather_kernel`.
 
     Returns:
         the loads; whether every store comes before every load; and whether a barrier is on every way between two.

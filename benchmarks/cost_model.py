@@ -193,7 +193,7 @@ def record(every: list[Counts], provenance: dict[str, str]) -> dict[str, Any]:
 
 
 def text(found: dict[str, Any]) -> str:
-    """As JSON, a prediction a line."""
+    """Write JSON, a prediction a line."""
     head = json.dumps({name: part for name, part in found.items() if name != "predictions"}, indent=1)
     lines = ",\n".join(f"  {json.dumps(p)}" for p in found["predictions"])
     return f'{head[:-2]},\n "predictions": [\n{lines}\n ]\n}}\n'

@@ -56,7 +56,7 @@ def floor_of(case: Case) -> Floor:
 
 
 def bytes_moved(case: Case, passes: str) -> int | None:
-    """By the operation's own count: one read forward, one read and one write backward. None for the linear form."""
+    """Count the bytes: one read forward, one read and one write backward. None for the linear form."""
     times = {"forward": 1, "backward": 2, "both": 3}[passes]
     return None if case.d else times * case.bytes
 

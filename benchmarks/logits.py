@@ -33,7 +33,7 @@ def wide(rows: range, width: int, generator: Generator) -> Tensor:
 
 
 def by_share(rows: range) -> Tensor:
-    """Of the 32 rows those that stand for these, int64 ``[len(rows)]``.
+    """Choose the ones of the 32 rows that stand for these, int64 ``[len(rows)]``.
 
     Row i takes the place u_i = (1/2 + i GOLDEN) mod 1 in the cumulated shares, in order of nucleus size. These places
     fill [0, 1) evenly from any start, so that every batch has the right mix.

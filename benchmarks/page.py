@@ -88,7 +88,7 @@ def text(
 
 
 def what_each_computes() -> Iterator[str]:
-    """From the implementations' own declarations."""
+    """Tabulate the implementations' own declarations."""
     yield from (
         "Gradient: through which of its outputs. A loss is GRPO's, of each token or the mean; its log-probabilities",
         "stay inside.",
@@ -125,7 +125,7 @@ def of_device(device: str, rows: dict[str, list[Row]], drawn: list[str]) -> Iter
 
 
 def origin(rows: list[Row]) -> str:
-    """Where the figures come from: all that the section's rows say of it."""
+    """Say where the figures come from: all that the section's rows tell of it."""
     versions = {name: version for row in rows for name, version in row.versions.items() if name != "machine"}
     return "  \n".join(
         [
@@ -138,7 +138,7 @@ def origin(rows: list[Row]) -> str:
 
 
 def comparison(rows: list[Row]) -> Iterator[str]:
-    """A table for each case: one line an implementation, the floor first."""
+    """Write a table for each case: one line an implementation, the floor first."""
     for i, case in enumerate(_cases(rows)):
         if i > 0:
             yield ""
@@ -184,7 +184,7 @@ def step(rows: list[Row]) -> Iterator[str]:
 
 
 def sweep(rows: list[Row]) -> Iterator[str]:
-    """One line a case and implementation."""
+    """Write one line for each case and implementation."""
     heads = ["N", "V", "dtype", "logits", "nuclei", "", "forward, ms", "backward, ms", "both, ms", "ratio"]
     yield from _header([*heads, "share of bandwidth", "peak, MiB"])
     for case in _cases(rows):
@@ -203,7 +203,7 @@ def sweep(rows: list[Row]) -> Iterator[str]:
 
 
 class Section(NamedTuple):
-    """How a section's rows are shown. What is measured for it is in `benchmarks.sweep`."""
+    """Says how a section's rows are shown. What is measured for it is in `benchmarks.sweep`."""
 
     title: str
     table: Callable[[list[Row]], Iterator[str]]
@@ -247,7 +247,7 @@ def compiled_code(found: dict[str, Any] | None) -> Iterator[str]:
 
 
 def predicted(found: dict[str, Any] | None, rows: list[Row]) -> Iterator[str]:
-    """The cost model's predictions, and beside each the time of the row of its case, where there is one."""
+    """Show the cost model's predictions, and beside each the time of the row of its case, where there is one."""
     if found is None:
         yield "Empty: `python -m benchmarks.compiled_code --model --out bench_results/predictions.json` fills it."
         return
@@ -271,7 +271,7 @@ def predicted(found: dict[str, Any] | None, rows: list[Row]) -> Iterator[str]:
 
 
 def _beside(prediction: dict[str, Any], rows: list[Row]) -> tuple[str, str]:
-    """The cells of a prediction and of its measurement."""
+    """Return the cells of a prediction and of its measurement."""
     implementation, passes = cost_model.MEASURED_AS[prediction["kernel"]]
     case = {"n": prediction["n"], "v": prediction["v"], "dtype": cost_model.TORCH_NAMES[prediction["dtype"]]}
     own = only(rows, implementation=implementation, passes=passes, logits="real", status="ok", **case)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def growth(run: Callable[[], object]) -> int:
-    """How many bytes ``run`` raises the mark by. Memory that was freed but kept before it does not count."""
+    """Return how many bytes ``run`` raises the mark by. Memory that was freed but kept before it does not count."""
     with suppress(OSError):  # where there is no such file, the mark is that of the whole process so far
         Path("/proc/self/clear_refs").write_text("5")  # Linux: the mark becomes what is resident now
     before = high_water_bytes()

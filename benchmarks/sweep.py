@@ -51,7 +51,7 @@ def names_of(linear: bool) -> tuple[str, ...]:
 
 
 def parts_on_cpu() -> Iterator[Part]:
-    """Smallest useful set first: against everything else at one size, then the linear form, then the sweeps.
+    """Yield the smallest useful set first: against everything else at one size, then the linear form, then the sweeps.
 
     Turns go where medians are compared most. What eager takes, and what it holds, is shown once for each vocabulary.
     """
@@ -72,7 +72,7 @@ def parts_on_cpu() -> Iterator[Part]:
 
 
 def parts_on_gpu() -> Iterator[Part]:
-    """As on the CPU, at sizes that a GPU is bought for."""
+    """Yield the same as on the CPU, at sizes that a GPU is bought for."""
     gpu = "cuda"
     fast = (*OURS, "TRL, fused", "Liger, GRPO loss", "quack, cross_entropy")
     yield Part("rivals", Case(4096, 151_936, BF16, "real", gpu), names_of(linear=False), 20)
@@ -171,7 +171,7 @@ def measured(part: Part, run: Run, device: str, tell: Callable[[str], None]) -> 
 
 
 def rows_without(part: Part, run: Run, device: str, status: str, reason: str) -> Iterator[Row]:
-    """Of everything that the part would measure."""
+    """Yield a row of everything that the part would measure."""
     if part.case is None:
         yield run.row(Case(0, 0, F32, "", device), "all", "", "step", status=status, reason=reason)
         return

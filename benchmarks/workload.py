@@ -29,7 +29,7 @@ class Case:
 
     @property
     def bytes(self) -> int:
-        """Of the logits."""
+        """Return the size of the logits."""
         return self.n * self.v * self.dtype.itemsize
 
 
@@ -76,7 +76,7 @@ def build(case: Case) -> Inputs:
 
 
 def chosen_logp(logits: Tensor, token_ids: Tensor) -> Tensor:
-    """Of logits ``[n, V]``, float32 ``[n]``."""
+    """Return the log-prob of each row's token, of logits ``[n, V]``; float32 ``[n]``."""
     return -torch.nn.functional.cross_entropy(logits.float(), token_ids, reduction="none")
 
 

@@ -18,7 +18,7 @@ def by_sort(logits: Tensor, token_ids: Tensor) -> Outputs:
 
 
 def by_top_k(logits: Tensor, token_ids: Tensor) -> Outputs:
-    """As `by_sort`, with the nucleus looked for among the k best tokens alone; what lies beyond them is left out.
+    """Compute what `by_sort` does, but look for the nucleus among the k best tokens alone.
 
     SIREN's own code also leaves out the token that crosses top_p, and fills its mask in a loop over rows; here the
     nucleus is the usual one, and no loop slows it.
