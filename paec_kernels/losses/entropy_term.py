@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from paec_kernels import checks
 from paec_kernels.losses.ranks import world_size
-from paec_kernels.saved_state import differing_fields
+from paec_kernels.saved_state import refuse_other_config
 from paec_kernels.types import TokenStats
 
 
@@ -164,34 +164,26 @@ class EntropyTerm(nn.Module):
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Restore nothing: the config was compared before anything was copied."""
 
-    def _load_from_state_dict(
-        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-    ) -> None:
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, *others) -> None:
         """Copy a complete state of the same config, or nothing."""
         absent = [prefix + name for name in self.state_dict() if prefix + name not in state_dict]
         missing_keys.extend(absent)
-        problems = [] if absent else self._problems(state_dict, prefix)
-        error_msgs.extend(problems)
-        if not absent and not problems:
-            super()._load_from_state_dict(
-                state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-            )
+        if not absent:
+            self._refuse_misfit(state_dict, prefix)
+            super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, *others)
 
-    def _problems(self, state_dict: dict[str, Any], prefix: str) -> list[str]:
-        """Say why a complete state cannot be loaded."""
-        found = []
+    def _refuse_misfit(self, state_dict: dict[str, Any], prefix: str) -> None:
+        """Raise RuntimeError where a complete state is damaged or of another config."""
         for name in self.state_dict():
             value = state_dict[prefix + name]
             if name != "_extra_state" and not (
                 isinstance(value, Tensor) and value.dim() == 0 and value.isfinite() and value >= 0
             ):
-                found.append(f"{prefix}{name} must be a finite 0-d tensor >= 0, got {value!r}")
+                raise RuntimeError(f"{prefix}{name} must be a finite 0-d tensor >= 0, got {value!r}")
         extra, what = state_dict[prefix + "_extra_state"], self.CONFIG.__name__
         if not isinstance(extra, dict) or not isinstance(extra.get("config"), dict):
-            found.append(f"{prefix}_extra_state must hold the {what} of the checkpoint, got {extra!r}")
-        elif differing := differing_fields(extra["config"], asdict(self.config)):
-            found.append(f"the checkpoint is of another {what} ({'; '.join(differing)})")
-        return found
+            raise RuntimeError(f"{prefix}_extra_state must hold the {what} of the checkpoint, got {extra!r}")
+        refuse_other_config(extra["config"], asdict(self.config), what)
 
 
 def check_stats(stats: TokenStats, valid: Tensor) -> None:

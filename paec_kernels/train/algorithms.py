@@ -358,10 +358,18 @@ class Algorithm(nn.Module):
         return {"algo": self.name, **asdict(self.options)}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Raise before the parts are loaded, so that a checkpoint of other options changes nothing."""
-        if not isinstance(state, dict):
-            raise RuntimeError(f"the state of an Algorithm must be a dict of its options, got {state!r}")
-        refuse_other_config(state, self.get_extra_state(), "algorithm")
+        """Restore nothing: the options were compared before anything was copied."""
+
+    def _load_from_state_dict(self, state_dict, prefix, *others) -> None:
+        """Raise before the parts are loaded, so that a checkpoint that does not fit changes nothing."""
+        saved = state_dict.get(f"{prefix}_extra_state")
+        if not isinstance(saved, dict):
+            raise RuntimeError(f"{prefix}_extra_state must be a dict of the algorithm's options, got {saved!r}")
+        refuse_other_config(saved, self.get_extra_state(), "algorithm")
+        absent = [prefix + name for name in self.state_dict() if prefix + name not in state_dict]
+        if absent:
+            raise RuntimeError(f"the checkpoint must hold {', '.join(absent)}, got {', '.join(state_dict)}")
+        super()._load_from_state_dict(state_dict, prefix, *others)
 
 
 def _tokens(batch: MicroBatch) -> tuple[Tensor, Tensor, Tensor, Tensor]:

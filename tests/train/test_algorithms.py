@@ -284,6 +284,20 @@ def test_a_checkpoint_of_other_options_is_refused_and_changes_nothing():
     assert algorithm.monitor.anchor_count == 0
 
 
+@pytest.mark.parametrize("name", ["_extra_state", "term.coef", "monitor.anchor_sum"])
+def test_an_incomplete_checkpoint_is_refused_and_changes_nothing(name):
+    state = started(AEROptions()).state_dict()
+    del state[name]
+    algorithm = Algorithm(AEROptions())
+    for strict in (True, False):
+        with pytest.raises(
+            RuntimeError, match=f"{name}( must be a dict of the algorithm's options, got None|, got _extra_state)"
+        ):
+            algorithm.load_state_dict(state, strict=strict)
+    assert algorithm.term.anchor.isnan()
+    assert algorithm.monitor.anchor.isnan()
+
+
 def test_a_checkpoint_of_another_algorithm_is_refused():
     with pytest.raises(RuntimeError, match="algo: checkpoint 'grpo', here 'aer'"):
         Algorithm(AEROptions()).load_state_dict(Algorithm(GRPOOptions()).state_dict())
