@@ -37,7 +37,8 @@ test-gpu: .venv/.stamp ## the tests that need a GPU, kernels compiled
 	TRITON_INTERPRET=0 .venv/bin/python -m pytest -m gpu -n $(JOBS)
 
 test-triton36: .venv-triton36/.stamp ## the kernels' tests on triton 3.6, in an environment of its own
-	TRITON_INTERPRET=1 .venv-triton36/bin/python -m pytest -n $(JOBS) tests/ops tests/losses
+	TRITON_INTERPRET=1 .venv-triton36/bin/python -m pytest -n $(JOBS) tests/ops \
+		tests/losses/test_mask.py tests/losses/test_paec.py tests/losses/test_compile.py
 
 test-verl: .venv-verl/.stamp ## the tests of PAEC in verl, in an environment of its own (Python 3.11 or 3.12)
 	.venv-verl/bin/python -m pytest -n $(JOBS) --dist loadfile tests/integrations_verl
