@@ -58,7 +58,7 @@ LAUNCH = 2e-6  # seconds, of a kernel however small
 # With the small kernels around ours: temperature, a flag and its assertion; the stack of the three gradients.
 LAUNCHES = {"forward": 4, "backward": 2}
 # Mean rounds of the nucleus' search, counted in Triton's interpreter over 96 rows of the benchmarks' real logits, of
-# which 15 that read lanes or the row again are left out; tests/token_stats/test_compiled_code.py counts a third.
+# which 15 that read lanes or the row again are left out; tests/ops/test_compiled_code.py counts a third.
 SEARCH_ROUNDS = {"bf16": 4.7, "fp32": 5.7}
 
 

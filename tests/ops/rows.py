@@ -56,6 +56,20 @@ def hard_rows() -> dict[str, Tensor]:
     return rows
 
 
+def rows_with_a_hidden_tie() -> dict[str, tuple[Tensor, float]]:
+    """Rows and top_p whose nucleus ends inside three tied logits, of which a place that keeps two drops the third."""
+    base = torch.full((40_000,), -20.0).index_fill(0, torch.tensor([5]), 3.0)
+    crowded = torch.full((5003,), -20.0)
+    full_lanes = torch.arange(100, 228).repeat(3) + 2048 * torch.arange(3).repeat_interleave(128)
+    crowded[full_lanes] = 3.0 + 0.01 * flat(1, 384, 1.0)[0]
+    crowded[400:410] = 2.0 + 0.03 * (torch.arange(10) - 4.7)  # other values in the bracket that is read last
+    return {
+        "in a lane": (base[:5003].index_fill(0, torch.tensor([7, 2055, 4103]), 2.0), 0.7),
+        "in a place of gathered lanes": (base.index_fill(0, torch.tensor([7, 16_391, 32_775]), 2.0), 0.7),
+        "in a lane of a reading": (crowded.index_fill(0, torch.tensor([300, 812, 1324]), 2.0), 0.9935),
+    }
+
+
 def broken_rows() -> dict[str, Tensor]:
     """Rows whose statistics and gradient are NaN."""
     noise = flat(1, 5003, 1.0)[0]
