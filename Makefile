@@ -44,7 +44,7 @@ test-verl: .venv-verl/.stamp ## the tests of PAEC in verl, in an environment of 
 	.venv-verl/bin/python -m pytest -n $(JOBS) --dist loadfile tests/integrations_verl
 
 bench: .venv/.stamp ## the CPU benchmarks, under ten minutes: rows, plots and page in bench_results
-	env -u TRITON_INTERPRET .venv/bin/python -m benchmarks.compiled_code --out bench_results/compiled_code.json >/dev/null
+	env -u TRITON_INTERPRET .venv/bin/python -m benchmarks.compiled_code --out bench_results/compiled_code.json
 	.venv/bin/python -m benchmarks.sweep --device cpu
 
 bench-gpu: .venv/.stamp ## the same on a GPU, smallest useful set first

@@ -5,8 +5,8 @@ implementations, rivals     what is measured: this package, and what a user woul
 floors                      what cannot be beaten, in the same turns
 check, harness              right first, then time and memory
 rows, provenance            one row a measurement
-sweep                       which measurements
-step                        whole optimiser steps of the reference loop
+parts, sweep                which measurements, and their run
+step, trl_step              whole optimiser steps of the reference loop, and of TRL's trainer
 page, plots                 bench_results/README.md and its pictures, from the rows alone
 compiled_code               registers and instructions, with no GPU
 cost_model                  from these the time to expect on a GPU, written down before it is measured

@@ -1,8 +1,8 @@
 """What the kernels compile to, read from the machine code, with no GPU: registers, spills, instructions.
 
-    python -m benchmarks.compiled_code            # a table
-    python -m benchmarks.compiled_code --json     # the same rows as JSON
-    python -m benchmarks.compiled_code --model    # the time to expect on a GPU: benchmarks/cost_model.py
+    python -m benchmarks.compiled_code               # a table
+    python -m benchmarks.compiled_code --model       # the time to expect on a GPU: benchmarks/cost_model.py
+    python -m benchmarks.compiled_code --out FILE    # either as JSON
 
 Needs triton with its own cuobjdump and nvdisasm (Linux), and TRITON_INTERPRET unset.
 """
@@ -13,7 +13,7 @@ import re
 import subprocess
 import tempfile
 from collections import Counter, deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -332,34 +332,28 @@ def report() -> dict[str, Any]:
     }
 
 
-def model() -> dict[str, Any]:
-    """The cost model's predictions, of these kernels as they compile here."""
-    return cost_model.record(every_count(), provenance())
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--model", action="store_true", help="the time to expect on a GPU, by each of its limits")
-    parser.add_argument("--out", type=Path, help="also write the JSON here")
+    parser.add_argument("--out", type=Path, help="write JSON to this file in place of a table to the terminal")
     arguments = parser.parse_args()
-    result = model() if arguments.model else report()
-    text = cost_model.text(result) if arguments.model else json.dumps(result, indent=1) + "\n"
-    if arguments.out is not None:
-        arguments.out.write_text(text)
-    if arguments.json:
-        print(text, end="")
-    elif arguments.model:
-        print(*cost_model.table(result), sep="\n")
+    if arguments.model:
+        result = cost_model.record(every_count(), provenance())
+        as_json, as_table = cost_model.text, cost_model.table
     else:
-        print_report(result)
+        result = report()
+        as_json, as_table = lambda result: json.dumps(result, indent=1) + "\n", table
+    if arguments.out is not None:
+        arguments.out.write_text(as_json(result))
+    else:
+        print(*as_table(result), sep="\n")
 
 
-def print_report(result: dict[str, Any]) -> None:
+def table(result: dict[str, Any]) -> Iterator[str]:
     for row in result["rows"]:
-        print(*(f"{name}={value}" for name, value in row.items()))
+        yield " ".join(f"{name}={value}" for name, value in row.items())
     for name in ("main_loop", "nucleus_search"):
-        print(name, *(f"{key}={value:g}" for key, value in result[name].items()))
+        yield " ".join([name, *(f"{key}={value:g}" for key, value in result[name].items())])
 
 
 if __name__ == "__main__":

@@ -12,10 +12,6 @@ from torch import Tensor
 
 from benchmarks.workload import Case, Inputs
 
-# An exponential, a multiply-add for its argument, two sums and a product, three for the two largest: an element's
-# least in the forward pass; four for dz = a (onehot - p) + b p (log p + H) beside the exponential in the backward pass.
-FORWARD_OPERATIONS, BACKWARD_OPERATIONS = 9, 7
-
 
 @dataclass(frozen=True)
 class Floor:
@@ -61,8 +57,7 @@ def bytes_moved(case: Case, passes: str) -> int | None:
     return None if case.d else times * case.bytes
 
 
-def operations(case: Case, passes: str) -> int:
-    if case.d:
-        return {"forward": 1, "backward": 3, "both": 4}[passes] * 2 * case.n * case.v * case.d
-    forward, backward = FORWARD_OPERATIONS, BACKWARD_OPERATIONS
-    return {"forward": forward, "backward": backward, "both": forward + backward}[passes] * case.n * case.v
+def operations(case: Case, passes: str) -> int | None:
+    """Count the floating-point operations of the linear form's products; None on logits."""
+    times = {"forward": 1, "backward": 3, "both": 4}[passes]
+    return times * 2 * case.n * case.v * case.d or None

@@ -24,7 +24,7 @@ from benchmarks import peak_memory
 from benchmarks.check import Errors, Truth, WrongResult, backward, check, leaves
 from benchmarks.floors import Floor, bytes_moved, floor_of, operations
 from benchmarks.implementations import Implementation, Outputs
-from benchmarks.provenance import device_name, provenance
+from benchmarks.parts import Part
 from benchmarks.rivals import all_implementations
 from benchmarks.rows import PASSES, Row, percentile
 from benchmarks.workload import Case, Inputs, build, checked_rows, only, take
@@ -55,63 +55,42 @@ class Contender:
     failure: str = ""  # in a timed run
 
 
-@dataclass(frozen=True)
-class Run:
-    """What all rows of a sweep share."""
-
-    section: str
-    command: str
-    with_memory: bool
-    turns: int  # of each case, that are timed
-
-    def row(self, case: Case, implementation: str, source: str, passes: str, **found: Any) -> Row:
-        versions = provenance()
-        return Row(
-            section=self.section, implementation=implementation, source=source, passes=passes,
-            n=case.n, v=case.v, d=case.d, dtype=str(case.dtype).removeprefix("torch."), logits=case.kind,
-            device=device_name(case.device), command=self.command,
-            commit=versions.pop("commit"), date=versions.pop("date"), versions=versions, **found,
-        )  # fmt: skip
-
-
-def rows_of_case(
-    run: Run, case: Case, names: list[str], on_step: Callable[[str], None] = lambda _: None
-) -> Iterator[Row]:
-    """Yield all rows of one case: of the floor, of each implementation that is right, and of those that have no number.
+def rows_of_part(part: Part, on_step: Callable[[str], None] = lambda _: None) -> Iterator[Row]:
+    """Yield all rows of a case: of the floor, of each implementation that is right, and of those that have no number.
 
     Args:
-        names: implementations in the order of their turns; the first that is right is the anchor of the ratios.
         on_step: is told what is being done.
     """
+    case = part.case
     inputs = build(case)
     truth = Truth(inputs, checked_rows(case.n, case.device))
     sizes = truth.outputs["nucleus_size"].double()
     nucleus = (int(sizes.median()), int(sizes.max()))
     spare = torch.empty_like(inputs.rows)
     contenders: list[Contender] = []
-    for name in names:
+    for name in part.names:
         on_step(f"check {name}")
         implementation = all_implementations()[name]
         admitted = admit(implementation, case, inputs, spare, truth)
         if isinstance(admitted, Contender):
             contenders.append(admitted)
         else:
-            yield from _rows_without(run, case, implementation, PASSES, *admitted)
+            yield from _rows_without(part, implementation, PASSES, *admitted)
 
     floor = floor_of(case)
-    floor_seconds = take_turns(run, case, inputs, spare, floor, contenders, on_step)
+    floor_seconds = take_turns(part, inputs, spare, floor, contenders, on_step)
     for contender in contenders:
         if contender.failure:
-            yield from _rows_without(run, case, contender.implementation, PASSES, "failed", contender.failure)
+            yield from _rows_without(part, contender.implementation, PASSES, "failed", contender.failure)
     contenders = [contender for contender in contenders if not contender.failure]
-    if run.with_memory and case.device == "cpu" and contenders:
+    if part.with_memory and case.device == "cpu" and contenders:
         on_step("memory, in a new process")
         peaks = peak_bytes([c.implementation.name for c in contenders], case, inputs)
         for contender in contenders:
             contender.peak_bytes = peaks[contender.implementation.name]
-    yield from _floor_rows(run, case, floor, floor_seconds)
+    yield from _floor_rows(part, floor, floor_seconds)
     for contender in contenders:
-        yield from _rows_of(run, case, contender, floor_seconds, contenders[0], nucleus)
+        yield from _rows_of(part, contender, floor_seconds, contenders[0], nucleus)
 
 
 def admit(
@@ -148,8 +127,7 @@ def fresh(implementation: Implementation, inputs: Inputs, spare: Tensor) -> Inpu
 
 
 def take_turns(
-    run: Run,
-    case: Case,
+    part: Part,
     inputs: Inputs,
     spare: Tensor,
     floor: Floor,
@@ -157,10 +135,11 @@ def take_turns(
     on_step: Callable[[str], None],
 ) -> list[Seconds]:
     """Fill the contenders' seconds, and return the floor's, turn by turn."""
+    case = part.case
     flush = flusher(case.device)
     floor_seconds: list[Seconds] = []
-    for turn in range(run.turns + 1):
-        on_step(f"turn {turn} of {run.turns}")
+    for turn in range(part.turns + 1):
+        on_step(f"turn {turn} of {part.turns}")
         flush()
         of_floor = clock(case.device, lambda: floor.forward(inputs, spare), lambda _: floor.backward(inputs, spare))
         if turn > 0:  # the first turn warms up
@@ -301,29 +280,28 @@ def median_ratio(above: list[Seconds], below: list[Seconds], passes: str) -> flo
     return percentile([a.of(passes) / b.of(passes) for a, b in zip(above, below, strict=True)], 50)
 
 
-def _floor_rows(run: Run, case: Case, floor: Floor, seconds: list[Seconds]) -> Iterator[Row]:
+def _floor_rows(part: Part, floor: Floor, seconds: list[Seconds]) -> Iterator[Row]:
     for passes in PASSES:
-        yield run.row(case, floor.name, "torch", passes, **_timed(case, passes, seconds), share=1.0)
+        yield part.row(floor.name, "torch", passes, **_timed(part.case, passes, seconds), share=1.0)
 
 
 def _rows_of(
-    run: Run, case: Case, contender: Contender, floor: list[Seconds], anchor: Contender, nucleus: tuple[int, int]
+    part: Part, contender: Contender, floor: list[Seconds], anchor: Contender, nucleus: tuple[int, int]
 ) -> Iterator[Row]:
     implementation = contender.implementation
     for passes in PASSES:
         if passes != "both" and implementation.gradient_in_forward:
             reason = "its gradient is made in the forward pass"
-            yield from _rows_without(run, case, implementation, (passes,), "skipped", reason)
+            yield from _rows_without(part, implementation, (passes,), "skipped", reason)
             continue
         if passes != "forward" and not implementation.gradients:
-            yield from _rows_without(run, case, implementation, (passes,), "skipped", "it has no gradient")
+            yield from _rows_without(part, implementation, (passes,), "skipped", "it has no gradient")
             continue
-        row = run.row(
-            case,
+        row = part.row(
             implementation.name,
             implementation.source,
             passes,
-            **_timed(case, passes, contender.seconds),
+            **_timed(part.case, passes, contender.seconds),
             share=median_ratio(floor, contender.seconds, passes),
             anchor=anchor.implementation.name,
             relative=median_ratio(contender.seconds, anchor.seconds, passes),
@@ -337,7 +315,7 @@ def _rows_of(
 
 
 def _rows_without(
-    run: Run, case: Case, implementation: Implementation, passes: tuple[str, ...], status: str, reason: str
+    part: Part, implementation: Implementation, passes: tuple[str, ...], status: str, reason: str
 ) -> Iterator[Row]:
     for one in passes:
-        yield run.row(case, implementation.name, implementation.source, one, status=status, reason=reason)
+        yield part.row(implementation.name, implementation.source, one, status=status, reason=reason)

@@ -173,14 +173,19 @@ def _of_implementation(rows: list[Row]) -> list[str]:
     return [*times, times_over(whole.relative), share, mebibytes(whole), error]
 
 
-def step(rows: list[Row]) -> Iterator[str]:
-    anchor = next((row.anchor for row in rows if row.anchor), None)
-    if rows[0].n:
-        yield from (f"{rows[0].logits}, {rows[0].n:,} answer tokens, V = {rows[0].v:,}, {rows[0].dtype}", "")
-    yield from _header(["", "made of", "step, ms", f"times {anchor}", "error of the loss"])
-    for row in rows:
-        error = "" if row.value_error is None else f"{row.value_error:.0e}"
-        yield _cells([row.implementation, row.source, milliseconds(row), times_over(row.relative), error])
+def steps(rows: list[Row]) -> Iterator[str]:
+    """Write a table for each case: one line a way to take the step."""
+    for i, case in enumerate(_cases(rows)):
+        own = [row for row in rows if _case(row) == case]
+        anchor = next((row.anchor for row in own if row.anchor), None)
+        if i > 0:
+            yield ""
+        if own[0].n:
+            yield from (f"{own[0].logits}; {own[0].n:,} answer tokens, V = {own[0].v:,}, {own[0].dtype}", "")
+        yield from _header(["", "made of", "step, ms", f"times {anchor}", "error of the loss"])
+        for row in own:
+            error = "" if row.value_error is None else f"{row.value_error:.0e}"
+            yield _cells([row.implementation, row.source, milliseconds(row), times_over(row.relative), error])
 
 
 def sweep(rows: list[Row]) -> Iterator[str]:
@@ -213,7 +218,8 @@ class Section(NamedTuple):
 SECTIONS = {
     "rivals": Section("From logits, beside everything else", comparison, (("time_of_rivals", plots.bars),)),
     "linear": Section("From hidden states, beside four bare products", comparison, (("time_of_linear", plots.bars),)),
-    "step": Section("A whole optimiser step of the reference loop", step),
+    "step": Section("A whole optimiser step of the reference loop", steps),
+    "trl": Section("An optimiser step in TRL", steps),
     "vocabulary": Section(
         "Against the vocabulary",
         sweep,
@@ -232,8 +238,7 @@ def compiled_code(found: dict[str, Any] | None) -> Iterator[str]:
     origin, loop, search = found["provenance"], found["main_loop"], found["nucleus_search"]
     yield from (
         "Compiled without a GPU, and read from the machine code: what the kernels ask for, not how fast they are.  ",
-        f"Command: `python -m benchmarks.compiled_code`. Commit {origin['commit']}, {origin['date']}; "
-        f"triton {origin['triton']}.",
+        f"Command: `{origin['command']}`. Commit {origin['commit']}, {origin['date']}; triton {origin['triton']}.",
         "",
         f"On sm_90 in bfloat16 the forward kernel's main loop is {loop['instructions']:.2f} instructions and "
         f"{loop['ex2']:g} ex2 an element; the nucleus search is {search['outside']:,} instructions a thread outside "
@@ -256,8 +261,7 @@ def predicted(found: dict[str, Any] | None, rows: list[Row]) -> Iterator[str]:
         "Predictions of the cost model, `benchmarks/cost_model.py`, from the compiled kernels: **no measurement**.",
         "A cell is the time, the limit that binds and the share of a copy's bandwidth that this makes. Beside it",
         "stands, once it is measured, the median and its ratio to the prediction.  ",
-        f"Command: `python -m benchmarks.compiled_code --model`. Commit {origin['commit']}, {origin['date']}; "
-        f"triton {origin['triton']}.",
+        f"Command: `{origin['command']}`. Commit {origin['commit']}, {origin['date']}; triton {origin['triton']}.",
     )
     predictions = found["predictions"]
     kernels = list(dict.fromkeys(p["kernel"] for p in predictions))

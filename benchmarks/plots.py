@@ -20,20 +20,15 @@ Plot = Callable[[list[Row]], Figure | None]  # of the rows with a number
 def share_against_v(rows: list[Row]) -> Figure | None:
     if not rows:
         return None
-    dtypes = _in_order(row.dtype for row in rows)
-    figure, panels = _figure(5.2 * len(dtypes) + 2.2, 4.6, len(dtypes))
-    for axes, dtype in zip(panels, dtypes, strict=True):
+
+    def draw(axes: Axes, own: list[Row]) -> None:
         for name in _contenders(rows):
-            for passes in ("forward", "backward"):
-                line = sorted(only(rows, dtype=dtype, implementation=name, passes=passes), key=lambda row: row.v)
-                label = name if passes == "forward" else None
-                _line(axes, [(r.v, 100 * r.share) for r in line], name, rows, PASS_STYLE[passes], label)
-        axes.set_xscale("log")
+            for passes, style in PASS_STYLE.items():
+                line = [(r.v, 100 * r.share) for r in only(own, implementation=name, passes=passes)]
+                _line(axes, line, name, rows, style, name if passes == "forward" else None)
         axes.set_ylim(bottom=0)
-        _thousands(axes, sorted({row.v for row in rows}))
-        axes.set(xlabel="vocabulary V", title=f"{dtype}, N = {_range(row.n for row in only(rows, dtype=dtype))}")
-    panels[0].set_ylabel("share of measured bandwidth, %")
-    _legend(figure, panels, "solid: forward / read\ndashed: backward / copy")
+
+    figure = _against_v(rows, draw, "share of measured bandwidth, %", "solid: forward / read\ndashed: backward / copy")
     _title(figure, "Bandwidth share against V", rows)
     return figure
 
@@ -42,21 +37,35 @@ def memory_against_v(rows: list[Row]) -> Figure | None:
     rows = [row for row in rows if row.peak_bytes is not None and row.passes == "both"]
     if not rows:
         return None
+
+    def draw(axes: Axes, own: list[Row]) -> None:
+        for name in _contenders(rows):
+            line = [(r.v, r.peak_bytes / 2**20) for r in only(own, implementation=name)]
+            _line(axes, line, name, rows, "-", name)
+        logits = {row.v: row.bytes / 3 / 2**20 for row in own}
+        axes.plot(*zip(*sorted(logits.items()), strict=True), ":", color="black", label="the logits themselves")
+        axes.set_yscale("log")
+        _plain_log_ticks(axes)
+
+    figure = _against_v(rows, draw, "peak memory beyond the logits, MiB")
+    _title(figure, "Peak memory of forward and backward against V", rows)
+    return figure
+
+
+def _against_v(
+    rows: list[Row], draw: Callable[[Axes, list[Row]], None], y_label: str, legend_title: str = ""
+) -> Figure:
+    """Draw a panel for each dtype, from its rows."""
     dtypes = _in_order(row.dtype for row in rows)
     figure, panels = _figure(5.2 * len(dtypes) + 2.2, 4.6, len(dtypes))
     for axes, dtype in zip(panels, dtypes, strict=True):
-        for name in _contenders(rows):
-            line = sorted(only(rows, dtype=dtype, implementation=name), key=lambda row: row.v)
-            _line(axes, [(r.v, r.peak_bytes / 2**20) for r in line], name, rows, "-", name)
-        own = {row.v: row.bytes / 3 / 2**20 for row in only(rows, dtype=dtype)}
-        axes.plot(*zip(*sorted(own.items()), strict=True), ":", color="black", label="the logits themselves")
-        axes.set(xscale="log", yscale="log")
-        _plain_log_ticks(axes)
+        own = only(rows, dtype=dtype)
+        draw(axes, own)
+        axes.set_xscale("log")
         _thousands(axes, sorted({row.v for row in rows}))
-        axes.set(xlabel="vocabulary V", title=f"{dtype}, N = {_range(row.n for row in only(rows, dtype=dtype))}")
-    panels[0].set_ylabel("peak memory beyond the logits, MiB")
-    _legend(figure, panels)
-    _title(figure, "Peak memory of forward and backward against V", rows)
+        axes.set(xlabel="vocabulary V", title=f"{dtype}, N = {_range(row.n for row in own)}")
+    panels[0].set_ylabel(y_label)
+    _legend(figure, panels, legend_title)
     return figure
 
 
@@ -66,8 +75,7 @@ def time_against_n(rows: list[Row]) -> Figure | None:
     figure, (axes,) = _figure(8.4, 4.8, 1)
     rows = only(rows, passes="both")
     for name in (ON_LOGITS.name, *_contenders(rows)):
-        line = sorted(only(rows, implementation=name), key=lambda row: row.n)
-        _line(axes, [(r.n, 1e3 * r.p50) for r in line], name, rows, "-", name)
+        _line(axes, [(r.n, 1e3 * r.p50) for r in only(rows, implementation=name)], name, rows, "-", name)
     axes.set(xscale="log", yscale="log", xlabel="rows N", ylabel="forward and backward, ms")
     _plain_log_ticks(axes)
     _thousands(axes, sorted({row.n for row in rows}))
@@ -128,7 +136,7 @@ def _colour(name: str, rows: list[Row]) -> str:
 
 def _line(axes: Axes, points: list[tuple[float, float]], name: str, rows: list[Row], style: str, label) -> None:
     if points:
-        axes.plot(*zip(*points, strict=True), style, marker="o", ms=4, color=_colour(name, rows), label=label)
+        axes.plot(*zip(*sorted(points), strict=True), style, marker="o", ms=4, color=_colour(name, rows), label=label)
 
 
 def _figure(width: float, height: float, n_panels: int) -> tuple[Figure, list[Axes]]:
@@ -142,17 +150,10 @@ def _figure(width: float, height: float, n_panels: int) -> tuple[Figure, list[Ax
 
 
 def _legend(figure: Figure, panels: list[Axes], title: str = "") -> None:
-    handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(
-        handles,
-        labels,
-        loc="outside right center",
-        frameon=False,
-        fontsize=9,
-        title=title,
-        title_fontsize=9,
-        alignment="left",
-    )
+        *panels[0].get_legend_handles_labels(), loc="outside right center", frameon=False, alignment="left",
+        fontsize=9, title=title, title_fontsize=9,
+    )  # fmt: skip
 
 
 def _thousands(axes: Axes, ticks: list[int]) -> None:

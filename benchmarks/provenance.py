@@ -13,8 +13,10 @@ import torch
 
 
 def provenance() -> dict[str, str]:
-    """Date (UTC), commit with ``-dirty`` where a file that this process has loaded differs from it, and versions."""
+    """Give the date (UTC), the command, the versions, and the commit with ``-dirty`` if a file loaded here differs."""
+    module = getattr(sys.modules["__main__"].__spec__, "name", "")
     return {
+        "command": " ".join(["python -m", module, *sys.argv[1:]]),
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "commit": _commit(),
         "python": platform.python_version(),

@@ -20,7 +20,7 @@ class Row:
         passes: "forward", "backward" or "both"; "step" for a whole optimiser step.
         bytes: that the operation cannot avoid: logits read once forward, read once and their gradient written once
             backward. None for the linear form, whose floor is four products.
-        operations: floating-point ones by the same count.
+        operations: floating-point ones of the four products; None on logits.
         share: of the floor in the same turns: its seconds / these, the median over the turns. On logits the floor
             reads (forward) or copies (backward) a tensor of their size; of the linear form it is the bare products.
         relative: seconds / those of ``anchor`` in the same turns, the median over the turns.

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 import paec_kernels as pk
-from benchmarks.harness import Run
+from benchmarks.parts import Part
 from benchmarks.rivals.eager import by_sort
 from benchmarks.rows import Row, percentile
-from benchmarks.workload import ADVANTAGE, CLIP_HIGH, RATIO_NOISE, Case
+from benchmarks.workload import ADVANTAGE, CLIP_HIGH, RATIO_NOISE
 from paec_kernels.train import loop
 from paec_kernels.train.algorithms import NO_NUCLEUS, Algorithm, GRPOOptions, MicroBatch, PAECOptions
 from paec_kernels.train.models.by_name import pick_device, starting_policy
@@ -39,7 +39,7 @@ CONFIG = replace(
     precision="float32",
     method=PAEC,
 )
-KIND = "SmolLM2-135M"
+ANSWERS = {"cpu": 2, "cuda": 64}
 TOLERANCE = 1e-4  # of the loss, relative
 
 
@@ -66,8 +66,6 @@ class BySort(ByLogSoftmax):
 
 
 class Way(NamedTuple):
-    """A way to take the step, which leaves everything as it was."""
-
     source: str  # what it is made of
     kind: type[loop.Run]
     calibrated: bool  # with PAEC's term
@@ -81,13 +79,12 @@ WAYS = {
     "GRPO + PAEC": Way("token_stats, grpo_loss, PAEC", loop.Run, calibrated=True),
     "GRPO + PAEC, sort": Way("torch: log_softmax, sort, cumsum; grpo_loss, PAEC", BySort, calibrated=True),
 }
-SOURCES = {name: way.source for name, way in WAYS.items()}
 
 
-def step_rows(run: Run, device: str, *, answers: int, on_step: Callable[[str], None] = lambda _: None) -> Iterator[Row]:
+def step_rows(part: Part, on_step: Callable[[str], None] = lambda _: None) -> Iterator[Row]:
     """Yield a row for each way; GRPO by log_softmax is the anchor of the ratios."""
-    config = replace(CONFIG, answers=answers)
-    policy = starting_policy(config, pick_device(device))
+    config = replace(CONFIG, answers=ANSWERS[part.case.device])
+    policy = starting_policy(config, pick_device(part.case.device))
     optimizer = torch.optim.AdamW(policy.module.parameters(), lr=0.0, weight_decay=0.0)
     runs = {
         name: way.kind(config, policy, policy.module, optimizer, algorithm_of(way).to(policy.head.device))
@@ -97,13 +94,13 @@ def step_rows(run: Run, device: str, *, answers: int, on_step: Callable[[str], N
     anchor = set_anchors(runs, micro_batches)
     on_step("check the losses")
     policy_loss, entropy_loss = losses_in_float64(runs["GRPO"], micro_batches, anchor)
-    errors = {
-        name: relative_error(runs[name], micro_batches, policy_loss + entropy_loss * way.calibrated)
-        for name, way in WAYS.items()
-    }
-    takes = {name: partial(take_step, runs[name], micro_batches, way.looks) for name, way in WAYS.items()}
+    steps = {}
+    for name, way in WAYS.items():
+        error = relative_error(runs[name], micro_batches, policy_loss + entropy_loss * way.calibrated)
+        steps[name] = Step(way.source, partial(take_step, runs[name], micro_batches, way.looks), error)
     tokens = sum(int(batch.valid.sum()) for batch in micro_batches)
-    yield from rows_in_turns(run, Case(tokens, len(policy.head), torch.float32, KIND, device), takes, errors, on_step)
+    part = replace(part, case=replace(part.case, n=tokens, v=len(policy.head)))
+    yield from rows_in_turns(part, steps, TOLERANCE, on_step)
 
 
 def algorithm_of(way: Way) -> Algorithm:
@@ -162,34 +159,37 @@ def take_step(run: loop.Run, micro_batches: list[MicroBatch], looks: bool) -> No
     loop.optimiser_step(run, loop.look_again(run, micro_batches) if looks else micro_batches, seed=0)
 
 
+class Step(NamedTuple):
+    """An optimiser step, which leaves everything as it was."""
+
+    source: str  # what it is made of
+    take: Callable[[], object]
+    error: float  # of its loss
+
+
 def rows_in_turns(
-    run: Run,
-    case: Case,
-    takes: dict[str, Callable[[], None]],
-    errors: dict[str, float],
-    on_step: Callable[[str], None],
+    part: Part, steps: dict[str, Step], tolerance: float, on_step: Callable[[str], None]
 ) -> Iterator[Row]:
-    """Yield a row for each way; the first that is right is the anchor of the ratios. What is not right is not timed."""
-    seconds: dict[str, list[float]] = {name: [] for name in takes if errors[name] <= TOLERANCE}
+    """Yield a row for each; the first that is right is the anchor of the ratios. What is not right is not timed."""
+    seconds: dict[str, list[float]] = {name: [] for name, step in steps.items() if step.error <= tolerance}
     order = deque(seconds)
-    for turn in range(run.turns + 1):
-        on_step(f"turn {turn} of {run.turns}")
+    for turn in range(part.turns + 1):
+        on_step(f"turn {turn} of {part.turns}")
         for name in order:
-            elapsed = _seconds(takes[name], case.device)
+            elapsed = _seconds(steps[name].take, part.case.device)
             if turn > 0:  # the first turn warms up
                 seconds[name].append(elapsed)
         order.rotate(-1)  # each comes first in its turn
     anchor = next(iter(seconds), None)
-    for name in takes:
+    for name, step in steps.items():
         if name not in seconds:
-            reason = f"its loss is off by {errors[name]:.1e}, relative; allowed {TOLERANCE:.1e}"
-            yield run.row(case, name, SOURCES[name], "step", status="wrong", reason=reason)
+            reason = f"its loss is off by {step.error:.1e}; allowed {tolerance:.1e}"
+            yield part.row(name, step.source, "step", status="wrong", reason=reason)
             continue
         own = seconds[name]
-        yield run.row(
-            case,
+        yield part.row(
             name,
-            SOURCES[name],
+            step.source,
             "step",
             p20=percentile(own, 20),
             p50=percentile(own, 50),
@@ -197,11 +197,11 @@ def rows_in_turns(
             turns=len(own),
             anchor=anchor,
             relative=percentile([a / b for a, b in zip(own, seconds[anchor], strict=True)], 50),
-            value_error=errors[name],
+            value_error=step.error,
         )
 
 
-def _seconds(take: Callable[[], None], device: str) -> float:
+def _seconds(take: Callable[[], object], device: str) -> float:
     """Time one step, to its end on the device."""
     _synchronize(device)
     start = time.perf_counter()

@@ -6,7 +6,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -14,79 +13,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from benchmarks import page
-from benchmarks.cost_model import ROWS, VOCABULARIES
-from benchmarks.harness import Run, described, rows_of_case
-from benchmarks.logits import KINDS
+from benchmarks.harness import described, rows_of_part
+from benchmarks.parts import Part, parts_on_cpu, parts_on_gpu
 from benchmarks.rivals import all_implementations
-from benchmarks.rows import PASSES, RESULTS, Row, RowFile, path_of
-from benchmarks.workload import PLANTED, SMOLLM2, Case
-
-F32, BF16 = torch.float32, torch.bfloat16
-IN_AND_OUT_OF_PLACE = ("token_stats", "token_stats in place")
-WITH_AND_WITHOUT_NUCLEUS = ("token_stats", "token_stats, no nucleus")
-OURS = (*IN_AND_OUT_OF_PLACE, "token_stats, no nucleus")
-EAGER = "eager, sort"
-
-
-@dataclass(frozen=True)
-class Part:
-    """One case of a section; ``case`` is None for the optimiser step, which makes its own."""
-
-    section: str
-    case: Case | None
-    names: tuple[str, ...]
-    turns: int
-    with_memory: bool = False
-
-    @property
-    def label(self) -> str:
-        if self.case is None:
-            return self.section
-        c = self.case
-        return f"{self.section}: {c.n:,} x {c.v:,} {str(c.dtype).removeprefix('torch.')} {c.kind}"
-
-
-def names_of(linear: bool) -> tuple[str, ...]:
-    return tuple(name for name, i in all_implementations().items() if i.linear is linear)
-
-
-def parts_on_cpu() -> Iterator[Part]:
-    """Yield the smallest useful set first: against everything else at one size, then the linear form, then the sweeps.
-
-    Turns go where medians are compared most. What eager takes, and what it holds, is shown once for each vocabulary.
-    """
-    cpu = "cpu"
-    yield Part("rivals", Case(192, 49_152, F32, "real", cpu), names_of(linear=False), 12, with_memory=True)
-    yield Part("linear", Case(256, 49_152, F32, SMOLLM2, cpu, d=576), names_of(linear=True), 8, with_memory=True)
-    yield Part("step", None, (), 10)
-    for v in VOCABULARIES:
-        yield Part("vocabulary", Case(32, v, F32, "real", cpu), (*IN_AND_OUT_OF_PLACE, EAGER), 3, with_memory=True)
-    for n in (1, 8, 64, 256):
-        yield Part("rows", Case(n, 49_152, F32, "real", cpu), (*IN_AND_OUT_OF_PLACE, EAGER), 4)
-    for kind in KINDS:
-        yield Part("kinds", Case(64, 49_152, F32, kind, cpu), (*WITH_AND_WITHOUT_NUCLEUS, EAGER), 4)
-    for kind in KINDS:
-        yield Part("kinds", Case(64, 49_152, BF16, kind, cpu), WITH_AND_WITHOUT_NUCLEUS, 6)
-    for v in VOCABULARIES:
-        yield Part("vocabulary", Case(32, v, BF16, "real", cpu), IN_AND_OUT_OF_PLACE, 6)
-
-
-def parts_on_gpu() -> Iterator[Part]:
-    """Yield the same as on the CPU, at sizes that a GPU is bought for."""
-    gpu = "cuda"
-    fast = (*OURS, "TRL, fused", "Liger, GRPO loss", "quack, cross_entropy")
-    yield Part("rivals", Case(4096, 151_936, BF16, "real", gpu), names_of(linear=False), 20)
-    for v in VOCABULARIES:
-        yield Part("vocabulary", Case(4096, v, BF16, "real", gpu), fast, 20)
-    yield Part("linear", Case(16_384, 151_936, BF16, PLANTED, gpu, d=2048), names_of(linear=True), 20)
-    for dtype in (BF16, F32):
-        for kind in KINDS:
-            yield Part("kinds", Case(4096, 151_936, dtype, kind, gpu), (*WITH_AND_WITHOUT_NUCLEUS, EAGER), 12)
-    for n in (1, *ROWS):
-        yield Part("rows", Case(n, 151_936, BF16, "real", gpu), (*IN_AND_OUT_OF_PLACE, "TRL, fused"), 20)
-    yield Part("step", None, (), 20)
-    for v in VOCABULARIES:
-        yield Part("vocabulary", Case(4096, v, F32, "real", gpu), fast, 20)
+from benchmarks.rows import RESULTS, Row, RowFile, path_of
 
 
 def options_of(arguments: Sequence[str]) -> argparse.Namespace:
@@ -125,7 +55,6 @@ def main() -> None:
 
 
 def measure(parts: list[Part], device: str, options: argparse.Namespace, console: Console) -> None:
-    command = " ".join(["python -m benchmarks.sweep", *sys.argv[1:]])
     end = time.monotonic() + 60 * options.minutes
     columns = (BarColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
     with Progress(*columns, console=console) as progress, ExitStack() as closing:
@@ -134,9 +63,8 @@ def measure(parts: list[Part], device: str, options: argparse.Namespace, console
             closing.callback(file.close)
         task = progress.add_task("", total=len(parts))
         for part in parts:
-            run = Run(part.section, command, part.with_memory, part.turns)
             tell = lambda step, p=part: progress.update(task, description=f"{p.label}: {step}")  # noqa: E731
-            for row in rows_of_part(part, run, device, time.monotonic() > end, tell):
+            for row in rows_of(part, time.monotonic() > end, tell):
                 files[part.section].write(row)
                 if row.passes in ("both", "step"):
                     console.print(line(row), highlight=False, soft_wrap=True)
@@ -144,41 +72,42 @@ def measure(parts: list[Part], device: str, options: argparse.Namespace, console
         progress.update(task, description="done")
 
 
-def rows_of_part(part: Part, run: Run, device: str, too_late: bool, tell: Callable[[str], None]) -> Iterator[Row]:
+def rows_of(part: Part, too_late: bool, tell: Callable[[str], None]) -> Iterator[Row]:
     """A part that is too late, or that raises, has rows that say so, and the sweep goes on."""
     if too_late:
-        yield from rows_without(part, run, device, "skipped", "the sweep's time was spent")
+        yield from rows_without(part, "skipped", "the sweep's time was spent")
         return
     found: set[tuple[str, str]] = set()
     try:
-        for row in measured(part, run, device, tell):
+        for row in measured(part, tell):
             found.add((row.implementation, row.passes))
             yield row
     except Exception as error:
-        for row in rows_without(part, run, device, "failed", described(error)):
+        for row in rows_without(part, "failed", described(error)):
             if (row.implementation, row.passes) not in found:
                 yield row
 
 
-def measured(part: Part, run: Run, device: str, tell: Callable[[str], None]) -> Iterator[Row]:
+def measured(part: Part, tell: Callable[[str], None]) -> Iterator[Row]:
     tell("inputs")
-    if part.case is None:
+    if part.section == "step":
         from benchmarks import step  # the training's packages, which nothing else here needs
 
-        yield from step.step_rows(run, device, answers=2 if device == "cpu" else 64, on_step=tell)
+        yield from step.step_rows(part, tell)
+    elif part.section == "trl":
+        from benchmarks import trl_step  # TRL itself
+
+        yield from trl_step.step_rows(part, tell)
     else:
-        yield from rows_of_case(run, part.case, list(part.names), on_step=tell)
+        yield from rows_of_part(part, tell)
 
 
-def rows_without(part: Part, run: Run, device: str, status: str, reason: str) -> Iterator[Row]:
+def rows_without(part: Part, status: str, reason: str) -> Iterator[Row]:
     """Yield a row of everything that the part would measure."""
-    if part.case is None:
-        yield run.row(Case(0, 0, F32, "", device), "all", "", "step", status=status, reason=reason)
-        return
-    for name in part.names:
-        for passes in PASSES:
-            source = all_implementations()[name].source
-            yield run.row(part.case, name, source, passes, status=status, reason=reason)
+    for name in part.names or ("all",):
+        for passes in part.passes:
+            source = all_implementations()[name].source if part.names else ""
+            yield part.row(name, source, passes, status=status, reason=reason)
 
 
 def line(row: Row) -> str:

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import check, harness, sweep
+from benchmarks import check, harness, parts, sweep
 from benchmarks.floors import bytes_moved, operations
 from benchmarks.implementations import Implementation
+from benchmarks.parts import Part
 from benchmarks.rivals import ours
 from benchmarks.rivals.eager import IMPLEMENTATIONS as EAGER
 from benchmarks.rows import PASSES, RowFile, only, percentile, read
@@ -20,7 +21,7 @@ from paec_kernels import reference
 
 CASE = Case(9, 300, torch.float32, "flat", "cpu")
 LINEAR = Case(9, 300, torch.float32, PLANTED, "cpu", d=32)
-RUN = harness.Run("test", "pytest", with_memory=False, turns=3)
+TURNS = 3
 HONEST = ours.IMPLEMENTATIONS[0]
 
 
@@ -36,7 +37,7 @@ def altered(name, change, of=HONEST, **fields) -> Implementation:
 
 def rows_of(monkeypatch, *implementations, case=CASE):
     monkeypatch.setattr(harness, "all_implementations", lambda: {i.name: i for i in implementations})
-    return list(harness.rows_of_case(RUN, case, [i.name for i in implementations]))
+    return list(harness.rows_of_part(Part("test", case, TURNS, tuple(i.name for i in implementations))))
 
 
 def assert_no_number(rows, status, reason):
@@ -144,7 +145,7 @@ def test_every_check_comes_before_any_time_and_all_take_turns(monkeypatch):
     monkeypatch.setattr(harness, "clock", lambda *job: calls.append("clock") or clock(*job))
     rows_of(monkeypatch, *spies)
     turn = ["clock", "clock", "a", "clock", "b"]  # the floor, then each
-    assert calls == ["a", "b"] + turn * (1 + RUN.turns)
+    assert calls == ["a", "b"] + turn * (1 + TURNS)
 
 
 def test_a_gpu_begins_when_the_host_has_launched_both_passes(monkeypatch):
@@ -298,29 +299,29 @@ def test_rows_that_hold_no_result_replace_none(monkeypatch, tmp_path):
 
 
 def test_what_the_time_did_not_reach_is_said():
-    part = sweep.Part("rivals", CASE, ("token_stats", "eager, sort"), 1)
-    rows = list(sweep.rows_of_part(part, RUN, "cpu", too_late=True, tell=print))
+    part = Part("rivals", CASE, 1, ("token_stats", "eager, sort"))
+    rows = list(sweep.rows_of(part, too_late=True, tell=print))
     for name in part.names:
         assert_no_number(only(rows, implementation=name), "skipped", "the sweep's time was spent")
-    step = sweep.Part("step", None, (), 1)
-    assert {row.status for row in sweep.rows_of_part(step, RUN, "cpu", too_late=True, tell=print)} == {"skipped"}
+    (row,) = sweep.rows_of(Part("step", CASE, 1), too_late=True, tell=print)
+    assert (row.passes, row.status) == ("step", "skipped")
 
 
 def test_a_part_that_raises_leaves_the_others_and_the_page(monkeypatch, tmp_path):
     """The floor of the first part is out of memory; while the third is measured, somebody stops the sweep."""
     take_turns = harness.take_turns
 
-    def fail(run, case, *args):
-        if case.v == 4:
+    def fail(part, *args):
+        if part.case.v == 4:
             raise KeyboardInterrupt
-        if case.v == 3:
+        if part.case.v == 3:
             raise MemoryError("too large\nand more")
-        return take_turns(run, case, *args)
+        return take_turns(part, *args)
 
     monkeypatch.setattr(harness, "take_turns", fail)
     cases = [replace(CASE, v=3), CASE, replace(CASE, v=4)]
     names = ("token_stats", "eager, sort", "TRL, fused")
-    parts = [sweep.Part("kinds", case, names, 1) for case in cases]
+    parts = [Part("kinds", case, 1, names) for case in cases]
     monkeypatch.setattr(sweep, "parts_on_cpu", lambda: iter(parts))
     monkeypatch.setattr(sweep.page, "draw", lambda *_: [])
     threads = f"--threads={torch.get_num_threads()}"
@@ -342,16 +343,16 @@ def test_a_part_that_raises_leaves_the_others_and_the_page(monkeypatch, tmp_path
     assert "| 9 | 300 |" in page
 
 
-@pytest.mark.parametrize("parts", [sweep.parts_on_cpu, sweep.parts_on_gpu])
-def test_every_section_has_its_parts(parts):
-    found = list(parts())
+@pytest.mark.parametrize("parts_on", [parts.parts_on_cpu, parts.parts_on_gpu])
+def test_every_section_has_its_parts(parts_on):
+    found = list(parts_on())
     known = harness.all_implementations()
     assert {name for part in found for name in part.names} <= set(known)
     assert {part.section for part in found} == set(sweep.page.SECTIONS)
     for dtype in (torch.float32, torch.bfloat16):
-        of_dtype = [part for part in found if part.case is not None and part.case.dtype == dtype]
-        assert {p.case.kind for p in of_dtype if p.section == "kinds"} == set(sweep.KINDS)
-        assert {p.case.v for p in of_dtype if p.section == "vocabulary"} == set(sweep.VOCABULARIES)
+        of_dtype = [part for part in found if part.case.dtype == dtype]
+        assert {p.case.kind for p in of_dtype if p.section == "kinds"} == set(parts.KINDS)
+        assert {p.case.v for p in of_dtype if p.section == "vocabulary"} == set(parts.VOCABULARIES)
     turns = {part.section: part.turns for part in found}
     assert (turns["rivals"] >= 12, turns["linear"] >= 8, turns["step"] >= 10) == (True, True, True)
 
@@ -370,12 +371,12 @@ def test_bytes_and_operations():
     linear = Case(16_384, 151_936, torch.bfloat16, PLANTED, "cuda", d=2048)
     product = 2 * 16_384 * 151_936 * 2048
     assert [operations(linear, passes) for passes in PASSES] == [product, 3 * product, 4 * product]
-    assert bytes_moved(linear, "both") is None
+    assert bytes_moved(linear, "both") is operations(case, "both") is None
 
 
 def test_bandwidth_and_shares_are_of_the_times(monkeypatch):
     """Times given by hand: the floor takes 1 and 2 s, the implementation twice and four times as long."""
-    turns = iter([harness.Seconds(1.0, 3.0), harness.Seconds(2.0, 10.0)] * (1 + RUN.turns))
+    turns = iter([harness.Seconds(1.0, 3.0), harness.Seconds(2.0, 10.0)] * (1 + TURNS))
     monkeypatch.setattr(harness, "clock", lambda *job: next(turns))
     rows = {row.passes: row for row in only(rows_of(monkeypatch, HONEST), implementation=HONEST.name)}
     logits = 9 * 300 * 4

@@ -8,19 +8,19 @@ import pytest
 import torch
 
 from benchmarks import cost_model, harness, page
+from benchmarks.parts import Part
 from benchmarks.rivals import eager, ours
 from benchmarks.rows import RESULTS, RowFile, path_of, read
 from benchmarks.workload import Case
 
-RUN = harness.Run("rivals", "python -m benchmarks.sweep", with_memory=False, turns=3)
 CASE = Case(9, 300, torch.float32, "flat", "cpu")
 NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?(?:e[+-]?\d+)?")
 
 
 @pytest.fixture(scope="module")
 def rows():
-    names = [ours.IMPLEMENTATIONS[0].name, eager.IMPLEMENTATIONS[0].name, "verl"]
-    return list(harness.rows_of_case(RUN, CASE, names))
+    names = (ours.IMPLEMENTATIONS[0].name, eager.IMPLEMENTATIONS[0].name, "verl")
+    return list(harness.rows_of_part(Part("rivals", CASE, 3, names)))
 
 
 def empty():
@@ -114,7 +114,7 @@ def test_the_committed_page_is_that_of_the_committed_rows():
 def predictions():
     counts = [cost_model.Counts(kernel, "bf16", 128, 128, 0, None, 32, 320, 1000, 0, 64, False)
               for kernel in cost_model.MEASURED_AS]  # fmt: skip
-    return cost_model.record(counts, {"commit": "c", "date": "d", "triton": "t"})
+    return cost_model.record(counts, {"command": "e", "commit": "c", "date": "d", "triton": "t"})
 
 
 def predicted_lines(predictions, rows):

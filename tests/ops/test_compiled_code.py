@@ -18,17 +18,18 @@ V = 49_152
 
 
 @pytest.fixture(scope="module")
-def report():
+def report(tmp_path_factory):
     pytest.importorskip("triton", reason="the triton package is not installed")
     if platform.machine() != "x86_64":
         pytest.skip(f"triton's disassembler is an x86-64 program, this is {platform.machine()}")
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    path = tmp_path_factory.mktemp("compiled") / "code.json"
     result = subprocess.run(
-        [sys.executable, "-m", "benchmarks.compiled_code", "--json"],
+        [sys.executable, "-m", "benchmarks.compiled_code", "--out", path],
         cwd=ROOT, env=environment, capture_output=True, text=True,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
-    return json.loads(result.stdout)
+    return json.loads(path.read_text())
 
 
 def test_no_spills_and_no_local_memory(report):
