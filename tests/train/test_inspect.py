@@ -19,10 +19,11 @@ from rich.text import Text
 import paec_kernels as pk
 from paec_kernels.train import inspect as module
 from paec_kernels.train.config import TrainConfig, plain, seed_of
-from paec_kernels.train.inspect import CALM, DECISIVE, InspectConfig, inspect, make_report, show
+from paec_kernels.train.inspect import InspectConfig, inspect, make_report
 from paec_kernels.train.models.tiny import TinyModel, TinyPolicy, encode
 from paec_kernels.train.models.warm_start import WarmStart, warm_start
 from paec_kernels.train.presets import PRESETS
+from paec_kernels.train.report.tokens import CALM, DECISIVE, show
 from paec_kernels.train.tasks.families import FAMILIES
 
 ANSWERS, TEMPERATURE, TASKS = 8, 0.8, ("parity", "count")
