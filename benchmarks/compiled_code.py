@@ -26,7 +26,8 @@ from triton.compiler import ASTSource
 from benchmarks import cost_model
 from benchmarks.provenance import provenance
 from paec_kernels.ops import backward, forward
-from paec_kernels.ops.nucleus import gather_lanes, search_values
+from paec_kernels.ops.nucleus import gather_lanes
+from paec_kernels.ops.nucleus_search import search_values
 from paec_kernels.ops.rows import Row, Units
 
 TARGETS = {"sm_90": ("cuda", 90, 32), "sm_80": ("cuda", 80, 32), "gfx942": ("hip", "gfx942", 64)}

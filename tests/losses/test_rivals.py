@@ -244,9 +244,10 @@ def test_state_dict_round_trip_through_a_file(kind):
     file.seek(0)
     restored = kind()
     restored.load_state_dict(torch.load(file, weights_only=True))
+    assert restored.anchor.isfinite()
+    assert restored.anchor == regulariser.anchor
     states = [str(trained(r, [7]).state_dict()) for r in (regulariser, restored)]
     assert states[0] == states[1]
-    assert restored.anchor.isfinite()
 
 
 def test_a_checkpoint_of_another_config_is_refused_and_changes_nothing():

@@ -88,27 +88,27 @@ def test_counts_of_the_cost_model(report):
 @pytest.fixture
 def rounds_without_rescan(monkeypatch):
     """Rounds of the search that rows take, of those that need no rescan, as the interpreter runs them."""
-    from paec_kernels.ops import nucleus
+    from paec_kernels.ops import nucleus, nucleus_readings, nucleus_search
 
     calls = {}
 
-    def counting(name):
-        function = getattr(nucleus, name)
+    def count(module, name):
+        function = getattr(module, name)
 
-        def count(*args, **kwargs):
+        def counted(*args, **kwargs):
             calls[name] += 1
             return function(*args, **kwargs)
 
-        return count
+        monkeypatch.setattr(module, name, counted)
 
-    names = ("middle_of", "gather_lanes", "read_below")
-    for name in names:
-        monkeypatch.setattr(nucleus, name, counting(name))
+    count(nucleus_search, "middle_of")
+    count(nucleus, "gather_lanes")
+    count(nucleus_readings, "read_below")
 
     def rounds(rows):
         found = []
         for row in rows:
-            calls.update(dict.fromkeys(names, 0))
+            calls.update(middle_of=0, gather_lanes=0, read_below=0)
             pk.token_stats(row, backend="triton")
             if not calls["gather_lanes"] and not calls["read_below"]:
                 found.append(calls["middle_of"])

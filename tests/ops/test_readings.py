@@ -32,12 +32,17 @@ TIED = {
 def readings(monkeypatch):
     """A list that grows by an entry for each time a row is read again."""
     pytest.importorskip("triton", reason="the triton package is not installed")
-    from paec_kernels.ops import nucleus
+    from paec_kernels.ops import nucleus, nucleus_readings
 
     found = []
-    for name in ("read_masses", "read_below"):
-        function = getattr(nucleus, name)
-        monkeypatch.setattr(nucleus, name, lambda *a, name=name, f=function, **k: (found.append(name), f(*a, **k))[1])
+
+    def count(name):
+        function = getattr(nucleus_readings, name)
+        monkeypatch.setattr(nucleus_readings, name, lambda *a, **k: (found.append(name), function(*a, **k))[1])
+
+    count("read_masses")
+    count("read_below")
+    monkeypatch.setattr(nucleus, "read_below", nucleus_readings.read_below)  # for all tokens, top_p = 1
     return found
 
 
