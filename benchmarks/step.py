@@ -17,13 +17,13 @@ import torch
 from torch import Tensor, nn
 
 import paec_kernels as pk
+from benchmarks import smollm2
 from benchmarks.parts import Part
 from benchmarks.rivals.eager import by_sort
 from benchmarks.rows import Row, percentile
 from benchmarks.workload import ADVANTAGE, CLIP_HIGH, RATIO_NOISE
 from paec_kernels.train import loop
 from paec_kernels.train.algorithms import NO_NUCLEUS, Algorithm, GRPOOptions, MicroBatch, PAECOptions
-from paec_kernels.train.models.by_name import pick_device, starting_policy
 from paec_kernels.train.models.policy import Rollout
 from paec_kernels.train.presets import PRESETS
 from paec_kernels.train.tasks.by_name import load_tasks
@@ -84,7 +84,7 @@ WAYS = {
 def step_rows(part: Part, on_step: Callable[[str], None] = lambda _: None) -> Iterator[Row]:
     """Yield a row for each way; GRPO by log_softmax is the anchor of the ratios."""
     config = replace(CONFIG, answers=ANSWERS[part.case.device])
-    policy = starting_policy(config, pick_device(part.case.device))
+    policy = smollm2.policy(part.case.device)
     optimizer = torch.optim.AdamW(policy.module.parameters(), lr=0.0, weight_decay=0.0)
     runs = {
         name: way.kind(config, policy, policy.module, optimizer, algorithm_of(way).to(policy.head.device))

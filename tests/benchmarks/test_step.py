@@ -21,7 +21,7 @@ def policy(monkeypatch) -> TinyPolicy:
     policy = TinyPolicy(TinyModel())
     monkeypatch.setattr(step, "CONFIG", replace(step.CONFIG, tasks=("parity",), micro_batch=3, max_new_tokens=16))
     monkeypatch.setattr(step, "ANSWERS", {"cpu": 4})
-    monkeypatch.setattr(step, "starting_policy", lambda config, device: policy)
+    monkeypatch.setattr(step.smollm2, "policy", lambda device: policy)
     return policy
 
 

@@ -11,6 +11,7 @@ from benchmarks import trl_step
 from benchmarks.parts import Part
 from benchmarks.workload import Case
 from paec_kernels import PAEC
+from paec_kernels.train.models.hugging_face import HFPolicy
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # transformers' own, of options that TRL sets
 PART = Part("trl", Case(0, 32, torch.float32, "tiny model", "cpu"), 2)
@@ -21,7 +22,7 @@ def tiny_model(monkeypatch) -> None:
     """In place of SmolLM2."""
     tokenizer = tiny_trl.tokenizer()
     tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
-    monkeypatch.setattr(trl_step.smollm2, "load", lambda device: (tiny_trl.llama(), tokenizer))
+    monkeypatch.setattr(trl_step.smollm2, "policy", lambda device: HFPolicy(tiny_trl.llama(), tokenizer))
 
 
 def test_each_trainer_gets_its_row() -> None:
