@@ -89,6 +89,10 @@ class EntropyTerm(nn.Module):
             self.to(valid.device)
         self._observed.append(observation)
 
+    def forget(self) -> None:
+        """Drop what was observed for a plan that will not be made, as when a micro-batch after it failed."""
+        self._observed = []
+
     @torch.no_grad()
     def plan(self) -> Any:
         """Return what every micro-batch's term must know of the whole optimiser step.
@@ -169,10 +173,10 @@ class EntropyTerm(nn.Module):
         absent = [prefix + name for name in self.state_dict() if prefix + name not in state_dict]
         missing_keys.extend(absent)
         if not absent:
-            self._refuse_misfit(state_dict, prefix)
+            self.refuse_misfit(state_dict, prefix)
             super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, *others)
 
-    def _refuse_misfit(self, state_dict: dict[str, Any], prefix: str) -> None:
+    def refuse_misfit(self, state_dict: dict[str, Any], prefix: str) -> None:
         """Raise RuntimeError where a complete state is damaged or of another config."""
         for name in self.state_dict():
             value = state_dict[prefix + name]

@@ -369,6 +369,9 @@ class Algorithm(nn.Module):
         absent = [prefix + name for name in self.state_dict() if prefix + name not in state_dict]
         if absent:
             raise RuntimeError(f"the checkpoint must hold {', '.join(absent)}, got {', '.join(state_dict)}")
+        for name, part in (("monitor", self.monitor), ("term", self.term)):
+            if part is not None:
+                part.refuse_misfit(state_dict, f"{prefix}{name}.")
         super()._load_from_state_dict(state_dict, prefix, *others)
 
 

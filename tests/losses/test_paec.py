@@ -347,6 +347,16 @@ def test_forward_among_observed_micro_batches():
         paec(batch.stats, batch.valid)
 
 
+def test_forget_drops_a_step_that_failed():
+    failed, batch = make_batch(2, 10), make_batch(3, 12, seed=1)
+    paec, fresh = PAEC(CONFIG), PAEC(CONFIG)
+    paec.observe(failed.stats, failed.valid)
+    paec.forget()
+    for each in (paec, fresh):
+        each.observe(batch.stats, batch.valid)
+    assert str(paec.plan()) == str(fresh.plan())
+
+
 def test_term_needs_a_plan():
     batch = make_batch(2, 10)
     with pytest.raises(TypeError, match=r"plan must be the Plan .* got None"):

@@ -298,6 +298,16 @@ def test_an_incomplete_checkpoint_is_refused_and_changes_nothing(name):
     assert algorithm.monitor.anchor.isnan()
 
 
+@pytest.mark.parametrize("name", ["term.coef", "monitor.anchor_sum"])
+def test_a_damaged_checkpoint_is_refused_and_changes_nothing(name):
+    state = started(AEROptions()).state_dict() | {name: torch.tensor(torch.nan)}
+    algorithm = Algorithm(AEROptions())
+    with pytest.raises(RuntimeError, match=f"{name} must be a finite 0-d tensor >= 0, got"):
+        algorithm.load_state_dict(state)
+    assert algorithm.term.anchor.isnan()
+    assert algorithm.monitor.anchor.isnan()
+
+
 def test_a_checkpoint_of_another_algorithm_is_refused():
     with pytest.raises(RuntimeError, match="algo: checkpoint 'grpo', here 'aer'"):
         Algorithm(AEROptions()).load_state_dict(Algorithm(GRPOOptions()).state_dict())
