@@ -12,7 +12,7 @@ from torch import Tensor
 
 from paec_kernels import checks
 from paec_kernels.losses.policy import check_numbers, check_tokens, mean_over, silenced_by_clipping, where_valid
-from paec_kernels.losses.ranks import gather_columns, world_size
+from paec_kernels.losses.ranks import gather_columns, rank_and_world
 
 
 @torch.no_grad()
@@ -128,8 +128,8 @@ class _StepTokens:
         """Return this rank's part of the chosen positions, a mask for each of its micro-batches."""
         mask = torch.zeros_like(self.valid)
         mask[chosen] = True
-        ranks = world_size(self._group)
-        mine = mask.chunk(ranks)[dist.get_rank(self._group) if ranks > 1 else 0] if len(mask) else mask
+        rank, world = rank_and_world(self._group)
+        mine = mask.chunk(world)[rank] if len(mask) else mask
         sizes = [shape.numel() for shape in self._shapes]
         parts = mine[: sum(sizes)].split(sizes)
         return [part.view(shape) for part, shape in zip(parts, self._shapes, strict=True)]

@@ -7,9 +7,18 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-def world_size(group: dist.ProcessGroup | None) -> int:
-    """Count the ranks in the group, None being all ranks; 1 where torch.distributed is not initialised."""
-    return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
+def rank_and_world(group: dist.ProcessGroup | None = None) -> tuple[int, int]:
+    """Return this process' rank in the group, None being all ranks, and how many there are.
+
+    They are 0 and 1 where torch.distributed is not initialised.
+    """
+    initialized = dist.is_available() and dist.is_initialized()
+    return (dist.get_rank(group), dist.get_world_size(group)) if initialized else (0, 1)
+
+
+def world_size(group: dist.ProcessGroup | None = None) -> int:
+    """Count the ranks, as `rank_and_world`."""
+    return rank_and_world(group)[1]
 
 
 def gather_columns(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:

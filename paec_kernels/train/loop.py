@@ -20,16 +20,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import paec_kernels as pk
-from paec_kernels.losses.ranks import mean_over_ranks
+from paec_kernels.losses.ranks import mean_over_ranks, rank_and_world, world_size
 from paec_kernels.train.algorithms import Algorithm, MicroBatch
 from paec_kernels.train.config import TrainConfig, plain, seed_of
-from paec_kernels.train.models.by_name import pick_device, starting_policy
 from paec_kernels.train.models.policy import Policy, Rollout
+from paec_kernels.train.policies import pick_device, starting_policy
 from paec_kernels.train.run_folder import RunLog, load_checkpoint, save_checkpoint
 from paec_kernels.train.tasks.by_name import load_tasks
 from paec_kernels.train.tasks.task import Problem, Task
@@ -108,14 +107,14 @@ def train(
         FloatingPointError: a gradient is not finite; the last checkpoint stands.
         Interrupted: on SIGINT, after the step under way is done and saved.
     """
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, world = rank_and_world()
     if config.prompts % (config.updates * world):
         raise ValueError(
             f"prompts must be a multiple of updates * processes = {config.updates * world}, got {config.prompts}"
         )
     device = pick_device(config.device)
     if tasks is None:
-        tasks, _ = load_tasks(config.tasks, config.eval_tasks)
+        tasks, _ = load_tasks(config.tasks, config.eval_tasks or None)
     run = new_run(config, starting_policy(config, device))
     path = config.out / "checkpoint.pt"
     if path.exists():
@@ -138,8 +137,7 @@ def train(
 
 def new_run(config: TrainConfig, policy: Policy) -> Run:
     """Make a run at its start; nothing is read from disk or written to it."""
-    several = dist.is_initialized() and dist.get_world_size() > 1
-    model = DistributedDataParallel(policy.module) if several else policy.module
+    model = DistributedDataParallel(policy.module) if world_size() > 1 else policy.module
     optimizer = torch.optim.AdamW(policy.module.parameters(), config.learning_rate, weight_decay=config.weight_decay)
     return Run(config, policy, model, optimizer, Algorithm(config.method).to(policy.head.device))
 
@@ -258,11 +256,7 @@ def _gradients_stay_local(model: nn.Module, local: bool) -> AbstractContextManag
 
 
 def _on_any_rank(flag: bool, device: torch.device) -> bool:
-    if not dist.is_initialized():
-        return flag
-    count = torch.tensor(int(flag), device=device)
-    dist.all_reduce(count)
-    return bool(count)
+    return bool(mean_over_ranks(torch.tensor(float(flag), device=device), None))
 
 
 @contextmanager

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from paec_kernels.checks import integer, number
+from paec_kernels.losses.ranks import rank_and_world
 from paec_kernels.saved_state import whole_file
 from paec_kernels.train.config import EvalOptions, seed_of
 from paec_kernels.train.models.policy import Policy
@@ -112,7 +113,7 @@ def evaluate(
     if not names or len(set(names)) < len(names) or "macro" in names:
         raise ValueError(f"tasks must be at least one, with names that differ and are not 'macro', got {names}")
     batches = [batch for task in tasks for batch in _batches(task, settings, max(1, batch_size // settings.samples))]
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, world = rank_and_world()
     ours = batches[rank::world]
     done, total = 0, (1 + settings.samples) * sum(len(batch.problems) for batch in ours)
     found = []
