@@ -14,7 +14,6 @@ from paec_kernels.train import commands
 from paec_kernels.train.algorithms import ALGORITHMS
 from paec_kernels.train.config import CompareConfig, EvalConfig, TrainConfig
 from paec_kernels.train.inspect import InspectConfig
-from paec_kernels.train.inspect import inspect as inspect_answers
 from paec_kernels.train.presets import PRESETS, with_algo
 
 
@@ -37,7 +36,7 @@ def main(args: Sequence[str] | None = None) -> None:
         return commands.compare(config)
 
     def inspect(config: Annotated[InspectConfig, whole]) -> int:
-        return inspect_answers(config)
+        return commands.inspect(config)
 
     subcommands: dict[str, Callable[..., int]] = {
         "train": train,

@@ -1,12 +1,12 @@
 """The code of docs/in_your_trainer.md, run as it stands there."""
 
 import copy
-import socket
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers import free_port
 from integrations import docs_rank_worker
 from integrations.docs_rank_worker import ON, RANKS, STEPS, ragged_batches, tiny_model
 
@@ -83,10 +83,7 @@ def test_two_ranks_take_the_step_of_one_process_for_all(page, model, library: st
         plan = page["accumulated_step"](model, batches, optimizer)
     assert plan.penalty > 0.01
 
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(docs_rank_worker.run, (port, library, str(tmp_path)), nprocs=RANKS)
+    torch.multiprocessing.spawn(docs_rank_worker.run, (free_port(), library, str(tmp_path)), nprocs=RANKS)
     for rank in range(RANKS):
         found = torch.load(tmp_path / str(rank), weights_only=True)
         for value, expected in zip(found["weights"], model.parameters(), strict=True):

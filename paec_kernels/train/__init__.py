@@ -1,1 +1,1 @@
-"""The reference training loop: `paec train`, `paec eval` and `paec compare`."""
+"""The reference training loop: `paec train`, `paec eval`, `paec compare` and `paec inspect`."""

@@ -1,4 +1,4 @@
-"""What the terminal shows of training, evaluation and comparison; each returns the process' exit status."""
+"""What the terminal shows of training, evaluation, comparison and inspection; each returns the process' exit status."""
 
 import json
 import multiprocessing
@@ -8,20 +8,23 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from paec_kernels.losses.ranks import rank_and_world
+from paec_kernels.saved_state import whole_file
 from paec_kernels.train import loop
 from paec_kernels.train.config import CompareConfig, EvalConfig, TrainConfig, plain
-from paec_kernels.train.models.by_name import pick_device, starting_policy, trained_policy
+from paec_kernels.train.inspect import InspectConfig, make_report
 from paec_kernels.train.models.policy import Policy
+from paec_kernels.train.policies import pick_device, starting_policy, trained_policy
 from paec_kernels.train.presets import with_algo
 from paec_kernels.train.report import plots, tables
 from paec_kernels.train.report.compare import compare as compare_runs
 from paec_kernels.train.report.evaluate import Settings
 from paec_kernels.train.report.evaluate import evaluate as evaluate_policy
-from paec_kernels.train.run_folder import find_runs, read_run
+from paec_kernels.train.report.runs import find_runs, read_run
+from paec_kernels.train.report.tokens import show
 from paec_kernels.train.tasks.by_name import load_tasks
 from paec_kernels.train.tasks.task import Task
 
@@ -31,7 +34,8 @@ INTERRUPTED = 130  # the shell's status for SIGINT
 def train(config: TrainConfig) -> int:
     """Train with a progress bar, then evaluate."""
     console = _console()
-    tasks, eval_tasks = load_tasks(config.tasks, config.eval_tasks)  # a wrong name is found before anything is made
+    # Before anything is made: it finds a wrong name.
+    tasks, eval_tasks = load_tasks(config.tasks, config.eval_tasks or None)
     try:
         with _progress(console) as progress:
             _make_start(config, progress)
@@ -55,7 +59,7 @@ def evaluate(config: EvalConfig) -> int:
     if config.run is not None:
         policy = trained_policy(config.run, device)
         options = json.loads((config.run / "config.json").read_text())
-        _, tasks = load_tasks(options["tasks"], config.tasks or options["eval_tasks"])
+        _, tasks = load_tasks(options["tasks"], config.tasks or options["eval_tasks"] or None)
     else:
         start = TrainConfig(model=config.model, chat=config.chat)
         options = plain(start)
@@ -96,9 +100,26 @@ def compare(config: CompareConfig) -> int:
     return 0
 
 
+def inspect(config: InspectConfig) -> int:
+    """Make the report, show it and write it."""
+    console = _console()
+    with _progress(console) as progress:
+        if config.run is None:
+            _make_start(config.training(), progress)
+        report = make_report(config, progress)
+    show(report, console)
+    config.out.mkdir(parents=True, exist_ok=True)
+    path = config.out / "inspect.json"
+    finite = json.loads(json.dumps(report), parse_constant=lambda name: None)  # JSON has no NaN: null
+    with whole_file(path) as partial:
+        partial.write_text(json.dumps(finite, indent=1) + "\n")
+    console.print(f"wrote {path}")
+    return 0
+
+
 def _train_all(runs: list[TrainConfig], jobs: int, console: Console) -> bool:
     """Return whether all were trained and evaluated: False after SIGINT, which every process gets."""
-    load_tasks(runs[0].tasks, runs[0].eval_tasks)
+    load_tasks(runs[0].tasks, runs[0].eval_tasks or None)
     threads = max(1, torch.get_num_threads() // jobs)
     context = multiprocessing.get_context("spawn")
     with _progress(console) as progress, ProcessPoolExecutor(jobs, context) as pool:
@@ -125,7 +146,7 @@ def _make_start(config: TrainConfig, progress: Progress) -> None:
 def _train_one(config: TrainConfig, threads: int) -> bool:
     torch.set_num_threads(threads)
     try:
-        tasks, eval_tasks = load_tasks(config.tasks, config.eval_tasks)
+        tasks, eval_tasks = load_tasks(config.tasks, config.eval_tasks or None)
         run = loop.train(config, tasks=tasks)
     except (loop.Interrupted, KeyboardInterrupt):
         return False
@@ -160,7 +181,7 @@ def _console() -> Console:
 
 
 def _is_first_process() -> bool:
-    return not dist.is_initialized() or dist.get_rank() == 0
+    return rank_and_world()[0] == 0
 
 
 def _progress(console: Console) -> Progress:

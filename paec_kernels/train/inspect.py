@@ -11,20 +11,18 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress
 from torch import Tensor
 
 import paec_kernels as pk
 from paec_kernels import checks
-from paec_kernels.saved_state import whole_file
 from paec_kernels.train import loop
 from paec_kernels.train.algorithms import MicroBatch, PAECOptions
 from paec_kernels.train.config import TrainConfig, plain, seed_of
-from paec_kernels.train.models.by_name import pick_device, starting_policy, trained_policy
 from paec_kernels.train.models.policy import Policy
+from paec_kernels.train.policies import pick_device, starting_policy, trained_policy
 from paec_kernels.train.presets import PRESETS
-from paec_kernels.train.report.tokens import SUMMARISED, Report, show
+from paec_kernels.train.report.tokens import SUMMARISED, Report
 from paec_kernels.train.tasks.by_name import load_tasks
 from paec_kernels.train.tasks.task import Problem, Task
 
@@ -85,7 +83,12 @@ class InspectConfig:
         if self.run is not None:
             saved = json.loads((self.run / "config.json").read_text())
             inherited = ("model", "chat", "max_new_tokens", "temperature", "learning_rate")
-            start = replace(TrainConfig(), tasks=tuple(saved["tasks"]), **{name: saved.get(name) for name in inherited})
+            start = replace(
+                TrainConfig(),
+                tasks=tuple(saved["tasks"]),
+                eval_tasks=tuple(saved["eval_tasks"]),
+                **{name: saved[name] for name in inherited},
+            )
         else:
             preset = PRESETS["tiny" if self.model == "tiny" else "smollm2"]
             start = replace(preset, model=self.model, chat=self.chat)
@@ -126,22 +129,6 @@ class OwnPrompt:
         return 0.0
 
 
-def inspect(config: InspectConfig) -> int:
-    """Make the report, show it and write it; return the process' exit status."""
-    console = Console(highlight=False)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
-        report = make_report(config, progress)
-    show(report, console)
-    config.out.mkdir(parents=True, exist_ok=True)
-    path = config.out / "inspect.json"
-    finite = json.loads(json.dumps(report), parse_constant=lambda name: None)  # JSON has no NaN: null
-    with whole_file(path) as partial:
-        partial.write_text(json.dumps(finite, indent=1) + "\n")
-    console.print(f"wrote {path}")
-    return 0
-
-
 def make_report(config: InspectConfig, progress: Progress) -> Report:
     """Sample answers, look at them, take the optimiser step, and look again.
 
@@ -153,7 +140,10 @@ def make_report(config: InspectConfig, progress: Progress) -> Report:
         none was taken.
     """
     training = config.training()
-    tasks: Sequence[Task] = [OwnPrompt(text) for text in config.prompts] or load_tasks(training.tasks)[0]
+    tasks: Sequence[Task] = [OwnPrompt(text) for text in config.prompts]
+    if not tasks:
+        # A run's problems are those that its evaluation left to it; of a file that is named here any may be asked.
+        tasks, _ = load_tasks(training.tasks, () if config.tasks else training.eval_tasks or None)
     run = start(config, training, progress)
     n_groups = len(config.prompts) or config.problems
     bar = progress.add_task("sample", total=n_groups * (2 if config.prompts else 4))
@@ -198,18 +188,10 @@ def make_report(config: InspectConfig, progress: Progress) -> Report:
 
 
 def start(config: InspectConfig, training: TrainConfig, progress: Progress) -> loop.Run:
-    """Load or make the model, and what steps it."""
+    """Load the model, and what steps it."""
     device = pick_device(training.device)
     bar = progress.add_task(f"load {training.model}", total=None)
-
-    def show_warm_step(step: int, loss: float) -> None:
-        total = training.warm_start.skill_steps + training.warm_start.habit_steps
-        progress.update(bar, description="warm start", completed=step + 1, total=total)
-
-    if config.run is not None:
-        policy = trained_policy(config.run, device)
-    else:
-        policy = starting_policy(training, device, show_warm_step)
+    policy = starting_policy(training, device) if config.run is None else trained_policy(config.run, device)
     progress.remove_task(bar)
     return loop.new_run(training, policy)
 

@@ -18,8 +18,9 @@ from rich.text import Text
 
 import paec_kernels as pk
 from paec_kernels.train import inspect as module
+from paec_kernels.train.commands import inspect
 from paec_kernels.train.config import TrainConfig, plain, seed_of
-from paec_kernels.train.inspect import InspectConfig, inspect, make_report
+from paec_kernels.train.inspect import InspectConfig, make_report
 from paec_kernels.train.models.tiny import TinyModel, TinyPolicy, encode
 from paec_kernels.train.models.warm_start import WarmStart, warm_start
 from paec_kernels.train.presets import PRESETS
@@ -217,6 +218,14 @@ def test_own_prompts_are_looked_at_and_left(trained, tmp_path, capsys) -> None:
     shown = capsys.readouterr().out
     assert "masked mean" in shown
     assert not any(word in shown for word in ("wrong", "expected", "Loss"))
+
+
+def test_any_question_of_a_named_file_may_be_asked(trained, tmp_path) -> None:
+    """A single question, which a division between training and evaluation would refuse."""
+    file = tmp_path / "one.jsonl"
+    file.write_text(json.dumps({"prompt": [{"content": "p00:"}], "answer": "0"}) + "\n")
+    config = InspectConfig(run=trained, tasks=(str(file),), problems=1, answers=2)
+    assert {group["prompt"] for group in make_report(config, Progress(disable=True))["groups"]} == {"p00:"}
 
 
 def test_what_is_not_finite_is_null(tmp_path, capsys) -> None:

@@ -15,8 +15,8 @@ import torch
 from paec_kernels.train import loop
 from paec_kernels.train.algorithms import ALGORITHMS
 from paec_kernels.train.config import TrainConfig, plain
-from paec_kernels.train.models.by_name import starting_policy
 from paec_kernels.train.models.warm_start import WarmStart
+from paec_kernels.train.policies import starting_policy
 from paec_kernels.train.presets import with_algo
 from paec_kernels.train.run_folder import OtherConfigError, read_checkpoint, read_rows
 

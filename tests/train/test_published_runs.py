@@ -9,8 +9,8 @@ import pytest
 
 from paec_kernels.train.report.compare import Comparison, compare, run_scores
 from paec_kernels.train.report.metrics import paired_difference
+from paec_kernels.train.report.runs import Run, find_runs, read_run
 from paec_kernels.train.report.tables import _cell, save
-from paec_kernels.train.run_folder import Run, find_runs, read_run
 
 PUBLISHED = Path(__file__).parents[2] / "bench_results" / "rlvr"
 

@@ -14,7 +14,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from paec_kernels.train.models import smollm2 as smollm2
+from paec_kernels.train.models import smollm2
 from paec_kernels.train.models.policy import Rollout
 
 

@@ -88,15 +88,11 @@ class TinyPolicy:
     """``Policy`` on a TinyModel; one letter a token."""
 
     def __init__(self, model: TinyModel) -> None:
-        self.model = model
-
-    @property
-    def module(self) -> TinyModel:
-        return self.model
+        self.module = model
 
     @property
     def head(self) -> Tensor:
-        return self.model.embedding.weight
+        return self.module.embedding.weight
 
     def texts(self, rollout: Rollout) -> list[str]:
         return ["".join(letters).removesuffix(END) for letters in self.tokens(rollout)]
@@ -128,13 +124,13 @@ class TinyPolicy:
         ).flatten(0, 1)
         uniform = uniform.to(device)
 
-        cache = Cache(len(self.model.blocks))
+        cache = Cache(len(self.module.blocks))
         new_ids, mask = prompt_ids, prompt_mask
         tokens: list[Tensor] = []
         alive = torch.ones(len(prompt_ids), dtype=torch.bool, device=device)
         valid: list[Tensor] = []
         for place in range(max_new_tokens):
-            logits = self.model.states(new_ids, mask, cache)[:, -1] @ self.head.T
+            logits = self.module.states(new_ids, mask, cache)[:, -1] @ self.head.T
             next_ids = _pick(logits, temperature, uniform[:, place])
             next_ids = torch.where(alive, next_ids, PAD_ID)
             tokens.append(next_ids)

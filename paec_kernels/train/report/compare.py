@@ -9,7 +9,7 @@ from paec_kernels.train.algorithms import ALGORITHMS
 from paec_kernels.train.report import metrics
 from paec_kernels.train.report.evaluate import mean_scores
 from paec_kernels.train.report.metrics import Estimate
-from paec_kernels.train.run_folder import Run
+from paec_kernels.train.report.runs import Run
 
 OF_TRAINING = ("training reward", "final entropy")
 FINAL_SHARE = 0.1  # the last tenth of the steps gives the final entropy

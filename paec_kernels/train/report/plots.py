@@ -13,7 +13,7 @@ from paec_kernels.saved_state import whole_file
 from paec_kernels.train.report.compare import Comparison, run_scores, sort_arms
 from paec_kernels.train.report.evaluate import pass_ks
 from paec_kernels.train.report.metrics import Estimate, t_interval
-from paec_kernels.train.run_folder import Run
+from paec_kernels.train.report.runs import Run
 
 Style = dict[str, Any]  # matplotlib's options of a line
 

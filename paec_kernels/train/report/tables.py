@@ -11,10 +11,11 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from paec_kernels.saved_state import whole_file
 from paec_kernels.train.report.compare import OF_TRAINING, Comparison, Row, run_scores
 from paec_kernels.train.report.evaluate import Evaluation, mean_scores, summarise
 from paec_kernels.train.report.metrics import Estimate
-from paec_kernels.train.run_folder import Run
+from paec_kernels.train.report.runs import Run
 
 DIGITS = {"length": 0, "distinct": 2, "final entropy": 3}  # after the point; all other metrics are in per cent
 
@@ -95,9 +96,10 @@ def save(comparison: Comparison, runs: Sequence[Run], out: Path) -> list[Path]:
         "comparison.md": to_markdown(comparison),
     }
     for name, content in text.items():
-        (out / name).write_text(content)
+        with whole_file(out / name) as partial:
+            partial.write_text(content)
     for name, lines in (("comparison.csv", summary), ("runs.csv", raw)):
-        with (out / name).open("w", newline="") as file:
+        with whole_file(out / name) as partial, partial.open("w", newline="") as file:
             csv.writer(file, lineterminator="\n").writerows(lines)
     return [out / name for name in (*text, "comparison.csv", "runs.csv")]
 

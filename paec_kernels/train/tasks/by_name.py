@@ -12,13 +12,15 @@ from paec_kernels.train.tasks.families import FAMILIES
 from paec_kernels.train.tasks.task import Task
 
 
-def load_tasks(train: Sequence[str], evaluation: Sequence[str] = ()) -> tuple[list[Task], list[Task]]:
-    """Return the tasks of a training run and of its evaluation, which are by default the same.
+def load_tasks(train: Sequence[str], evaluation: Sequence[str] | None = None) -> tuple[list[Task], list[Task]]:
+    """Return the tasks of a training run and of its evaluation.
 
+    Args:
+        evaluation: None is the same names. A file that is named on both sides is divided between them.
     Raises:
         ValueError: a name of no task, or a .jsonl file that is not as it must be.
     """
-    evaluation = evaluation or train
+    evaluation = train if evaluation is None else evaluation
     trained, evaluated = ([name for name in names if name.endswith(".jsonl")] for names in (train, evaluation))
     names = dict.fromkeys((*train, *evaluation))
     tasks: dict[str, Task] = {name: _generated(name) for name in names if not name.endswith(".jsonl")}

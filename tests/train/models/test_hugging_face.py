@@ -11,9 +11,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 
 from paec_kernels.train.config import TrainConfig, plain
-from paec_kernels.train.models.by_name import starting_policy, trained_policy
 from paec_kernels.train.models.hugging_face import HFPolicy, load
 from paec_kernels.train.models.policy import Policy, Rollout
+from paec_kernels.train.policies import starting_policy, trained_policy
 from paec_kernels.train.run_folder import save_checkpoint
 
 WORDS = ["<pad>", "<bos>", "<end>", "<turn>", *"abcdefghijklmnop"]

@@ -12,8 +12,8 @@ from train import made_runs
 from train.made_runs import evaluation, write_run
 
 from paec_kernels.train.report.compare import Comparison, compare, sort_arms
+from paec_kernels.train.report.runs import Run, find_runs, read_run
 from paec_kernels.train.report.tables import format_comparison, save, to_markdown
-from paec_kernels.train.run_folder import Run, find_runs, read_run
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from train.made_runs import write_run
 
 from paec_kernels.train.report import plots
 from paec_kernels.train.report.compare import compare
-from paec_kernels.train.run_folder import Run, read_run
+from paec_kernels.train.report.runs import Run, read_run
 
 NAN = math.nan
 

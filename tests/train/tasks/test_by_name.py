@@ -49,6 +49,12 @@ def test_one_file_is_split(tmp_path):
     assert not held_out & {train.train_problem(i).prompt for i in range(200)}
 
 
+def test_training_alone_takes_the_whole_file(tmp_path):
+    (task,), none = load_tasks([write(tmp_path / "all.jsonl", range(2))], ())
+    assert none == []
+    assert len({task.train_problem(i).prompt for i in range(2)}) == 2
+
+
 def test_two_files_are_whole_and_mix_with_families(tmp_path):
     a, b = write(tmp_path / "a.jsonl", range(20)), write(tmp_path / "b.jsonl", range(20, 50))
     train, evaluation = load_tasks([a, "sort"], [b, "add"])

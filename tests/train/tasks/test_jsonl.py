@@ -9,7 +9,6 @@ pytest.importorskip("math_verify", reason="needs the training's packages: pip in
 from paec_kernels.train.tasks.jsonl import INSTRUCTION, JsonlTask, load, refuse_overlap
 
 SAMPLES = Path(__file__).parents[2] / "data" / "math"
-BENCHMARKS = ("aime24", "aime25", "aime26", "math500", "amc23")
 
 
 def write(path: Path, *rows) -> Path:
