@@ -1,10 +1,26 @@
 """What every integration does in the same way."""
 
+from pathlib import Path
+
 import torch
 from torch import nn
 
-from paec_kernels.losses.paec import Plan
+from paec_kernels.losses.paec import PAEC, Plan
 from paec_kernels.losses.paec_config import PAECConfig
+from paec_kernels.saved_state import whole_file
+
+STATE_NAME = "paec.pt"  # in a trainer's checkpoint
+
+
+def save_state(paec: PAEC, folder: str) -> None:
+    """Write PAEC's state, whole or not at all, into a checkpoint's folder."""
+    with whole_file(Path(folder) / STATE_NAME) as partial:
+        torch.save(paec.state_dict(), partial)
+
+
+def load_state(paec: PAEC, path: str | Path) -> None:
+    """Read what `save_state` wrote; RuntimeError for a state that is damaged or of another config."""
+    paec.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
 
 
 def numbers(plan: Plan, config: PAECConfig) -> dict[str, float]:

@@ -19,14 +19,12 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
-from paec_kernels.integrations.common import numbers, sources_of_noise
+from paec_kernels.integrations.common import STATE_NAME, load_state, numbers, save_state, sources_of_noise
 from paec_kernels.losses.paec import PAEC, Plan
 from paec_kernels.losses.paec_config import PAECConfig
 from paec_kernels.ops.linear import backward_node, linear_token_stats
-from paec_kernels.saved_state import whole_file
 from paec_kernels.types import TokenStats
 
-STATE_NAME = "paec.pt"
 KERNEL_NAMES = ("_ChunkedLogProbFunction", "_use_triton")  # globals that TRL's forward reads
 SCORING_INPUTS = inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies).parameters.keys()
 
@@ -170,8 +168,7 @@ class PAECGRPOTrainer(GRPOTrainer):
         # Written before trainer_state.json, whose absence marks a checkpoint as incomplete.
         super()._save_optimizer_and_scheduler(output_dir)
         if self.args.should_save:
-            with whole_file(Path(output_dir) / STATE_NAME) as partial:
-                torch.save(self.paec.state_dict(), partial)
+            save_state(self.paec, output_dir)
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -183,7 +180,7 @@ class PAECGRPOTrainer(GRPOTrainer):
                 f"resume_from_checkpoint must be a checkpoint of PAECGRPOTrainer, but {path} is missing; to start PAEC "
                 "from other weights, pass them as the model"
             )
-        self.paec.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        load_state(self.paec, path)
 
     def _stats_of(self, batch: dict[str, Any]) -> TokenStats:
         """Return the statistics ``[B, T]`` of a micro-batch's completions by the present weights, without a graph."""

@@ -16,10 +16,8 @@ the ``_target_`` the keys ``paec`` are refused.
 
 import os
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-import torch
 from tensordict import TensorDict
 from torch import Tensor
 from verl.utils import tensordict_utils as tu
@@ -30,14 +28,12 @@ from verl.workers.config import PolicyLossConfig
 from verl.workers.engine_workers import ActorRolloutRefWorker, TrainingWorker
 from verl.workers.utils.padding import no_padding_2_padding
 
-from paec_kernels.integrations.common import numbers, sources_of_noise
+from paec_kernels.integrations.common import STATE_NAME, load_state, numbers, save_state, sources_of_noise
 from paec_kernels.losses.paec import PAEC, Plan
 from paec_kernels.losses.paec_config import PAECConfig
 from paec_kernels.ops.operator import token_stats
-from paec_kernels.saved_state import whole_file
 from paec_kernels.types import TokenStats
 
-STATE_NAME = "paec.pt"
 MICRO_BATCH_SIZES = ("micro_batch_size_per_gpu", "max_token_len_per_gpu")
 # verl's engine then calls the loss with the logits, and computes nothing from them itself.
 LOGITS_TO_THE_LOSS = {"distillation_use_topk": True, "distillation_only": True, "calculate_entropy": False}
@@ -80,7 +76,7 @@ class PAECTrainingWorker(TrainingWorker):
     paec: PAEC | None = None
 
     def set_loss_fn(self, loss_fn: Any) -> None:
-        """The policy loss. verl's own carries the actor's configuration; a later one keeps PAEC as it is.
+        """Set the policy loss. verl's own carries the actor's configuration; a later one keeps PAEC as it is.
 
         Raises:
             ValueError: an engine that does not offer its logits, or noise in the model.
@@ -110,15 +106,14 @@ class PAECTrainingWorker(TrainingWorker):
         super().save_checkpoint(local_path, *args, **options)
         if self.paec is not None and local_path is not None:
             # Every rank writes the same, since a checkpoint may lie on each node's own disk.
-            with whole_file(Path(local_path) / STATE_NAME) as partial:
-                torch.save(self.paec.state_dict(), partial)
+            save_state(self.paec, local_path)
 
     def load_checkpoint(self, local_path: str, *args: Any, **options: Any) -> None:
         """Raises FileNotFoundError where the checkpoint was written without PAEC, besides what verl raises."""
         super().load_checkpoint(local_path, *args, **options)
         if self.paec is not None and local_path is not None:
             path = copy_to_local(os.path.join(local_path, STATE_NAME))
-            self.paec.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+            load_state(self.paec, path)
 
     def _refuse_what_cannot_work(self, distillation: bool) -> None:
         config = self.engine_config
@@ -151,6 +146,7 @@ class _LossWithPAEC:
 
     def start_step(self) -> None:
         self.plan = None
+        self.paec.forget()  # a pass that failed may have left some of its micro-batches
 
     def make_plan(self) -> None:
         self.plan = self.paec.plan()

@@ -13,8 +13,9 @@ import torch
 
 pytest.importorskip("trl", reason="trl is not installed: pip install 'paec-kernels[trl]'")
 from datasets import Dataset
+from helpers import relative_error
 from integrations import tiny_trl
-from integrations.tiny_trl import PAEC_OFF, PAEC_ON, Recorder, logged, relative_error, trainer, truth
+from integrations.tiny_trl import PAEC_OFF, PAEC_ON, Recorder, logged, trainer, truth
 from transformers import (
     CohereConfig,
     CohereForCausalLM,

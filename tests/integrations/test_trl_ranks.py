@@ -1,12 +1,11 @@
 """PAECGRPOTrainer on two gloo ranks with two micro-batches each, against one process that holds all four."""
 
-import socket
-
 import pytest
 import torch
 
 pytest.importorskip("trl", reason="trl is not installed: pip install 'paec-kernels[trl]'")
-from integrations.tiny_trl import Piece, Truth, relative_error, truth
+from helpers import free_port, relative_error
+from integrations.tiny_trl import Piece, Truth, truth
 from integrations.trl_rank_worker import OPTIONS, RANKS, run
 
 from paec_kernels.losses.paec_config import PAECConfig
@@ -17,10 +16,7 @@ CONFIG = PAECConfig(**{name.removeprefix("paec_"): value for name, value in OPTI
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(run, (port, str(folder)), nprocs=RANKS)
+    torch.multiprocessing.spawn(run, (free_port(), str(folder)), nprocs=RANKS)
     return [torch.load(folder / str(rank), weights_only=True) for rank in range(RANKS)]
 
 
@@ -30,7 +26,7 @@ def pieces_of(ranks: list[dict], i: int) -> list[Piece]:
 
 @pytest.fixture(scope="module")
 def exact(ranks: list[dict]) -> list[Truth]:
-    """Of each optimiser step, over the four pieces."""
+    """Compute each optimiser step over the four pieces."""
     first = truth(pieces_of(ranks, 0), ranks[0]["steps"][0][1], CONFIG, None)
     anchor = first.metrics["mean_entropy"].item()
     others = range(1, OPTIONS["max_steps"])

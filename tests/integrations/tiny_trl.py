@@ -177,8 +177,3 @@ def truth(
         for s in stats
     ]
     return Truth(loss.detach(), metrics, dict(zip(parameters, gradients, strict=True)), thresholds)
-
-
-def relative_error(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
-    difference = sum((actual[name].double() - value).square().sum() for name, value in expected.items())
-    return (difference / sum(value.square().sum() for value in expected.values())).sqrt().item()

@@ -6,14 +6,13 @@ import pytest
 import torch
 
 pytest.importorskip("verl", reason="verl is not installed: its transformers is an older one, see make test-verl")
+from helpers import free_port, relative_error
 from integrations_verl.tiny_verl import (
     MICRO_BATCH,
     PAEC,
     TEMPERATURE,
     Sequences,
     Truth,
-    free_port,
-    relative_error,
     save_model,
     truth,
 )
@@ -32,13 +31,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def ranks(folder: Path) -> list[list[tuple]]:
-    """Of each rank, of each step: its sequences, weights, gradients, metrics."""
+    """Read each rank's steps: their sequences, weights, gradients, metrics."""
     return [torch.load(folder / str(rank), weights_only=False) for rank in range(RANKS)]
 
 
 @pytest.fixture(scope="module")
 def exact(folder: Path, ranks: list[list[tuple]]) -> list[Truth]:
-    """Of each optimiser step, over the six micro-batches."""
+    """Compute each optimiser step over the six micro-batches."""
     steps: list[Truth] = []
     for i in range(STEPS):
         micro_batches = []

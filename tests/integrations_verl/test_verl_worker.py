@@ -10,6 +10,7 @@ import torch
 pytest.importorskip("verl", reason="verl is not installed: its transformers is an older one, see make test-verl")
 import hydra
 import verl
+from helpers import free_port, relative_error
 from integrations_verl import tiny_verl
 from integrations_verl.tiny_verl import PAEC, batch, sequences, take, worker
 from verl.trainer.distillation import distillation_ppo_loss
@@ -30,7 +31,7 @@ OFF = PAECPolicyLossConfig(paec={"beta": 0.0, "lam": 0.0})
 def folder(tmp_path_factory: pytest.TempPathFactory):
     folder = tmp_path_factory.mktemp("model")
     tiny_verl.save_model(folder)
-    tiny_verl.start_process_group(0, 1, tiny_verl.free_port())
+    tiny_verl.start_process_group(0, 1, free_port())
     yield folder
     torch.distributed.destroy_process_group()
 
@@ -78,7 +79,7 @@ def test_without_coefficients_it_is_verl(folder: Path) -> None:
         data = [batch(rows, calculate_entropy=True, global_token_num=None) for _ in range(2)]
         one, other = take(ours, data[0]), take(stock, data[1])
         assert one.metrics["loss"] == pytest.approx(other.metrics["loss"], rel=1e-5)
-        assert tiny_verl.relative_error(one.gradients, other.gradients) < 1e-5
+        assert relative_error(one.gradients, other.gradients) < 1e-5
     ends = [{name: tiny_verl.whole(p) for name, p in w.engine.module.named_parameters()} for w in (ours, stock)]
     torch.testing.assert_close(*ends, rtol=1e-5, atol=1e-5)
 

@@ -1,7 +1,6 @@
 """verl's actor worker on a tiny random Llama; a module of its own, so that spawned processes can import it."""
 
 import os
-import socket
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -42,12 +41,6 @@ def save_model(folder: Path) -> None:
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, initializer_range=0.3, **sizes)).save_pretrained(folder)
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 def start_process_group(rank: int, ranks: int, port: int) -> None:
@@ -205,8 +198,3 @@ def truth(
         dict(zip(names, gradients, strict=True)),
         [reference.soft_mask(score, torch.ones_like(score).bool(), config)[1].item() for score in alone],
     )
-
-
-def relative_error(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
-    difference = sum((actual[name].double() - value).square().sum() for name, value in expected.items())
-    return (difference / sum(value.square().sum() for value in expected.values())).sqrt().item()
