@@ -3,7 +3,7 @@
 logits, workload, smollm2   what is measured on
 implementations, rivals     what is measured: this package, and what a user would pick instead
 floors                      what cannot be beaten, in the same turns
-check, harness              right first, then time and memory
+check, harness              right first, then time and memory, by peak_memory on a CPU
 rows, provenance            one row a measurement
 parts, sweep                which measurements, and their run
 step, trl_step              whole optimiser steps of the reference loop, and of TRL's trainer

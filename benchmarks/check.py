@@ -85,7 +85,7 @@ def leaves(inputs: Inputs) -> Inputs:
 
 
 def check(implementation: Implementation, case: Case, inputs: Inputs, found: Outputs, truth: Truth) -> Errors:
-    """Holds a run on `only(inputs, truth.rows)` against the truth of those rows.
+    """Hold a run on `only(inputs, truth.rows)` against the truth of those rows.
 
     Args:
         inputs: the run's leaves, with their gradients.
@@ -125,7 +125,7 @@ def _allowed(rounding: float, tolerance: float, strict: bool) -> float:
 
 
 def _same_sizes(found: Outputs, truth: Truth, strict: bool, most: int | None) -> Tensor:
-    """The rows, bool ``[n]``, whose nucleus has the true size. An implementation may keep ``most`` tokens alone."""
+    """Find the rows, bool ``[n]``, whose nucleus has the true size. An implementation may keep ``most`` tokens."""
     if "nucleus_size" not in found:
         return torch.ones(len(truth.rows), dtype=torch.bool, device=truth.rows.device)
     true = truth.outputs["nucleus_size"].long()

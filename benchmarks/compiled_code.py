@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
@@ -31,7 +32,7 @@ from paec_kernels.ops.nucleus_search import search_values
 from paec_kernels.ops.rows import Row, Units
 
 TARGETS = {"sm_90": ("cuda", 90, 32), "sm_80": ("cuda", 80, 32), "gfx942": ("hip", "gfx942", 64)}
-SHIFTS = {"fp32": 0, "fp16": 13, "bf16": 16}
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # Of the kernels' arguments by name; strides are int64, every other one is int32 unless it is a constant.
 TYPES = {
     "token_ids_ptr": "*i64",
@@ -42,7 +43,6 @@ TYPES = {
     "scratch_ptr": "*i32",
     "fits_ptr": "*i32",
 } | dict.fromkeys(("top_p", "softcap", "target", "top", "scale"), "fp32")
-WARP = 32
 PREDICATE = r"^@!?U?P\w+\s+"  # in front of an instruction
 
 
@@ -51,7 +51,7 @@ def candidate_search_kernel(
     first_ptr, second_ptr, out_ptr, low, high, target, top, scale,
     SHIFT: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """All that the nucleus costs a row that needs no rescan: the search and the look for suspect lanes."""
+    """Do all that the nucleus costs a row that needs no rescan: the search and the look for suspect lanes."""
     lanes = tl.arange(0, LANES)
     first, second = tl.load(first_ptr + lanes), tl.load(second_ptr + lanes)
     reached, found, nucleus = search_values(
@@ -64,7 +64,7 @@ def candidate_search_kernel(
 
 @triton.jit
 def gather_kernel(logits_ptr, flags_ptr, scratch_ptr, sum_ptr, n_cols, LANES: tl.constexpr):
-    """The passing of lanes between threads through memory. Nothing but the scratch is stored or loaded by 32 bits."""
+    """Pass lanes between threads through memory. Nothing but the scratch is stored or loaded by 32 bits."""
     suspect = tl.load(flags_ptr + tl.arange(0, LANES)) != 0
     n_suspect = tl.sum(suspect.to(tl.int32))
     best, next_best, dropped = gather_lanes(Row(logits_ptr, 1, n_cols), suspect, n_suspect, scratch_ptr, LANES)
@@ -97,7 +97,7 @@ def compile_kernel(kernel: str, target: str = "sm_90", dtype: str = "bf16", soft
     constants = {
         "stride_col": 1,
         "d_stride_col": 1,
-        "SHIFT": SHIFTS[dtype],
+        "SHIFT": forward.KEY_SHIFT[DTYPES[dtype]],
         "LANES": forward.LANES,
         "ALIGNED": True,
         "BLOCK": backward.BACKWARD_BLOCK,
@@ -116,7 +116,7 @@ def compile_kernel(kernel: str, target: str = "sm_90", dtype: str = "bf16", soft
 
 
 def resources(compiled: Any) -> dict[str, int]:
-    """Registers a thread, and bytes of spills (stack) and local memory."""
+    """Read registers a thread, and bytes of spills (stack) and local memory."""
     if "amdgcn" in compiled.asm:
         text = compiled.asm["amdgcn"]
         found = dict(re.findall(r"\.(vgpr_count|vgpr_spill_count|private_segment_fixed_size):\s+(\d+)", text))
@@ -147,17 +147,17 @@ class Code:
 
     @property
     def loops(self) -> list[tuple[int, int]]:
-        """The loops as (first, last) positions, by the first."""
+        """Find the loops as (first, last) positions, in order of the first."""
         # A branch to itself is the padding behind the kernel's last instruction.
         return sorted((to, i) for i, following in enumerate(self.following) for to in following if to < i)
 
     def where(self, pattern: str, first: int = 0, last: int | None = None) -> list[int]:
-        """The positions from first to last of instructions that hold the pattern."""
+        """Find the positions from first to last of instructions that hold the pattern."""
         lines = enumerate(self.listing)
         return [i for i, line in lines if i >= first and (last is None or i <= last) and re.search(pattern, line)]
 
     def reached(self, start: int, closed: Iterable[int] = ()) -> dict[int, int]:
-        """Every position that is executed after start on a way that passes none of closed, and the one before it."""
+        """Map every position that is reached from start without passing one of closed to the one before it."""
         before: dict[int, int] = {}
         closed, waiting = set(closed), deque([start])
         while waiting:
@@ -169,7 +169,7 @@ class Code:
         return before
 
     def way(self, start: int, ends: Iterable[int]) -> list[int]:
-        """The shortest one from start to the nearest of ends, both included."""
+        """Find the shortest way from start to the nearest of ends, both included."""
         before = self.reached(start)
         position = next(i for i in before if i in set(ends))  # they are reached in the order of their distance
         way = [position]
@@ -194,7 +194,7 @@ def code(compiled: Any) -> Code:
 
 
 def _following(line: str, position: int, labels: dict[str, int]) -> list[int]:
-    """A predicate, in front or in BRA's arguments, makes an instruction conditional."""
+    """Find where an instruction may go on. A predicate, in front or in BRA's arguments, makes it conditional."""
     jump = re.search(r"(?:BRA|s_c?branch).*?(\.L\w+)", line)
     targets = [labels[jump.group(1)]] if jump else []
     ends = re.match(r"BRA `|EXIT|s_branch|s_endpgm", line)
@@ -206,13 +206,13 @@ def opcodes(listing: list[str]) -> Counter:
 
 
 def _bytes(lines: Iterable[str], opcode: str) -> int:
-    """That a thread moves by all instructions of a name, which have the width in bits at their end if it is not 32."""
+    """Add up what a thread moves by all instructions of a name; a width in bits stands at their end if it is not 32."""
     widths = (re.search(rf"\b{opcode}\.E(?:\.BYPASS)?(\.U?\d+)?\b", line) for line in lines)
     return sum(int((width.group(1) or ".32").strip(".U")) // 8 for width in widths if width)
 
 
 def counts(kernel: str, dtype: str) -> list[cost_model.Counts]:
-    """What the cost model asks of the "forward" or "backward" kernel on sm_90, by the shortest way through it.
+    """Count what the cost model asks of the "forward" or "backward" kernel on sm_90, by the shortest way through it.
 
     A kernel whose loops are not those that it is known for is refused.
     """
@@ -234,7 +234,7 @@ def counts(kernel: str, dtype: str) -> list[cost_model.Counts]:
         cost_model.Counts(
             kernel=name,
             dtype=dtype,
-            threads=WARP * compiled.metadata.num_warps,
+            threads=cost_model.WARP * compiled.metadata.num_warps,
             registers=resources(compiled)["registers"],
             shared=compiled.metadata.shared,
             columns=columns,
@@ -251,7 +251,7 @@ def every_count() -> list[cost_model.Counts]:
 
 
 def _outside(found: Code, loops: list[tuple[int, int]]) -> int:
-    """Instructions on the way from the kernel's start past these loops to an exit, without those of the loops."""
+    """Count instructions on the way from the kernel's start past these loops to an exit, without those of the loops."""
     starts = [0, *(last for _, last in loops)]
     ends = [*([first] for first, _ in loops), found.where("EXIT")]
     inside = 2 * len(loops)  # of each loop the ways hold the first and the last
@@ -275,21 +275,21 @@ def _round(found: Code, loop: tuple[int, int], dtype: str) -> dict[str, Any]:
     return {"elements": elements, "round": len(body), "in_flight": in_flight, "ahead": ahead}
 
 
-def main_loop(dtype: str = "bf16") -> dict[str, float]:
-    """Instructions and ex2 an element in the forward kernel's main loop on sm_90.
+def main_loop() -> dict[str, float]:
+    """Count instructions and ex2 an element in the forward kernel's main loop on sm_90, bfloat16.
 
     It is the first loop of the kernel, and each thread takes 2 LANES / threads elements in one round of it.
     """
-    found = code(compile_kernel("forward", dtype=dtype))
+    found = code(compile_kernel("forward"))
     first, last = found.loops[0]
     body = found.listing[first : last + 1]
-    elements = 2 * forward.LANES / (WARP * forward.FORWARD_WARPS)
+    elements = 2 * forward.LANES / (cost_model.WARP * forward.FORWARD_WARPS)
     return {"instructions": len(body) / elements, "ex2": opcodes(body)["MUFU"] / elements}
 
 
-def nucleus_search(dtype: str = "bf16") -> dict[str, int]:
-    """Instructions a thread of the nucleus search on sm_90: outside its loop (loads included), and in one round."""
-    found = code(compile_kernel("search", dtype=dtype))
+def nucleus_search() -> dict[str, int]:
+    """Count a thread's instructions in the nucleus search on sm_90: outside its loop (loads too), and in a round."""
+    found = code(compile_kernel("search"))
     ((first, last),) = found.loops
     end = found.where("^EXIT")[0]
     return {"outside": end + 1 - (last + 1 - first), "round": last + 1 - first}
@@ -319,7 +319,7 @@ def report() -> dict[str, Any]:
         | resources(compile_kernel(kernel, target, dtype, softcap))
         for kernel in ("forward", "backward")
         for target in TARGETS
-        for dtype in SHIFTS
+        for dtype in DTYPES
         for softcap in (False, True)
     ]
     return {
@@ -329,7 +329,7 @@ def report() -> dict[str, Any]:
         "nucleus_search": nucleus_search(),
         "counts": [asdict(c) for c in every_count()],
         "scratch_order": {target: scratch_order(target) for target in TARGETS},
-        "threads": WARP * forward.FORWARD_WARPS,
+        "threads": cost_model.WARP * forward.FORWARD_WARPS,
     }
 
 

@@ -113,7 +113,7 @@ class Counts:
 
     @property
     def blocks(self) -> int:
-        """Programs that an SM holds at a time."""
+        """Count the programs that an SM holds at a time."""
         warps = self.threads // WARP
         by_registers = REGISTERS // (WARP * 8 * math.ceil(self.registers / 8)) // SCHEDULERS * SCHEDULERS // warps
         return min(by_registers, WARPS // warps, PROGRAMS, SHARED // (self.shared + 1024))
@@ -143,7 +143,7 @@ def program(counts: Counts, columns: float, rounds: float) -> Program:
 
 
 def limits(one: Program, device: Device, programs: int) -> dict[str, float]:
-    """Seconds of a wave by each limit."""
+    """Compute the seconds of a wave by each limit."""
     busiest = math.ceil(programs / device.sms)
     return {
         "bytes": programs * one.moved / device.bandwidth,
@@ -154,7 +154,7 @@ def limits(one: Program, device: Device, programs: int) -> dict[str, float]:
 
 
 def predict(counts: Counts, device: Device, n: int, v: int) -> dict[str, Any]:
-    """Seconds by each limit and of all together, the limit that binds, and the share of a copy's bandwidth."""
+    """Predict seconds by each limit and of all together, the limit that binds, and the share of a copy's bandwidth."""
     of_a_row = math.ceil(v / (counts.columns or v))
     rounds = math.ceil(v / (counts.threads * counts.elements))
     one = program(counts, v / of_a_row, rounds / of_a_row)
@@ -184,7 +184,7 @@ def predictions(every: list[Counts]) -> Iterator[dict[str, Any]]:
 
 
 def record(every: list[Counts], provenance: dict[str, str]) -> dict[str, Any]:
-    """All that is written down before a measurement."""
+    """Collect all that is written down before a measurement."""
     return {
         "provenance": provenance,
         "counts": [asdict(counts) for counts in every],
@@ -200,7 +200,7 @@ def text(found: dict[str, Any]) -> str:
 
 
 def table(found: dict[str, Any]) -> Iterator[str]:
-    """Times in microseconds."""
+    """Write what was counted, and the times in microseconds."""
     for counts in (Counts(**c) for c in found["counts"]):
         yield (
             f"{counts.kernel}, {counts.dtype}: {counts.round / counts.elements:.2f} instructions an element in the "

@@ -85,7 +85,7 @@ def rows_of_part(part: Part, on_step: Callable[[str], None] = lambda _: None) ->
     contenders = [contender for contender in contenders if not contender.failure]
     if part.with_memory and case.device == "cpu" and contenders:
         on_step("memory, in a new process")
-        peaks = peak_bytes([c.implementation.name for c in contenders], case, inputs)
+        peaks = peak_bytes([c.implementation.name for c in contenders], inputs)
         for contender in contenders:
             contender.peak_bytes = peaks[contender.implementation.name]
     yield from _floor_rows(part, floor, floor_seconds)
@@ -163,7 +163,7 @@ def take_turns(
                 contender.seconds.append(seconds)
                 if case.device == "cuda":
                     held = torch.cuda.max_memory_allocated() - before
-                    contender.peak_bytes = held - _gradients_not_counted(case, inputs)
+                    contender.peak_bytes = held - _gradients_not_counted(inputs)
     return floor_seconds
 
 
@@ -207,7 +207,7 @@ def clock(device: str, forward: Callable[[], Any], backward: Callable[[Any], obj
     return Seconds(halfway - began, time.perf_counter() - began)
 
 
-def peak_bytes(names: list[str], case: Case, inputs: Inputs) -> dict[str, int]:
+def peak_bytes(names: list[str], inputs: Inputs) -> dict[str, int]:
     """Find, on a CPU, how far a run raises the resident memory of a new process beyond its inputs (see `peak_memory`).
 
     PyTorch's profiler would miss what the backend's own threads allocate, and this process keeps freed memory. The
@@ -218,7 +218,7 @@ def peak_bytes(names: list[str], case: Case, inputs: Inputs) -> dict[str, int]:
         torch.save(tuple(inputs), path)
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
             growth = process.submit(_growth_in_new_process, path, names, torch.get_num_threads()).result()
-    return {name: found - _gradients_not_counted(case, inputs) for name, found in growth.items()}
+    return {name: found - _gradients_not_counted(inputs) for name, found in growth.items()}
 
 
 def _growth_in_new_process(path: Path, names: list[str], n_threads: int) -> dict[str, int]:
@@ -252,12 +252,12 @@ def _environment(**variables: str) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _gradients_not_counted(case: Case, inputs: Inputs) -> int:
+def _gradients_not_counted(inputs: Inputs) -> int:
     """Count the bytes that every implementation must hold: the linear form's gradients.
 
     A gradient of logits counts as the implementation's own, since it can be avoided.
     """
-    return inputs.rows.nbytes + inputs.head.nbytes if case.d and inputs.head is not None else 0
+    return inputs.rows.nbytes + inputs.head.nbytes if inputs.head is not None else 0
 
 
 def _timed(case: Case, passes: str, seconds: list[Seconds]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from benchmarks.workload import Case, Inputs
 # "policy_loss", GRPO's loss of each token ``[N]``, and "mean_policy_loss", its mean over valid tokens, 0-d.
 Outputs = dict[str, Tensor]
 STATISTICS = ("logp", "entropy", "nucleus_entropy", "nucleus_size", "margin")
+DIFFERENTIABLE = ("logp", "entropy", "nucleus_entropy")
 
 
 @dataclass(frozen=True)

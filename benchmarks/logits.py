@@ -18,17 +18,17 @@ TAIL_OFFSET = 12.0  # nats by which columns beyond the real vocabulary lie lower
 
 @functools.cache
 def _fixture(device: torch.device) -> Tensor:
-    """Bfloat16 ``[32, 49152]``."""
+    """Load the tests' rows, bfloat16 ``[32, 49152]``."""
     return torch.load(REAL_LOGITS, weights_only=True)["logits"].to(device)
 
 
 def real(rows: range, width: int, generator: Generator) -> Tensor:
-    """The tests' 32 rows of SmolLM2-135M with jitter, each as often as nuclei of its size were met in answers."""
+    """Take the tests' 32 rows of SmolLM2-135M with jitter, each as often as nuclei of its size were met in answers."""
     return _of_fixture(by_share(rows), width, generator)
 
 
 def wide(rows: range, width: int, generator: Generator) -> Tensor:
-    """The same 32 rows in turn. They were chosen for sizes even on a log scale: hard, many nuclei are large."""
+    """Take the same 32 rows in turn. They were chosen for sizes even on a log scale: hard, many nuclei are large."""
     return _of_fixture(torch.tensor(rows) % 32, width, generator)
 
 
@@ -46,7 +46,7 @@ def by_share(rows: range) -> Tensor:
 
 
 def _of_fixture(picks: Tensor, width: int, generator: Generator) -> Tensor:
-    """Nucleus sizes stay as measured.
+    """Bring rows of the fixture to a width; their nuclei stay of the sizes that were measured.
 
     A wider vocabulary repeats a row's columns TAIL_OFFSET lower; a narrower one keeps its largest logits, in order.
     """
@@ -62,19 +62,19 @@ def _of_fixture(picks: Tensor, width: int, generator: Generator) -> Tensor:
 
 
 def peaked(rows: range, width: int, generator: Generator) -> Tensor:
-    """N(0, 2) and 16 candidates a row around 16: nuclei of a handful of tokens."""
+    """Draw N(0, 2) and 16 candidates a row around 16: nuclei of a handful of tokens."""
     z = 2 * _normal((len(rows), width), generator)
     candidates = torch.randint(width, (len(rows), 16), generator=generator, device=generator.device)
     return z.scatter(1, candidates, 16 + _normal((len(rows), 16), generator))
 
 
 def flat(rows: range, width: int, generator: Generator) -> Tensor:
-    """N(0, 3), an untrained model's: nuclei of thousands of tokens."""
+    """Draw N(0, 3), an untrained model's: nuclei of thousands of tokens."""
     return 3 * _normal((len(rows), width), generator)
 
 
 def collapsed(rows: range, width: int, generator: Generator) -> Tensor:
-    """After entropy collapse: N(0, 2) and one token 20 above its scale, with nearly all of the mass."""
+    """Draw what entropy collapse leaves: N(0, 2) and one token 20 above its scale, with nearly all of the mass."""
     z = 2 * _normal((len(rows), width), generator)
     chosen = torch.randint(width, (len(rows), 1), generator=generator, device=generator.device)
     return z.scatter(1, chosen, 30 + _normal((len(rows), 1), generator))
@@ -90,7 +90,7 @@ KINDS: dict[str, Callable[[range, int, Generator], Tensor]] = {
 
 
 def make(kind: str, n: int, width: int, dtype: torch.dtype, generator: Generator) -> tuple[Tensor, Tensor]:
-    """Logits ``[n, width]`` of ``dtype`` and token ids int64 ``[n]`` sampled from them, on the generator's device."""
+    """Make logits ``[n, width]`` of ``dtype``, and sample token ids int64 ``[n]``, on the generator's device."""
     logits = torch.empty(n, width, dtype=dtype, device=generator.device)
     token_ids = torch.empty(n, dtype=torch.int64, device=generator.device)
     for start in range(0, n, SLICE):
@@ -102,7 +102,7 @@ def make(kind: str, n: int, width: int, dtype: torch.dtype, generator: Generator
 
 
 def sample(logits: Tensor, generator: Generator) -> Tensor:
-    """One token a row at temperature 1, by the Gumbel trick: argmax(z - log(-log u)), u uniform in (0, 1)."""
+    """Sample a token a row at temperature 1, by the Gumbel trick: argmax(z - log(-log u)), u uniform in (0, 1)."""
     u = torch.rand(logits.shape, generator=generator, device=logits.device).clamp_(1e-20, 1 - 1e-7)
     return (logits.float() - (-u.log()).log()).argmax(-1)
 
@@ -110,7 +110,7 @@ def sample(logits: Tensor, generator: Generator) -> Tensor:
 def hidden_states(
     n: int, width: int, vocab_size: int, dtype: torch.dtype, generator: Generator
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Hidden states ``[n, width]``, a head ``[vocab_size, width]`` and tokens ``[n]``, with nuclei of all sizes.
+    """Make hidden states ``[n, width]``, a head ``[vocab_size, width]`` and tokens ``[n]``, with nuclei of all sizes.
 
     head rows ~ N(0, 1/D); hidden = 2 noise + sum over 16 tokens t of a_t head[t], a_t ~ N(12, 3): every row's logits
     are N(0, 2) with 16 candidates, whose lead over the rest decides whether the nucleus is one token or thousands.

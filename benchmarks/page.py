@@ -208,7 +208,7 @@ def sweep(rows: list[Row]) -> Iterator[str]:
 
 
 class Section(NamedTuple):
-    """Says how a section's rows are shown. What is measured for it is in `benchmarks.sweep`."""
+    """Says how a section's rows are shown. What is measured for it is in `benchmarks.parts`."""
 
     title: str
     table: Callable[[list[Row]], Iterator[str]]

@@ -27,7 +27,7 @@ class Part:
     Attributes:
         turns: that are timed.
         names: implementations in the order of their turns, of which the first that is right is the anchor of the
-            ratios. None for a whole optimiser step, which is of its own making, as the number of its tokens is.
+            ratios. Empty for a whole optimiser step, which makes its own, and counts its tokens itself.
     """
 
     section: str

@@ -27,7 +27,7 @@ def provenance() -> dict[str, str]:
 
 
 def device_name(device: str) -> str:
-    """The GPU's name, or the processor's with the number of threads that PyTorch uses."""
+    """Return the GPU's name, or the processor's with the number of threads that PyTorch uses."""
     if device == "cuda":
         return _gpu()
     return f"{_processor()}, {torch.get_num_threads()} threads"

@@ -45,7 +45,7 @@ class Inputs(NamedTuple):
 
 
 def build(case: Case) -> Inputs:
-    """The same inputs every time, on the case's device. Large tensors are made a slice at a time."""
+    """Make the same inputs every time, on the case's device. Large tensors are made a slice at a time."""
     generator = torch.Generator(case.device).manual_seed(0)
     if case.kind == SMOLLM2:
         from benchmarks import smollm2  # transformers, which nothing else here needs
@@ -81,14 +81,14 @@ def chosen_logp(logits: Tensor, token_ids: Tensor) -> Tensor:
 
 
 def only(inputs: Inputs, rows: Tensor) -> Inputs:
-    """The same shapes, but no other row than these carries weight, so that a few rows' truth is the whole gradient."""
+    """Keep the shapes, but let these rows alone carry weight, so that a few rows' truth is the whole gradient."""
     valid = torch.zeros_like(inputs.valid)
     valid[rows] = True
     return inputs._replace(valid=valid, weights={name: weight * valid for name, weight in inputs.weights.items()})
 
 
 def take(inputs: Inputs, rows: Tensor) -> Inputs:
-    """Those rows alone, as tensors of their own."""
+    """Copy those rows alone."""
     return Inputs(
         inputs.rows[rows],
         inputs.head,
@@ -100,7 +100,7 @@ def take(inputs: Inputs, rows: Tensor) -> Inputs:
 
 
 def checked_rows(n: int, device: str) -> Tensor:
-    """Spread over all rows but the last, which not every implementation has a token for."""
+    """Choose rows spread over all but the last, which not every implementation has a token for."""
     return torch.linspace(0, max(n - 2, 0), min(CHECKED_ROWS, max(n - 1, 1)), device=device).long().unique()
 
 

@@ -4,15 +4,14 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from benchmarks.implementations import STATISTICS, Implementation, Outputs, compiled
+from benchmarks.implementations import DIFFERENTIABLE, STATISTICS, Implementation, Outputs, compiled
 from benchmarks.workload import TOP_P, Inputs
 
-DIFFERENTIABLE = ("logp", "entropy", "nucleus_entropy")
 SIREN_TOP_K = 10_000  # entropy_topk of github.com/Linn3a/siren, verl/workers/actor/dp_actor.py
 
 
 def by_sort(logits: Tensor, token_ids: Tensor) -> Outputs:
-    """The shortest correct eager form we know: the sorted log-probabilities serve the nucleus and the margin."""
+    """Sort the log-probabilities once for nucleus and margin: the shortest correct eager form we know."""
     log_p = logits.float().log_softmax(-1)
     return statistics(log_p, log_p.sort(dim=-1, descending=True).values, token_ids)
 

@@ -3,12 +3,10 @@
 from collections.abc import Callable
 
 import paec_kernels as pk
-from benchmarks.implementations import STATISTICS, Implementation, Outputs
+from benchmarks.implementations import DIFFERENTIABLE, STATISTICS, Implementation, Outputs
 from benchmarks.workload import TOP_P, Inputs
+from paec_kernels.train.algorithms import NO_NUCLEUS
 
-DIFFERENTIABLE = ("logp", "entropy", "nucleus_entropy")
-# The most probable token alone reaches this mass, so that no nucleus is searched for: the same forward without it.
-NO_NUCLEUS = 1e-9
 SMALL_CHUNK_ROWS = 128
 
 

@@ -246,6 +246,7 @@ def test_approximate_and_forward_only_ways_say_so(monkeypatch):
     by_pass = {row.passes: row for row in only(rows, implementation="forward only")}
     assert by_pass["forward"].status == "ok"
     assert by_pass["both"].status == by_pass["backward"].status == "skipped"
+    assert all(row.status == "ok" for row in only(rows, implementation=EAGER[1].name))
     assert "approximate" in EAGER[1].note
 
 

@@ -50,7 +50,7 @@ ROWS_BY_SIZE, ROWS_BY_TIES, SMALL_NUCLEUS = 22, 10, 100
 
 
 def nuclei(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each row: the nucleus' size, and how many tokens tie at its threshold; [N]."""
+    """Count each row's nucleus, and the tokens that tie at its threshold; [N]."""
     parts = [_nuclei(part) for part in logits.split(64)]
     size, n_tied = (torch.cat(column) for column in zip(*parts, strict=True))
     return size, n_tied
