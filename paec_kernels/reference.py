@@ -23,7 +23,7 @@ def scaled_logits(z: Tensor, temperature: float | Tensor = 1.0, softcap: float |
 
 
 def nucleus_weights(z: Tensor, p: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
-    """How much of each token belongs to the nucleus, and the nucleus' size.
+    """Return how much of each token belongs to the nucleus, and the nucleus' size.
 
     The nucleus is the smallest set of tokens, by descending probability, with mass >= top_p [paper]. Tokens
     tied at its threshold share the places that a sort would give to some of them: w = k / n [ours].
@@ -57,7 +57,7 @@ def token_stats(
     softcap: float | None = None,
     vocab_size: int | None = None,
 ) -> TokenStats:
-    """Token statistics by definition: a softmax, a full sort and autograd.
+    """Compute token statistics by definition: a softmax, a full sort and autograd.
 
     Args:
         logits: ``[..., V]``, any floating dtype; 16-bit logits are computed in float32, others in their own.
@@ -118,7 +118,7 @@ def token_stats(
 def linear_token_stats(
     hidden: Tensor, weight: Tensor, token_ids: Tensor | None = None, *, bias: Tensor | None = None, **options
 ) -> TokenStats:
-    """``token_stats`` of hidden @ weight.T + bias. hidden ``[..., D]``, weight ``[V, D]``, bias ``[V]``."""
+    """Compute ``token_stats`` of hidden @ weight.T + bias. hidden ``[..., D]``, weight ``[V, D]``, bias ``[V]``."""
     return token_stats(torch.nn.functional.linear(hidden, weight, bias), token_ids, **options)
 
 

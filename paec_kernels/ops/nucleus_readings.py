@@ -102,7 +102,9 @@ def read_below(row, low_value, high_value, units, LANES: tl.constexpr):
 
 @triton.jit
 def tokens_in_lanes(n_hit, n_cols, LANES: tl.constexpr):
-    """Estimate of how many tokens n_hit lanes have one: a lane has none of N with chance (1 - N / V)^(V / LANES).
+    """Estimate N, how many tokens there are, from the n_hit lanes that hold one.
+
+    A lane holds none of N with chance (1 - N / V)^(V / LANES).
 
     Returns:
         N, and the share of lanes that have none.

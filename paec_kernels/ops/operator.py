@@ -20,6 +20,7 @@ from paec_kernels.types import IGNORE_INDEX, TokenStats
 
 BACKENDS = ("auto", "triton", "torch", "reference")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 # Parsed as Triton parses it, at import, so that torch.compile never traces os.environ.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 
@@ -27,8 +28,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "o
 def resolve_backend(backend: str, device: torch.device) -> str:
     """Return the backend that ``"auto"`` stands for: Triton on a GPU where it is installed, torch anywhere else."""
     checks.one_of("backend", backend, BACKENDS)
-    has_triton = importlib.util.find_spec("triton") is not None
-    if backend == "triton" and not has_triton:
+    if backend == "triton" and not HAS_TRITON:
         raise ValueError("backend='triton' needs the triton package, which is not installed")
     if backend == "triton" and device.type != "cuda" and not INTERPRETED:
         raise ValueError(
@@ -36,7 +36,7 @@ def resolve_backend(backend: str, device: torch.device) -> str:
             f"is imported), got tensors on {device}"
         )
     if backend == "auto":
-        return "triton" if device.type == "cuda" and has_triton else "torch"
+        return "triton" if device.type == "cuda" and HAS_TRITON else "torch"
     return backend
 
 

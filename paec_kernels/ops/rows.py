@@ -1,4 +1,4 @@
-"""Device functions that read one row of logits, shared by the kernels.
+"""One row of logits as the kernels see it, and the device functions that read it.
 
 Units: z is a raw logit; f(z) is z, or softcap * tanh(z / softcap); x = f(z) / T; scale = log2(e) / T. A softmax
 weight relative to a reference logit r is 2^((f(z) - r) scale). The difference is taken before the product, so

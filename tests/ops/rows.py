@@ -22,10 +22,10 @@ def flat(n: int, width: int, scale: float = 3.0) -> Tensor:
 
 
 def hard_rows() -> dict[str, Tensor]:
-    """Float32 ``[V]`` rows by name; all but the last few have a finite result."""
+    """Float32 ``[V]`` rows by name, each with a finite result."""
     width = 5003
     noise = flat(1, width, 1.0)[0]
-    rows = {
+    return {
         "flat": 3 * noise,
         "around zero": noise,
         "nearly equal": 1e-3 * noise,
@@ -53,7 +53,6 @@ def hard_rows() -> dict[str, Tensor]:
         "descending": torch.linspace(20, -20, width),
         "power of the lane": -torch.arange(width).float() / 700,
     }
-    return rows
 
 
 def rows_with_a_hidden_tie() -> dict[str, tuple[Tensor, float]]:
@@ -95,7 +94,7 @@ STRIDED: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class Truth(NamedTuple):
-    """The reference in float64, in the logits' own precision, and where the nucleus is decided by rounding."""
+    """The reference in float64 and in float32, and where the nucleus is decided by rounding."""
 
     exact: TokenStats
     eager: TokenStats

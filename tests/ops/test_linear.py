@@ -90,7 +90,7 @@ def test_temperature_per_row_and_rows_that_are_not_valid(backend):
 
 
 def test_no_rows_and_no_valid_row(backend):
-    for case in (head(n=3), head(n=3)):
+    for case in (head(n=3), head(n=3, bias=True)):
         case.token_ids = torch.tensor([1, 2, 3])
         stats, gradients = run(pk.linear_token_stats, case, valid=torch.zeros(3, dtype=torch.bool), backend=backend)
         assert all((value == 0).all() for value in (*stats, *gradients))

@@ -1,12 +1,12 @@
 """A head sharded over ranks, as FSDP2 shards it: gathered for the call, its gradient scattered back."""
 
 import os
-import socket
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from helpers import free_port
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -62,7 +62,4 @@ def worker(rank, port):
 
 @pytest.mark.skipif(not dist.is_available(), reason="this build of torch has no torch.distributed")
 def test_fsdp2_head():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(worker, args=(port,), nprocs=2)
+    mp.spawn(worker, args=(free_port(),), nprocs=2)
