@@ -172,7 +172,7 @@ class _LossWithPAEC:
         return loss + self.paec.term(stats, valid, self.plan), metrics
 
     def _statistics(self, logits: Tensor, data: TensorDict) -> dict[str, Tensor]:
-        """Statistics ``[1, N]`` of packed logits ``[1, N, V]``, which verl has divided by the temperature."""
+        """Compute statistics ``[1, N]`` of packed logits ``[1, N, V]``, which verl has divided by the temperature."""
         token_ids = data["input_ids"].values().roll(-1)[None]  # of what each row predicts; the last row is not used
         sp_size = tu.get_non_tensor_data(data, "sp_size", default=1)
         if sp_size > 1:  # Ulysses: this rank has a part of the logits, and verl gathers what comes of them
