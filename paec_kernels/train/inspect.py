@@ -218,16 +218,16 @@ def calibrate(paec: pk.PAEC, batches: list[MicroBatch]) -> tuple[dict[str, Tenso
 def describe(policy: Policy, task: Task, problem: Problem, batch: MicroBatch) -> Report:
     """Return a problem and its answers in the micro-batch's order, as text and as tokens, with their rewards."""
     rollout = batch.rollout
-    texts, tokens = policy.texts(rollout), policy.tokens(rollout)
+    columns = (policy.texts(rollout), policy.tokens(rollout), rollout.answers(), batch.advantages.flatten().tolist())
     answers = [
         {
-            "text": texts[row],
-            "reward": None if isinstance(task, OwnPrompt) else task.reward(problem, texts[row]),
-            "advantage": batch.advantages[row].item(),
-            "tokens": tokens[row],
-            "token_ids": rollout.token_ids[row, valid].tolist(),
+            "text": text,
+            "reward": None if isinstance(task, OwnPrompt) else task.reward(problem, text),
+            "advantage": advantage,
+            "tokens": tokens,
+            "token_ids": token_ids,
         }
-        for row, valid in enumerate(rollout.valid)
+        for text, tokens, token_ids, advantage in zip(*columns, strict=True)
     ]
     return {"task": task.name, "prompt": problem.prompt, "expected": problem.answer, "answers": answers}
 

@@ -97,15 +97,11 @@ class HFPolicy:
         return Rollout(sequences, torch.cat([prompt_mask, valid.long()], dim=1), prompt_length, valid)
 
     def texts(self, rollout: Rollout) -> list[str]:
-        answers = [row[valid].tolist() for row, valid in zip(rollout.token_ids, rollout.valid, strict=True)]
-        kept = [[token for token in answer if token not in self._end_ids] for answer in answers]
+        kept = [[token for token in answer if token not in self._end_ids] for answer in rollout.answers()]
         return self.tokenizer.batch_decode(kept, skip_special_tokens=True)
 
     def tokens(self, rollout: Rollout) -> list[list[str]]:
-        return [
-            self.tokenizer.batch_decode(row[valid][:, None])
-            for row, valid in zip(rollout.token_ids, rollout.valid, strict=True)
-        ]
+        return [self.tokenizer.batch_decode([[token] for token in answer]) for answer in rollout.answers()]
 
     def _shown(self, prompt: str) -> str:
         if not self.chat:

@@ -19,6 +19,10 @@ class Rollout(NamedTuple):
         """Return the answers' tokens, int64 [B, T]."""
         return self.sequences[:, self.prompt_length :]
 
+    def answers(self) -> list[list[int]]:
+        """Return each answer's token ids, its end token's too."""
+        return [ids[valid].tolist() for ids, valid in zip(self.token_ids, self.valid, strict=True)]
+
     def rows(self, rows: slice | Tensor) -> "Rollout":
         """Return the sequences of one micro-batch, cut after its longest answer."""
         valid = self.valid[rows]

@@ -98,10 +98,7 @@ class TinyPolicy:
         return ["".join(letters).removesuffix(END) for letters in self.tokens(rollout)]
 
     def tokens(self, rollout: Rollout) -> list[list[str]]:
-        return [
-            [LETTERS[i] for i in row[valid].tolist()]
-            for row, valid in zip(rollout.token_ids, rollout.valid, strict=True)
-        ]
+        return [[LETTERS[i] for i in answer] for answer in rollout.answers()]
 
     @torch.no_grad()
     def sample(
