@@ -14,18 +14,7 @@ LETTERS = "_" + END + ALPHABET  # token i is LETTERS[i]
 TOKEN = {letter: i for i, letter in enumerate(LETTERS)}
 MAX_POSITIONS = 64
 
-
-class Cache:
-    """Keys and values of the tokens so far, [B, heads, length, head size] for each layer."""
-
-    def __init__(self, n_layers: int) -> None:
-        self.layers: list[tuple[Tensor, Tensor] | None] = [None] * n_layers
-
-    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        if (past := self.layers[layer]) is not None:
-            k, v = torch.cat((past[0], k), dim=2), torch.cat((past[1], v), dim=2)
-        self.layers[layer] = k, v
-        return k, v
+Cache = dict[int, tuple[Tensor, Tensor]]  # by layer, keys and values so far, [B, heads, length, head size]
 
 
 class Block(nn.Module):
@@ -44,7 +33,9 @@ class Block(nn.Module):
     def forward(self, x: Tensor, mask: Tensor, cache: Cache | None, layer: int) -> Tensor:
         q, k, v = self.qkv(self.norm_attention(x)).unflatten(-1, (3, self.n_heads, -1)).permute(2, 0, 3, 1, 4)
         if cache is not None:
-            k, v = cache.extend(layer, k, v)
+            if layer in cache:
+                k, v = (torch.cat(pair, dim=2) for pair in zip(cache[layer], (k, v), strict=True))
+            cache[layer] = k, v
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # [B, heads, T, head size]
         x = x + self.out(attended.transpose(1, 2).flatten(2))
         return x + self.down(F.gelu(self.up(self.norm_mlp(x))))
@@ -106,43 +97,30 @@ class TinyPolicy:
     ) -> Rollout:
         device = self.head.device
         prompt_ids, prompt_mask = (x.to(device).repeat_interleave(answers, dim=0) for x in encode(prompts))
-        known = MAX_POSITIONS - prompt_ids.shape[1]
+        prompt_length = prompt_ids.shape[1]
+        known = MAX_POSITIONS - prompt_length
         if max_new_tokens > known:
             raise ValueError(
-                f"max_new_tokens must be at most {known} after a prompt of {prompt_ids.shape[1]} letters, "
+                f"max_new_tokens must be at most {known} after a prompt of {prompt_length} letters, "
                 f"as the tiny model knows {MAX_POSITIONS} positions, got {max_new_tokens}"
             )
         # Numbers of a prompt's own seed: a row's samples do not depend on the other rows of the batch.
-        uniform = torch.stack(
-            [
-                torch.rand(answers, max_new_tokens, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-                for seed in seeds
-            ]
-        ).flatten(0, 1)
-        uniform = uniform.to(device)
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        of_prompts = [torch.rand(answers, max_new_tokens, generator=g, dtype=torch.float64) for g in generators]
+        uniform = torch.cat(of_prompts).to(device)
 
-        cache = Cache(len(self.module.blocks))
-        new_ids, mask = prompt_ids, prompt_mask
-        tokens: list[Tensor] = []
-        alive = torch.ones(len(prompt_ids), dtype=torch.bool, device=device)
-        valid: list[Tensor] = []
+        cache: Cache = {}
+        sequences, mask, new_ids = prompt_ids, prompt_mask, prompt_ids
+        alive = torch.ones(len(prompt_ids), 1, dtype=torch.bool, device=device)
         for place in range(max_new_tokens):
             logits = self.module.states(new_ids, mask, cache)[:, -1] @ self.head.T
-            next_ids = _pick(logits, temperature, uniform[:, place])
-            next_ids = torch.where(alive, next_ids, PAD_ID)
-            tokens.append(next_ids)
-            valid.append(alive)
-            mask = torch.cat((mask, alive[:, None].long()), dim=1)
-            alive = alive & (next_ids != END_ID)
-            new_ids = next_ids[:, None]
+            new_ids = torch.where(alive, _pick(logits, temperature, uniform[:, place])[:, None], PAD_ID)
+            sequences = torch.cat((sequences, new_ids), dim=1)
+            mask = torch.cat((mask, alive.long()), dim=1)
+            alive = alive & (new_ids != END_ID)
             if not alive.any():
                 break
-        return Rollout(
-            torch.cat((prompt_ids, torch.stack(tokens, dim=1)), dim=1),
-            mask,
-            prompt_ids.shape[1],
-            torch.stack(valid, dim=1),
-        )
+        return Rollout(sequences, mask, prompt_length, mask[:, prompt_length:].bool())
 
 
 def encode(texts: Sequence[str]) -> tuple[Tensor, Tensor]:

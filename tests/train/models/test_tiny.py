@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from paec_kernels.train.models.tiny import END_ID, LETTERS, MAX_POSITIONS, PAD_ID, Cache, TinyModel, TinyPolicy, encode
+from paec_kernels.train.models.tiny import END_ID, LETTERS, MAX_POSITIONS, PAD_ID, TinyModel, TinyPolicy, encode
 
 PROMPTS = ["a47+38:", "o3142:", "p0110100:"]
 
@@ -24,7 +24,7 @@ def sample(policy, prompts=PROMPTS, answers=3, temperature=1.0, seeds=(5, 6, 7),
 def test_cached_states_are_those_of_the_whole_sequence(policy):
     ids, mask = encode(PROMPTS)
     whole = policy.module.states(ids, mask)
-    cache = Cache(len(policy.module.blocks))
+    cache = {}
     pieces = [
         policy.module.states(ids[:, :4], mask[:, :4], cache),
         policy.module.states(ids[:, 4:5], mask[:, :5], cache),
