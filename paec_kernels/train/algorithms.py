@@ -74,11 +74,6 @@ class Plan(NamedTuple):
 class Method:
     """What every method answers."""
 
-    @property
-    def top_p(self) -> float | None:
-        """The nucleus mass that ``token_stats`` must be called with; None for a method that reads no nucleus."""
-        return None
-
     def select(self, micro_batches: Sequence[MicroBatch], seed: int) -> list[Tensor] | None:
         """Choose the tokens of the step that the policy loss treats apart, a bool mask ``[B, T]`` for each."""
         return None
@@ -122,10 +117,6 @@ class PAECOptions(GRPOOptions):
 
     paec: PAECConfig = field(default_factory=PAECConfig)
     """PAEC's constants."""
-
-    @property
-    def top_p(self) -> float:
-        return self.paec.top_p
 
     def entropy_term(self) -> PAEC:
         return PAEC(self.paec)
@@ -222,10 +213,6 @@ class SIRENOptions(GRPOOptions):
     siren: SIRENConfig = field(default_factory=SIRENConfig)
     """SIREN's constants."""
 
-    @property
-    def top_p(self) -> float:
-        return self.siren.top_p
-
     def entropy_term(self) -> SIREN:
         return SIREN(self.siren)
 
@@ -276,10 +263,9 @@ class Algorithm(nn.Module):
 
     @property
     def top_p(self) -> float:
-        """The nucleus mass that ``token_stats`` must be called with."""
-        if self.options.top_p is not None:
-            return self.options.top_p
-        return NO_NUCLEUS if self.monitor is None else self.monitor.config.top_p
+        """The nucleus mass that ``token_stats`` must be called with: the entropy term's, else the monitor's."""
+        configs = [module.config for module in self._entropy_modules()]
+        return next((config.top_p for config in configs if hasattr(config, "top_p")), NO_NUCLEUS)
 
     @torch.no_grad()
     def plan(self, micro_batches: Sequence[MicroBatch], *, seed: int) -> tuple[list[MicroBatch], Plan]:
@@ -352,7 +338,7 @@ class Algorithm(nn.Module):
             module.step()
 
     def _entropy_modules(self) -> list[EntropyTerm]:
-        return [module for module in (self.monitor, self.term) if module is not None]
+        return [module for module in (self.term, self.monitor) if module is not None]
 
     def get_extra_state(self) -> dict[str, Any]:
         return {"algo": self.name, **asdict(self.options)}
