@@ -1,5 +1,6 @@
 """Saved state: files that are either whole or as they were, and refusals of another configuration's."""
 
+import json
 import os
 import uuid
 from collections.abc import Iterator, Mapping
@@ -15,14 +16,26 @@ def whole_file(path: Path) -> Iterator[Path]:
     """Give a path to write to, beside ``path``, which it replaces in one step when the block ends without an error.
 
     Each call gives a path of its own, so that several processes may write the same file at once, on whatever machines
-    that share the disk (whose process ids may coincide). After an error it is gone.
+    that share the disk (whose process ids may coincide). After an error it is gone. A missing folder is made.
     """
+    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
     try:
         yield partial
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a whole file; ValueError for NaN and infinities, which JSON does not have."""
+    with whole_file(path) as partial:
+        partial.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def without_nan(value: Any) -> Any:
+    """Return the value as JSON's types, with None for NaN and infinities."""
+    return json.loads(json.dumps(value), parse_constant=lambda name: None)
 
 
 def differing_fields(saved: Mapping[str, Any], ours: Mapping[str, Any], prefix: str = "") -> list[str]:

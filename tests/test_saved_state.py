@@ -27,12 +27,12 @@ def test_two_processes_write_one_file_at_once(tmp_path):
 
 def test_writers_of_one_process_id_do_not_meet(tmp_path):
     """As on two machines that share a disk."""
-    path = tmp_path / "state"
+    path = tmp_path / "made" / "state"
     with whole_file(path) as first, whole_file(path) as second:
         first.write_text("first")
         second.write_text("second")
     assert path.read_text() == "first"  # the last that was put in place
-    assert list(tmp_path.iterdir()) == [path]
+    assert list(path.parent.iterdir()) == [path]
 
 
 def test_an_error_leaves_the_old_file_alone(tmp_path):

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from paec_kernels.losses.ranks import rank_and_world
-from paec_kernels.saved_state import whole_file
+from paec_kernels.saved_state import without_nan, write_json
 from paec_kernels.train import loop
 from paec_kernels.train.config import CompareConfig, EvalConfig, TrainConfig, plain
 from paec_kernels.train.inspect import InspectConfig, make_report
@@ -108,11 +108,8 @@ def inspect(config: InspectConfig) -> int:
             _make_start(config.training(), progress)
         report = make_report(config, progress)
     show(report, console)
-    config.out.mkdir(parents=True, exist_ok=True)
     path = config.out / "inspect.json"
-    finite = json.loads(json.dumps(report), parse_constant=lambda name: None)  # JSON has no NaN: null
-    with whole_file(path) as partial:
-        partial.write_text(json.dumps(finite, indent=1) + "\n")
+    write_json(path, without_nan(report))
     console.print(f"wrote {path}")
     return 0
 
@@ -170,7 +167,6 @@ def _evaluate(policy: Policy, tasks: Sequence[Task], settings: Settings, out: Pa
         evaluation = evaluate_policy(policy, tasks, settings, on_progress=show)
     if not _is_first_process():
         return
-    out.mkdir(parents=True, exist_ok=True)
     evaluation.save(out / "eval.json")
     console.print(tables.format_evaluation(evaluation))
     console.print(f"wrote {out / 'eval.json'}")

@@ -5,7 +5,6 @@ be cut off and whose rows after the checkpoint are made again.
 """
 
 import json
-import math
 import os
 from pathlib import Path
 from typing import Any
@@ -13,17 +12,17 @@ from typing import Any
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
-from paec_kernels.saved_state import differing_fields, whole_file
+from paec_kernels.saved_state import differing_fields, whole_file, without_nan, write_json
 
 
 class RunLog:
     """Writes config.json, then rows of log.jsonl and of TensorBoard; drops the rows after ``steps_done``."""
 
     def __init__(self, folder: Path, config: dict[str, Any], steps_done: int) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        _replace(folder / "config.json", json.dumps(config, indent=1) + "\n")
+        write_json(folder / "config.json", config)
         kept = [row for row in read_rows(folder) if row["step"] <= steps_done]
-        _replace(folder / "log.jsonl", "".join(map(_line, kept)))
+        with whole_file(folder / "log.jsonl") as partial:
+            partial.write_text("".join(map(_line, kept)), encoding="utf-8")
         self._file = (folder / "log.jsonl").open("a", encoding="utf-8")
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=steps_done + 1)
 
@@ -81,11 +80,4 @@ def load_checkpoint(path: Path, config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _line(row: dict[str, float]) -> str:
-    """Return the row as a line of JSON, which has no NaN: null."""
-    finite = {name: value if value is None or math.isfinite(value) else None for name, value in row.items()}
-    return json.dumps(finite) + "\n"
-
-
-def _replace(path: Path, text: str) -> None:
-    with whole_file(path) as partial:
-        partial.write_text(text, encoding="utf-8")
+    return json.dumps(without_nan(row)) + "\n"

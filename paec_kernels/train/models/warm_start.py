@@ -83,7 +83,6 @@ def warm_start(
         optimizer.step()
         optimizer.zero_grad()  # after, so that no gradient goes along with the model
         on_step(step, loss.item())
-    folder.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as partial:
         torch.save(model.state_dict(), partial)
     return model

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from paec_kernels.checks import integer, number
 from paec_kernels.losses.ranks import rank_and_world
-from paec_kernels.saved_state import whole_file
+from paec_kernels.saved_state import write_json
 from paec_kernels.train.config import EvalOptions, seed_of
 from paec_kernels.train.models.policy import Policy
 from paec_kernels.train.report import metrics
@@ -58,9 +58,7 @@ class Evaluation:
 
     def save(self, path: Path) -> None:
         """Write JSON with the summary beside the raw results; whole or not at all."""
-        document = asdict(self) | {"summary": summarise(self)}
-        with whole_file(path) as partial:
-            partial.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
+        write_json(path, asdict(self) | {"summary": summarise(self)})
 
     @classmethod
     def load(cls, path: Path) -> "Evaluation":

@@ -43,7 +43,6 @@ def save_plots(comparison: Comparison, runs: Sequence[Run], out: Path) -> list[P
 
     Lines are means over seeds; bands, and the bars of points, 95 % t intervals.
     """
-    out.mkdir(parents=True, exist_ok=True)
     figures = {
         "entropy": entropy_figure(runs),
         "reward": reward_figure(runs),

@@ -1,7 +1,6 @@
 """Evaluations and comparisons as tables for terminals and Markdown; comparisons also as JSON and CSV files."""
 
 import csv
-import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -11,8 +10,8 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from paec_kernels.saved_state import whole_file
-from paec_kernels.train.report.compare import OF_TRAINING, Comparison, Row, run_scores
+from paec_kernels.saved_state import whole_file, without_nan, write_json
+from paec_kernels.train.report.compare import OF_TRAINING, Comparison, run_scores
 from paec_kernels.train.report.evaluate import Evaluation, mean_scores, summarise
 from paec_kernels.train.report.metrics import Estimate
 from paec_kernels.train.report.runs import Run
@@ -76,11 +75,12 @@ def to_markdown(comparison: Comparison) -> str:
 
 def save(comparison: Comparison, runs: Sequence[Run], out: Path) -> list[Path]:
     """Write comparison.json, comparison.csv (its rows), runs.csv (each run's scores by task) and comparison.md."""
-    out.mkdir(parents=True, exist_ok=True)
-    document = asdict(comparison) | {
-        "rows": [_plain(row) for row in comparison.rows],
-        "runs": [{"folder": str(run.folder), "arm": run.arm, "seed": run.seed} for run in runs],
-    }
+    rows = []
+    for row in comparison.rows:
+        difference = row.difference and row.difference._asdict()
+        rows.append(row._asdict() | {"estimate": row.estimate._asdict(), "difference": difference})
+    names = [{"folder": str(run.folder), "arm": run.arm, "seed": run.seed} for run in runs]
+    document = asdict(comparison) | {"rows": without_nan(rows), "runs": names}
     columns = [f"{kind}{part}" for kind in ("", "difference_") for part in ("mean", "low", "high")]
     summary: list[list[Any]] = [["arm", "metric", "seeds", *columns]]
     for row in comparison.rows:
@@ -91,17 +91,13 @@ def save(comparison: Comparison, runs: Sequence[Run], out: Path) -> list[Path]:
         for task, scores in mean_scores(run.evaluation).items():
             raw += [[run.arm, run.seed, task, name, value] for name, value in scores.items()]
         raw += [[run.arm, run.seed, "", name, run_scores(run)[name]] for name in OF_TRAINING]
-    text = {
-        "comparison.json": json.dumps(document, indent=1, allow_nan=False) + "\n",
-        "comparison.md": to_markdown(comparison),
-    }
-    for name, content in text.items():
-        with whole_file(out / name) as partial:
-            partial.write_text(content)
+    write_json(out / "comparison.json", document)
+    with whole_file(out / "comparison.md") as partial:
+        partial.write_text(to_markdown(comparison))
     for name, lines in (("comparison.csv", summary), ("runs.csv", raw)):
         with whole_file(out / name) as partial, partial.open("w", newline="") as file:
             csv.writer(file, lineterminator="\n").writerows(lines)
-    return [out / name for name in (*text, "comparison.csv", "runs.csv")]
+    return [out / name for name in ("comparison.json", "comparison.md", "comparison.csv", "runs.csv")]
 
 
 def _tables(comparison: Comparison) -> Iterator[tuple[str, list[str], list[list[str]]]]:
@@ -146,12 +142,3 @@ def _interval(metric: str, estimate: Estimate) -> str:
     """Return low-high, of a score in whole per cents: more would not fit 80 columns."""
     ends = (estimate.low, estimate.high)
     return "-".join(_number(metric, end) if metric in DIGITS else f"{100 * end:.0f}" for end in ends)
-
-
-def _plain(row: Row) -> dict[str, Any]:
-    """Return a row for JSON, which has no NaN."""
-    plain: dict[str, Any] = row._asdict()
-    for name in ("estimate", "difference"):
-        estimate = plain[name]
-        plain[name] = estimate and {k: None if math.isnan(x) else x for k, x in estimate._asdict().items()}
-    return plain
