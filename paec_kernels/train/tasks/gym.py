@@ -42,8 +42,9 @@ class GymTask:
     def __init__(self, dataset: str, **config: Any) -> None:
         checks.one_of("dataset", dataset, sorted(DATASETS))
         self.name = ",".join([f"gym:{dataset}", *(f"{field}={value}" for field, value in config.items())])
-        self._dataset, self._config = dataset, config
-        self._chunk = lru_cache(maxsize=4)(self._make)
+        self._chunk = lru_cache(maxsize=4)(
+            lambda seed: reasoning_gym.create_dataset(dataset, seed=seed, size=CHUNK, **config)
+        )
         try:
             self._chunk(0)
         except (AssertionError, TypeError) as error:
@@ -99,9 +100,6 @@ class GymTask:
         problem = GymProblem(self.name, f"{entry['question']}\n\n{INSTRUCTION}", str(entry["answer"]))
         problem.entry = entry
         return problem
-
-    def _make(self, seed: int) -> Any:
-        return reasoning_gym.create_dataset(self._dataset, seed=seed, size=CHUNK, **self._config)
 
 
 def _plain_number(text: str) -> str:
