@@ -127,7 +127,7 @@ def train(
             if log:
                 log.write(row)
                 on_step(row)
-            stop = _on_any_rank(interrupted(), device)
+            stop = bool(mean_over_ranks(torch.tensor(float(interrupted()), device=device), None))  # on any rank
             if rank == 0 and (stop or run.steps_done % config.checkpoint_every == 0 or run.steps_done == config.steps):
                 save_checkpoint(run.state_dict(), path)
             if stop and run.steps_done < config.steps:
@@ -253,10 +253,6 @@ def optimiser_step(run: Run, micro_batches: Sequence[MicroBatch], seed: int) -> 
 def _gradients_stay_local(model: nn.Module, local: bool) -> AbstractContextManager:
     """Ranks average their gradients in the last micro-batch's backward only."""
     return model.no_sync() if local and isinstance(model, DistributedDataParallel) else nullcontext()
-
-
-def _on_any_rank(flag: bool, device: torch.device) -> bool:
-    return bool(mean_over_ranks(torch.tensor(float(flag), device=device), None))
 
 
 @contextmanager

@@ -52,8 +52,11 @@ def majority_vote(correct: np.ndarray, answers: Answers) -> np.ndarray:
     None is no vote, and without any vote a problem scores 0. Answers that tie for the most votes are drawn with
     equal chances, and the expected value counts.
     """
+    shape = _checked(correct).shape
+    if len(answers) != shape[0] or any(len(row) != shape[1] for row in answers):
+        raise ValueError(f"answers must be as many as correct's {shape}, got rows of {[len(row) for row in answers]}")
     scores = []
-    for row, right in zip(_matched(correct, answers), correct, strict=True):
+    for row, right in zip(answers, correct, strict=True):
         votes = Counter(answer for answer in row if answer is not None)
         most = max(votes.values(), default=0)
         # A verifier may judge two responses with the same canonical answer apart, hence the mean of the winner's.
@@ -136,10 +139,3 @@ def _checked(correct: np.ndarray) -> np.ndarray:
     if correct.ndim != 2 or correct.shape[1] == 0:
         raise ValueError(f"correct must be [problems, k] with k >= 1, got shape {correct.shape}")
     return correct
-
-
-def _matched(correct: np.ndarray, answers: Answers) -> Answers:
-    shape = _checked(correct).shape
-    if len(answers) != shape[0] or any(len(row) != shape[1] for row in answers):
-        raise ValueError(f"answers must be as many as correct's {shape}, got rows of {[len(row) for row in answers]}")
-    return answers
