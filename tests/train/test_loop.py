@@ -1,7 +1,7 @@
 """The loop on a hardly trained tiny model: what a step does, and that a run may be stopped at any moment."""
 
-import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -14,7 +14,7 @@ import torch
 
 from paec_kernels.train import loop
 from paec_kernels.train.algorithms import ALGORITHMS
-from paec_kernels.train.config import TrainConfig, plain
+from paec_kernels.train.config import TrainConfig
 from paec_kernels.train.models.warm_start import WarmStart
 from paec_kernels.train.policies import starting_policy
 from paec_kernels.train.presets import with_algo
@@ -73,13 +73,8 @@ def assert_alike(a: dict, b: dict, rel: float):
             assert a[name] == pytest.approx(b[name], rel=rel, abs=1e-5), name
 
 
-def start(config: TrainConfig, **processes) -> subprocess.Popen:
-    options = plain(config)
-    kept = "out cache warm_start tasks algo steps prompts answers micro_batch max_new_tokens checkpoint_every updates"
-    options = {name: options[name] for name in kept.split()}
-    options["warm_start"].pop("habits")
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"] if processes else []
-    command = [sys.executable, *launch, str(WORKER), json.dumps(options)]
+def start(config: TrainConfig, *launcher: str) -> subprocess.Popen:
+    command = [sys.executable, *launcher, str(WORKER), pickle.dumps(config).hex()]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -233,7 +228,8 @@ def test_a_gradient_that_is_not_finite_stops_the_run(config, monkeypatch):
 def test_two_processes_equal_one(config, algo):
     config = with_algo(replace(config, steps=2, updates=2), algo)
     finish(start(replace(config, out=config.out / "one")))
-    finish(start(replace(config, out=config.out / "two"), processes=2))
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    finish(start(replace(config, out=config.out / "two"), *torchrun))
     one, two = (read_rows(config.out / name) for name in ("one", "two"))
     for a, b in zip(one, two, strict=True):
         assert_alike(a, b, rel=1e-3)
