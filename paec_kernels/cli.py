@@ -4,7 +4,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import torch.distributed as dist
@@ -24,30 +24,12 @@ def main(args: Sequence[str] | None = None) -> None:
     """
     args = list(sys.argv[1:] if args is None else args)
     defaults = _train_defaults(args)
-    whole = tyro.conf.arg(name="")  # options without the prefix of the parameter's name
-
-    def train(config: Annotated[TrainConfig, whole] = defaults) -> int:
-        return commands.train(config)
-
-    def evaluate(config: Annotated[EvalConfig, whole]) -> int:
-        return commands.evaluate(config)
-
-    def compare(config: Annotated[CompareConfig, whole] = CompareConfig(train=defaults)) -> int:  # noqa: B008
-        return commands.compare(config)
-
-    def inspect(config: Annotated[InspectConfig, whole]) -> int:
-        return commands.inspect(config)
-
-    subcommands: dict[str, Callable[..., int]] = {
-        "train": train,
-        "eval": evaluate,
-        "compare": compare,
-        "inspect": inspect,
+    subcommands = {
+        "train": _subcommand(commands.train, defaults),
+        "eval": _subcommand(commands.evaluate, EvalConfig()),
+        "compare": _subcommand(commands.compare, CompareConfig(train=defaults)),
+        "inspect": _subcommand(commands.inspect, InspectConfig()),
     }
-    for command, options in zip(
-        subcommands.values(), (TrainConfig, EvalConfig, CompareConfig, InspectConfig), strict=True
-    ):
-        command.__doc__ = options.__doc__
     distributed = int(os.environ.get("WORLD_SIZE", "1")) > 1
     if distributed:  # torchrun's
         dist.init_process_group()
@@ -62,6 +44,17 @@ def main(args: Sequence[str] | None = None) -> None:
         if distributed:
             dist.destroy_process_group()
     sys.exit(status)
+
+
+def _subcommand(command: Callable[[Any], int], default: Any) -> Callable[..., int]:
+    """Return the command as tyro reads it: with the options that its config has, and what the config's class says."""
+    whole = tyro.conf.arg(name="")  # options without the prefix of the parameter's name
+
+    def run(config: Annotated[type(default), whole] = default) -> int:  # type: ignore[valid-type]
+        return command(config)
+
+    run.__doc__ = type(default).__doc__
+    return run
 
 
 def _train_defaults(args: list[str]) -> TrainConfig:
