@@ -70,10 +70,7 @@ def mean_with_band(columns: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarra
 def smooth(values: np.ndarray, window: int) -> np.ndarray:
     """Return the mean of up to ``window`` values up to and with each; NaN is left out, and stays where all are NaN."""
     known = ~np.isnan(values)
-    totals = np.cumsum(np.where(known, values, 0.0))
-    counts = np.cumsum(known)
-    totals[window:] -= totals[:-window].copy()
-    counts[window:] -= counts[:-window].copy()
+    totals, counts = (np.convolve(x, np.ones(window))[: len(values)] for x in (np.where(known, values, 0.0), known))
     return np.where(counts > 0, totals / np.maximum(counts, 1), np.nan)
 
 
