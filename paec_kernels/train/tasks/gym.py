@@ -63,12 +63,12 @@ class GymTask:
             # The first attempt takes the index's own seed; others come from far away.
             place = (index + attempt * 1_000_000_007) % len(TRAIN_SEEDS)
             problem = self._problem(TRAIN_SEEDS[place - place % CHUNK], place % CHUNK)
-            if problem.prompt not in self._eval_prompts:
+            if problem.prompt not in self._eval_pool:
                 return problem
         raise ValueError(f"{self.name} makes too few different problems to keep {EVAL_POOL} of them for evaluation")
 
     def eval_problems(self, count: int) -> list[Problem]:
-        return list(self._eval_pool[:count])
+        return list(self._eval_pool.values())[:count]
 
     def extract(self, text: str) -> str | None:
         answer = extract_answer(text)
@@ -83,17 +83,13 @@ class GymTask:
         return float(self._chunk(0).score_answer(self.extract(text), problem.entry) >= 1.0)
 
     @cached_property
-    def _eval_pool(self) -> list[GymProblem]:
+    def _eval_pool(self) -> dict[str, Problem]:
         problems = [self._problem(0, index) for index in range(EVAL_POOL)]
-        return list({problem.prompt: problem for problem in problems}.values())
-
-    @cached_property
-    def _eval_prompts(self) -> set[str]:
-        return {problem.prompt for problem in self._eval_pool}
+        return {problem.prompt: problem for problem in problems}
 
     @cached_property
     def _has_numbers(self) -> bool:
-        return all(NUMBER.fullmatch(problem.answer) for problem in self._eval_pool)
+        return all(NUMBER.fullmatch(problem.answer) for problem in self._eval_pool.values())
 
     def _problem(self, seed: int, index: int) -> GymProblem:
         entry = self._chunk(seed)[index]

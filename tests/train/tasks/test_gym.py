@@ -38,7 +38,7 @@ def test_training_and_evaluation_never_coincide(dataset: str) -> None:
 def test_a_dataset_without_enough_problems_says_so() -> None:
     task = GymTask("chain_sum", min_terms=2, max_terms=2, min_digits=1, max_digits=1)
     seen = {task._problem(0, index).prompt for index in range(1000)}
-    task.__dict__["_eval_prompts"] = seen  # as if all that there is were kept
+    task.__dict__["_eval_pool"] = seen  # as if all that there is were kept
     with pytest.raises(ValueError, match=f"gym:chain_sum,.* makes too few different problems to keep {EVAL_POOL}"):
         task.train_problem(0)
 
