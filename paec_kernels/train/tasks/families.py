@@ -17,6 +17,7 @@ import random
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 from paec_kernels.train.tasks.task import Problem
@@ -99,16 +100,8 @@ def _draw_sub(rng: random.Random) -> str:
     return f"s{a1}{rng.randrange(10)}-{b1}{rng.randrange(10)}:"
 
 
-def _draw_parity(rng: random.Random) -> str:
-    return "p" + "".join(rng.choices("01", k=7)) + ":"
-
-
-def _draw_sort(rng: random.Random) -> str:
-    return "o" + "".join(rng.choices("0123456789", k=4)) + ":"
-
-
-def _draw_count(rng: random.Random) -> str:
-    return "n" + "".join(rng.choices("aabc", k=6)) + ":"
+def _draw_letters(sign: str, letters: str, n: int, rng: random.Random) -> str:
+    return sign + "".join(rng.choices(letters, k=n)) + ":"
 
 
 @dataclass(frozen=True)
@@ -163,8 +156,8 @@ class Family:
 _ALL = (
     Family("add", _draw_add, add),
     Family("sub", _draw_sub, sub),
-    Family("parity", _draw_parity, parity),
-    Family("sort", _draw_sort, sort),
-    Family("count", _draw_count, count),
+    Family("parity", partial(_draw_letters, "p", "01", 7), parity),
+    Family("sort", partial(_draw_letters, "o", "0123456789", 4), sort),
+    Family("count", partial(_draw_letters, "n", "aabc", 6), count),
 )
 FAMILIES = {family.name: family for family in _ALL}
