@@ -160,11 +160,9 @@ def _evaluate_run(config: TrainConfig, policy: Policy, tasks: Sequence[Task], co
 def _evaluate(policy: Policy, tasks: Sequence[Task], settings: Settings, out: Path, console: Console) -> None:
     with _progress(console) as progress:
         bar = progress.add_task("evaluate")
-
-        def show(done: int, total: int) -> None:
-            progress.update(bar, completed=done, total=total)
-
-        evaluation = evaluate_policy(policy, tasks, settings, on_progress=show)
+        evaluation = evaluate_policy(
+            policy, tasks, settings, on_progress=lambda done, total: progress.update(bar, completed=done, total=total)
+        )
     if not _is_first_process():
         return
     evaluation.save(out / "eval.json")
