@@ -318,9 +318,7 @@ def test_colours_go_from_calm_to_decisive(made_up: dict) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"problems": 0}, "problems must be >= 1, got 0"),
         ({"prompts": ("a", "")}, "prompts must not be empty texts"),
-        ({"prompts": ("a",), "tasks": ("parity",)}, "prompts must be none where tasks are named"),
         ({"run": Path("r"), "model": "smollm2"}, "model and chat must be left to the run, got 'smollm2' and None"),
         ({"run": Path("r"), "chat": False}, "model and chat must be left to the run, got 'tiny' and False"),
     ],
