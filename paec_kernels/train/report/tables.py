@@ -75,15 +75,12 @@ def to_markdown(comparison: Comparison) -> str:
 
 def save(comparison: Comparison, runs: Sequence[Run], out: Path) -> list[Path]:
     """Write comparison.json, comparison.csv (its rows), runs.csv (each run's scores by task) and comparison.md."""
+    columns = [f"{kind}{part}" for kind in ("", "difference_") for part in ("mean", "low", "high")]
+    summary: list[list[Any]] = [["arm", "metric", "seeds", *columns]]
     rows = []
     for row in comparison.rows:
         difference = row.difference and row.difference._asdict()
         rows.append(row._asdict() | {"estimate": row.estimate._asdict(), "difference": difference})
-    names = [{"folder": str(run.folder), "arm": run.arm, "seed": run.seed} for run in runs]
-    document = asdict(comparison) | {"rows": without_nan(rows), "runs": names}
-    columns = [f"{kind}{part}" for kind in ("", "difference_") for part in ("mean", "low", "high")]
-    summary: list[list[Any]] = [["arm", "metric", "seeds", *columns]]
-    for row in comparison.rows:
         numbers = [*row.estimate, *(row.difference or [math.nan] * 3)]
         summary.append([row.arm, row.metric, row.seeds, *("" if math.isnan(x) else x for x in numbers)])
     raw: list[list[Any]] = [["arm", "seed", "task", "metric", "value"]]
@@ -91,7 +88,8 @@ def save(comparison: Comparison, runs: Sequence[Run], out: Path) -> list[Path]:
         for task, scores in mean_scores(run.evaluation).items():
             raw += [[run.arm, run.seed, task, name, value] for name, value in scores.items()]
         raw += [[run.arm, run.seed, "", name, run_scores(run)[name]] for name in OF_TRAINING]
-    write_json(out / "comparison.json", document)
+    read = [{"folder": str(run.folder), "arm": run.arm, "seed": run.seed} for run in runs]
+    write_json(out / "comparison.json", asdict(comparison) | {"rows": without_nan(rows), "runs": read})
     with whole_file(out / "comparison.md") as partial:
         partial.write_text(to_markdown(comparison))
     for name, lines in (("comparison.csv", summary), ("runs.csv", raw)):
