@@ -60,21 +60,16 @@ def test_valid_ends_with_the_end_token(policy):
     with torch.no_grad():
         policy.module.embedding.weight[END_ID] += policy.module.embedding.weight.abs().max() / 20
     rollout = sample(policy, answers=40)
-    ended = 0
-    texts, tokens_of_each = policy.texts(rollout), policy.tokens(rollout)
-    rows = zip(rollout.token_ids, rollout.valid, rollout.attention_mask, texts, tokens_of_each, strict=True)
-    for ids, valid, mask, text, tokens in rows:
-        length = int(valid.sum())
-        assert valid[:length].all()
-        assert (ids[length:] == PAD_ID).all()
-        assert (ids[: length - 1] != END_ID).all()
-        assert torch.equal(mask[rollout.prompt_length :].bool(), valid)
-        ended += int(ids[length - 1] == END_ID)
+    assert torch.equal(rollout.attention_mask[:, rollout.prompt_length :].bool(), rollout.valid)
+    assert (rollout.token_ids[~rollout.valid] == PAD_ID).all()
+    assert (rollout.valid[:, 1:] <= rollout.valid[:, :-1]).all()  # no gap
+    lengths, texts, tokens_of_each = rollout.valid.sum(1), policy.texts(rollout), policy.tokens(rollout)
+    for ids, length, text, tokens in zip(rollout.token_ids.tolist(), lengths, texts, tokens_of_each, strict=True):
+        assert END_ID not in ids[: length - 1]
+        assert ids[length - 1] == END_ID or length == len(ids)
         assert tokens == [LETTERS[i] for i in ids[:length]]
-        assert text == "".join(LETTERS[i] for i in ids[:length] if i != END_ID)
-        if length < valid.numel():
-            assert ids[length - 1] == END_ID
-    assert ended > 0
+        assert text == "".join(tokens).removesuffix(LETTERS[END_ID])
+    assert (rollout.token_ids == END_ID).any()
 
 
 def test_greedy_is_the_likeliest_token(policy):
