@@ -59,12 +59,8 @@ def majority_vote(correct: np.ndarray, answers: Answers) -> np.ndarray:
     for row, right in zip(answers, correct, strict=True):
         votes = Counter(answer for answer in row if answer is not None)
         most = max(votes.values(), default=0)
-        # A verifier may judge two responses with the same canonical answer apart, hence the mean of the winner's.
-        winners = [
-            np.mean([r for answer, r in zip(row, right, strict=True) if answer == winner])
-            for winner, count in votes.items()
-            if count == most
-        ]
+        # All votes for winners, which have equally many; a verifier may judge two with the same canonical answer apart.
+        winners = [r for answer, r in zip(row, right, strict=True) if answer is not None and votes[answer] == most]
         scores.append(float(np.mean(winners)) if winners else 0.0)
     return np.array(scores)
 
