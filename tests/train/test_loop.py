@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from paec_kernels.train import loop
 from paec_kernels.train.algorithms import ALGORITHMS
@@ -20,7 +21,6 @@ from paec_kernels.train.policies import starting_policy
 from paec_kernels.train.presets import with_algo
 from paec_kernels.train.run_folder import OtherConfigError, read_checkpoint, read_rows
 
-WORKER = Path(__file__).parent / "train_worker.py"
 TIMES = ("seconds", "sample_seconds")
 
 
@@ -74,7 +74,8 @@ def assert_alike(a: dict, b: dict, rel: float):
 
 
 def start(config: TrainConfig, *launcher: str) -> subprocess.Popen:
-    command = [sys.executable, *launcher, str(WORKER), pickle.dumps(config).hex()]
+    """Train in a process of its own, which runs the end of this file; a rank of one under torchrun."""
+    command = [sys.executable, *launcher, __file__, pickle.dumps(config).hex()]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -255,3 +256,12 @@ def test_time_is_counted_as_it_passes(config):
     loop.train(config)
     elapsed = time.perf_counter() - began
     assert 0.3 * elapsed < sum(row["seconds"] for row in read_rows(config.out)) < elapsed
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    if "WORLD_SIZE" in os.environ:
+        dist.init_process_group("gloo")
+    loop.train(pickle.loads(bytes.fromhex(sys.argv[1])), lambda row: print("step", int(row["step"]), flush=True))
+    if dist.is_initialized():
+        dist.destroy_process_group()
