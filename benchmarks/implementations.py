@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
-import torch
 from torch import Tensor
 
 from benchmarks.workload import Case, Inputs
@@ -14,7 +13,6 @@ from benchmarks.workload import Case, Inputs
 # "policy_loss", GRPO's loss of each token ``[N]``, and "mean_policy_loss", its mean over valid tokens, 0-d.
 Outputs = dict[str, Tensor]
 STATISTICS = ("logp", "entropy", "nucleus_entropy", "nucleus_size", "margin")
-DIFFERENTIABLE = ("logp", "entropy", "nucleus_entropy")
 
 
 @dataclass(frozen=True)
@@ -40,8 +38,8 @@ class Implementation:
     name: str
     source: str
     prepare: Callable[[], Callable[[Inputs], Outputs]]
-    computes: tuple[str, ...]
-    gradients: tuple[str, ...]
+    computes: tuple[str, ...] = STATISTICS
+    gradients: tuple[str, ...] = ("logp", "entropy", "nucleus_entropy")
     linear: bool = False
     packages: tuple[tuple[str, str], ...] = ()
     on: tuple[str, ...] = ("cpu", "cuda")
@@ -72,8 +70,3 @@ class Implementation:
             except PackageNotFoundError:
                 continue
         return found
-
-
-def compiled(function: Callable[..., Outputs]) -> Callable[..., Outputs]:
-    """Compile as a user would, for one shape."""
-    return torch.compile(function, dynamic=False)

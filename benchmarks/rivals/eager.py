@@ -2,9 +2,10 @@
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
-from benchmarks.implementations import DIFFERENTIABLE, STATISTICS, Implementation, Outputs, compiled
+from benchmarks.implementations import Implementation, Outputs
 from benchmarks.workload import TOP_P, Inputs
 
 SIREN_TOP_K = 10_000  # entropy_topk of github.com/Linn3a/siren, verl/workers/actor/dp_actor.py
@@ -55,7 +56,7 @@ def on_logits(function: Callable[[Tensor, Tensor], Outputs]) -> Callable[[], Cal
 
 def on_logits_compiled(function: Callable[[Tensor, Tensor], Outputs]) -> Callable[[], Callable[[Inputs], Outputs]]:
     def prepare() -> Callable[[Inputs], Outputs]:
-        fused = compiled(function)
+        fused = torch.compile(function, dynamic=False)  # as a user would, for one shape
         return lambda inputs: fused(inputs.rows, inputs.token_ids)
 
     return prepare
@@ -63,7 +64,7 @@ def on_logits_compiled(function: Callable[[Tensor, Tensor], Outputs]) -> Callabl
 
 def on_hidden_compiled(function: Callable[[Tensor, Tensor], Outputs]) -> Callable[[], Callable[[Inputs], Outputs]]:
     def prepare() -> Callable[[Inputs], Outputs]:
-        fused = compiled(lambda hidden, head, token_ids: function(hidden @ head.T, token_ids))
+        fused = torch.compile(lambda hidden, head, token_ids: function(hidden @ head.T, token_ids), dynamic=False)
         return lambda inputs: fused(inputs.rows, inputs.head, inputs.token_ids)
 
     return prepare
@@ -76,15 +77,11 @@ IMPLEMENTATIONS = (
         "eager, sort",
         "torch: log_softmax, sort, cumsum",
         on_logits(by_sort),
-        STATISTICS,
-        DIFFERENTIABLE,
     ),
     Implementation(
         "eager, top-k cut",
         "torch: log_softmax, topk(10000), cumsum, after SIREN",
         on_logits(by_top_k),
-        STATISTICS,
-        DIFFERENTIABLE,
         note=CUT,
         keeps=SIREN_TOP_K,
     ),
@@ -92,16 +89,12 @@ IMPLEMENTATIONS = (
         "torch.compile, sort",
         "torch.compile of 'eager, sort'",
         on_logits_compiled(by_sort),
-        STATISTICS,
-        DIFFERENTIABLE,
         compiled=True,
     ),
     Implementation(
         "torch.compile, top-k cut",
         "torch.compile of 'eager, top-k cut'",
         on_logits_compiled(by_top_k),
-        STATISTICS,
-        DIFFERENTIABLE,
         compiled=True,
         note=CUT,
         keeps=SIREN_TOP_K,
@@ -127,8 +120,6 @@ IMPLEMENTATIONS = (
         "torch.compile, matmul and sort",
         "torch.compile of hidden @ head.T and 'eager, sort'",
         on_hidden_compiled(by_sort),
-        STATISTICS,
-        DIFFERENTIABLE,
         linear=True,
         compiled=True,
     ),

@@ -3,16 +3,16 @@
 from collections.abc import Callable
 
 import paec_kernels as pk
-from benchmarks.implementations import DIFFERENTIABLE, STATISTICS, Implementation, Outputs
+from benchmarks.implementations import STATISTICS, Implementation, Outputs
 from benchmarks.workload import TOP_P, Inputs
 from paec_kernels.train.algorithms import NO_NUCLEUS
 
 SMALL_CHUNK_ROWS = 128
+NO_NUCLEUS_GIVES = ("logp", "entropy", "margin")
 
 
-def outputs(stats: pk.TokenStats) -> Outputs:
-    found = stats._asdict()
-    return {name: found[name] for name in STATISTICS}
+def outputs(stats: pk.TokenStats, names: tuple[str, ...] = STATISTICS) -> Outputs:
+    return {name: getattr(stats, name) for name in names}
 
 
 def token_stats() -> Callable[[Inputs], Outputs]:
@@ -28,11 +28,7 @@ def in_place() -> Callable[[Inputs], Outputs]:
 
 
 def without_nucleus() -> Callable[[Inputs], Outputs]:
-    def run(inputs: Inputs) -> Outputs:
-        found = outputs(pk.token_stats(inputs.rows, inputs.token_ids, top_p=NO_NUCLEUS))
-        return {name: found[name] for name in ("logp", "entropy", "margin")}
-
-    return run
+    return lambda inputs: outputs(pk.token_stats(inputs.rows, inputs.token_ids, top_p=NO_NUCLEUS), NO_NUCLEUS_GIVES)
 
 
 def by_chunks(chunk_rows: int | None) -> Callable[[], Callable[[Inputs], Outputs]]:
@@ -52,13 +48,11 @@ def whole_logits() -> Callable[[Inputs], Outputs]:
 
 
 IMPLEMENTATIONS = (
-    Implementation("token_stats", "paec_kernels.token_stats", token_stats, STATISTICS, DIFFERENTIABLE, exact=True),
+    Implementation("token_stats", "paec_kernels.token_stats", token_stats, exact=True),
     Implementation(
         "token_stats in place",
         "paec_kernels.token_stats(inplace_backward=True)",
         in_place,
-        STATISTICS,
-        DIFFERENTIABLE,
         exact=True,
         overwrites=True,
     ),
@@ -66,7 +60,7 @@ IMPLEMENTATIONS = (
         "token_stats, no nucleus",
         f"paec_kernels.token_stats(top_p={NO_NUCLEUS})",
         without_nucleus,
-        ("logp", "entropy", "margin"),
+        NO_NUCLEUS_GIVES,
         ("logp", "entropy"),
         exact=True,
         note="the same operator where the first token is nucleus enough: what the nucleus itself costs",
@@ -75,8 +69,6 @@ IMPLEMENTATIONS = (
         "linear_token_stats",
         "paec_kernels.linear_token_stats",
         by_chunks(None),
-        STATISTICS,
-        DIFFERENTIABLE,
         linear=True,
         exact=True,
     ),
@@ -84,8 +76,6 @@ IMPLEMENTATIONS = (
         "linear_token_stats, small chunks",
         f"paec_kernels.linear_token_stats(chunk_rows={SMALL_CHUNK_ROWS})",
         by_chunks(SMALL_CHUNK_ROWS),
-        STATISTICS,
-        DIFFERENTIABLE,
         linear=True,
         exact=True,
     ),
@@ -93,8 +83,6 @@ IMPLEMENTATIONS = (
         "matmul, token_stats in place",
         "hidden @ head.T, paec_kernels.token_stats(inplace_backward=True)",
         whole_logits,
-        STATISTICS,
-        DIFFERENTIABLE,
         linear=True,
         exact=True,
     ),
