@@ -24,7 +24,7 @@ class Implementation:
             leaves that take a gradient, to outputs.
         computes: of STATISTICS, what a user gets from it, by its own definition.
         gradients: the outputs through which its gradient flows.
-        packages: distributions and the modules they bring, without which it is missing.
+        package: the distribution and the module that it brings, without which it is missing.
         on: device types it runs on.
         exact: held to the error of the float32 definition, with no allowance of its own.
         overwrites: it writes over its logits, so that each run needs fresh ones.
@@ -41,7 +41,7 @@ class Implementation:
     computes: tuple[str, ...] = STATISTICS
     gradients: tuple[str, ...] = ("logp", "entropy", "nucleus_entropy")
     linear: bool = False
-    packages: tuple[tuple[str, str], ...] = ()
+    package: tuple[str, str] | None = None
     on: tuple[str, ...] = ("cpu", "cuda")
     exact: bool = False
     overwrites: bool = False
@@ -53,20 +53,18 @@ class Implementation:
 
     def why_not(self, case: Case) -> tuple[str, str] | None:
         """Give the status and the reason of a case that cannot be run here, before anything is imported."""
-        for distribution, module in self.packages:
-            if find_spec(module.split(".")[0]) is None:
-                return "missing", f"{distribution} is not installed"
+        if self.package is not None and find_spec(self.package[1]) is None:
+            return "missing", f"{self.package[0]} is not installed"
         if case.device not in self.on:
             return "skipped", f"needs {' or '.join(self.on)}, this is {case.device}"
         reason = self.refuses(case)
         return None if reason is None else ("skipped", reason)
 
     def versions(self) -> dict[str, str]:
-        """Return the versions of those of its own packages that are installed."""
-        found = {}
-        for distribution, _ in self.packages:
-            try:
-                found[distribution] = version(distribution)
-            except PackageNotFoundError:
-                continue
-        return found
+        """Return the version of its own package, where that is an installed distribution."""
+        if self.package is None:
+            return {}
+        try:
+            return {self.package[0]: version(self.package[0])}
+        except PackageNotFoundError:
+            return {}

@@ -29,7 +29,7 @@ IMPLEMENTATIONS = (
         ("logp",),
         ("logp",),
         linear=True,
-        packages=(("cut-cross-entropy", "cut_cross_entropy"),),
+        package=("cut-cross-entropy", "cut_cross_entropy"),
         on=("cuda",),
         note="approximate: its default leaves out gradients below eps / 32",
         refuses=_dtype,

@@ -26,7 +26,7 @@ IMPLEMENTATIONS = (
         top_p_renorm,
         ("nucleus_entropy",),
         (),
-        packages=(("flashinfer-python", "flashinfer"),),
+        package=("flashinfer-python", "flashinfer"),
         on=("cuda",),
         note="approximate: takes every token tied at the threshold",
     ),

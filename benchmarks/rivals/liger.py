@@ -7,7 +7,7 @@ import torch
 from benchmarks.implementations import Implementation, Outputs
 from benchmarks.workload import ADVANTAGE, CLIP_HIGH, CLIP_LOW, Inputs
 
-PACKAGES = (("liger-kernel", "liger_kernel"),)
+PACKAGE = ("liger-kernel", "liger_kernel")
 SEQUENCES = 8  # of equal length, where they divide the tokens; the fused form takes one at a time
 
 
@@ -62,7 +62,7 @@ IMPLEMENTATIONS = (
         grpo_loss,
         (),
         ("policy_loss",),
-        packages=PACKAGES,
+        package=PACKAGE,
         on=("cuda",),
         overwrites=True,
         note="GRPO's loss of each token; logp stays inside",
@@ -74,7 +74,7 @@ IMPLEMENTATIONS = (
         (),
         ("mean_policy_loss",),
         linear=True,
-        packages=PACKAGES,
+        package=PACKAGE,
         gradient_in_forward=True,
         compiled=True,
         note="GRPO's mean loss alone; logp stays inside",

@@ -26,7 +26,7 @@ IMPLEMENTATIONS = (
         cross_entropy,
         ("logp",),
         ("logp",),
-        packages=(("quack-kernels", "quack"),),
+        package=("quack-kernels", "quack"),
         on=("cuda",),
         refuses=_hopper,
     ),

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from benchmarks.implementations import Implementation, Outputs
 from benchmarks.workload import Inputs
 
-PACKAGES = (("trl", "trl"),)
+PACKAGE = ("trl", "trl")
 
 
 def chunked() -> Callable[[Inputs], Outputs]:
@@ -41,7 +41,7 @@ IMPLEMENTATIONS = (
         chunked,
         COMPUTES,
         COMPUTES,
-        packages=PACKAGES,
+        package=PACKAGE,
         note="in the logits' own dtype",
     ),
     Implementation(
@@ -50,7 +50,7 @@ IMPLEMENTATIONS = (
         fused,
         COMPUTES,
         COMPUTES,
-        packages=PACKAGES,
+        package=PACKAGE,
         on=("cuda",),
     ),
 )

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from benchmarks.implementations import Implementation, Outputs
 from benchmarks.workload import Case, Inputs
 
-PACKAGES = (("verl", "verl"),)
+PACKAGE = ("verl", "verl")
 
 
 def from_logits() -> Callable[[Inputs], Outputs]:
@@ -42,7 +42,7 @@ IMPLEMENTATIONS = (
         from_logits,
         COMPUTES,
         COMPUTES,
-        packages=PACKAGES,
+        package=PACKAGE,
         note="in the logits' own dtype",
     ),
     Implementation(
@@ -52,7 +52,7 @@ IMPLEMENTATIONS = (
         COMPUTES,
         COMPUTES,
         linear=True,
-        packages=PACKAGES,
+        package=PACKAGE,
         on=("cuda",),
         refuses=_width,
     ),

@@ -105,7 +105,7 @@ def test_a_wrong_result_written_over_the_logits_gets_no_number(monkeypatch):
 
 
 def test_a_missing_rival_gets_no_number(monkeypatch):
-    missing = replace(HONEST, name="missing", packages=(("no-such-thing", "no_such_thing"),))
+    missing = replace(HONEST, name="missing", package=("no-such-thing", "no_such_thing"))
     rows = rows_of(monkeypatch, missing, HONEST)
     assert_no_number(only(rows, implementation="missing"), "missing", "no-such-thing is not installed")
     assert {row.anchor for row in only(rows, implementation=HONEST.name)} == {HONEST.name}
