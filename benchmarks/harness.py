@@ -26,7 +26,7 @@ from benchmarks.floors import Floor, bytes_moved, floor_of, operations
 from benchmarks.implementations import Implementation, Outputs
 from benchmarks.parts import Part
 from benchmarks.rivals import all_implementations
-from benchmarks.rows import PASSES, Row, percentile
+from benchmarks.rows import PASSES, Row, median_ratio, times_of
 from benchmarks.workload import Case, Inputs, build, checked_rows, only, take
 
 FLUSH_BYTES = {"cpu": 64 << 20, "cuda": 256 << 20}  # beyond the last cache of either
@@ -88,7 +88,9 @@ def rows_of_part(part: Part, on_step: Callable[[str], None] = lambda _: None) ->
         peaks = peak_bytes([c.implementation.name for c in contenders], inputs)
         for contender in contenders:
             contender.peak_bytes = peaks[contender.implementation.name]
-    yield from _floor_rows(part, floor, floor_seconds)
+    for passes in PASSES:
+        seconds = [turn.of(passes) for turn in floor_seconds]
+        yield part.row(floor.name, "torch", passes, **_timed(case, passes, seconds), share=1.0)
     for contender in contenders:
         yield from _rows_of(part, contender, floor_seconds, contenders[0], nucleus)
 
@@ -260,29 +262,10 @@ def _gradients_not_counted(inputs: Inputs) -> int:
     return inputs.rows.nbytes + inputs.head.nbytes if inputs.head is not None else 0
 
 
-def _timed(case: Case, passes: str, seconds: list[Seconds]) -> dict[str, Any]:
-    own = [s.of(passes) for s in seconds]
-    moved = bytes_moved(case, passes)
-    p50 = percentile(own, 50)
-    return {
-        "p20": percentile(own, 20),
-        "p50": p50,
-        "p80": percentile(own, 80),
-        "turns": len(own),
-        "bytes": moved,
-        "bandwidth": None if moved is None else moved / p50,
-        "operations": operations(case, passes),
-    }
-
-
-def median_ratio(above: list[Seconds], below: list[Seconds], passes: str) -> float:
-    """Return the median of the ratios within each turn."""
-    return percentile([a.of(passes) / b.of(passes) for a, b in zip(above, below, strict=True)], 50)
-
-
-def _floor_rows(part: Part, floor: Floor, seconds: list[Seconds]) -> Iterator[Row]:
-    for passes in PASSES:
-        yield part.row(floor.name, "torch", passes, **_timed(part.case, passes, seconds), share=1.0)
+def _timed(case: Case, passes: str, seconds: list[float]) -> dict[str, Any]:
+    times, moved = times_of(seconds), bytes_moved(case, passes)
+    bandwidth = None if moved is None else moved / times["p50"]
+    return times | {"bytes": moved, "bandwidth": bandwidth, "operations": operations(case, passes)}
 
 
 def _rows_of(
@@ -297,14 +280,15 @@ def _rows_of(
         if passes != "forward" and not implementation.gradients:
             yield from _rows_without(part, implementation, (passes,), "skipped", "it has no gradient")
             continue
+        own, floors, anchors = ([t.of(passes) for t in turns] for turns in (contender.seconds, floor, anchor.seconds))
         row = part.row(
             implementation.name,
             implementation.source,
             passes,
-            **_timed(part.case, passes, contender.seconds),
-            share=median_ratio(floor, contender.seconds, passes),
+            **_timed(part.case, passes, own),
+            share=median_ratio(floors, own),
             anchor=anchor.implementation.name,
-            relative=median_ratio(contender.seconds, anchor.seconds, passes),
+            relative=median_ratio(own, anchors),
             peak_bytes=contender.peak_bytes,
             value_error=contender.errors.values,
             gradient_error=contender.errors.gradient,

@@ -20,7 +20,7 @@ import paec_kernels as pk
 from benchmarks import smollm2
 from benchmarks.parts import Part
 from benchmarks.rivals.eager import by_sort
-from benchmarks.rows import Row, percentile
+from benchmarks.rows import Row, median_ratio, times_of
 from benchmarks.workload import ADVANTAGE, CLIP_HIGH, RATIO_NOISE
 from paec_kernels.train import loop
 from paec_kernels.train.algorithms import NO_NUCLEUS, Algorithm, GRPOOptions, MicroBatch, PAECOptions
@@ -186,19 +186,9 @@ def rows_in_turns(
             reason = f"its loss is off by {step.error:.1e}; allowed {tolerance:.1e}"
             yield part.row(name, step.source, "step", status="wrong", reason=reason)
             continue
-        own = seconds[name]
-        yield part.row(
-            name,
-            step.source,
-            "step",
-            p20=percentile(own, 20),
-            p50=percentile(own, 50),
-            p80=percentile(own, 80),
-            turns=len(own),
-            anchor=anchor,
-            relative=percentile([a / b for a, b in zip(own, seconds[anchor], strict=True)], 50),
-            value_error=step.error,
-        )
+        relative = median_ratio(seconds[name], seconds[anchor])
+        found = times_of(seconds[name]) | {"anchor": anchor, "relative": relative, "value_error": step.error}
+        yield part.row(name, step.source, "step", **found)
 
 
 def _seconds(take: Callable[[], object], device: str) -> float:

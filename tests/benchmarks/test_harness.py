@@ -5,7 +5,6 @@ import weakref
 from dataclasses import asdict, replace
 from itertools import product
 
-import numpy as np
 import pytest
 import torch
 
@@ -15,7 +14,7 @@ from benchmarks.implementations import Implementation
 from benchmarks.parts import Part
 from benchmarks.rivals import ours
 from benchmarks.rivals.eager import IMPLEMENTATIONS as EAGER
-from benchmarks.rows import PASSES, RowFile, only, percentile, read
+from benchmarks.rows import PASSES, RowFile, only, read, times_of
 from benchmarks.workload import PLANTED, Case
 from paec_kernels import reference
 
@@ -358,13 +357,6 @@ def test_every_section_has_its_parts(parts_on):
     assert (turns["rivals"] >= 12, turns["linear"] >= 8, turns["step"] >= 10) == (True, True, True)
 
 
-@pytest.mark.parametrize("q", [0, 20, 50, 80, 100])
-@pytest.mark.parametrize("n", [1, 2, 5, 40])
-def test_percentile(q, n):
-    values = torch.rand(n).tolist()
-    assert percentile(values, q) == pytest.approx(np.percentile(values, q), abs=1e-12)
-
-
 def test_bytes_and_operations():
     case = Case(4096, 151_936, torch.bfloat16, "real", "cuda")
     logits = 4096 * 151_936 * 2
@@ -380,6 +372,7 @@ def test_bandwidth_and_shares_are_of_the_times(monkeypatch):
     turns = iter([harness.Seconds(1.0, 3.0), harness.Seconds(2.0, 10.0)] * (1 + TURNS))
     monkeypatch.setattr(harness, "clock", lambda *job: next(turns))
     rows = {row.passes: row for row in only(rows_of(monkeypatch, HONEST), implementation=HONEST.name)}
+    assert times_of([6.0, 1.0, 3.0, 2.0, 5.0, 4.0]) == {"p20": 2.0, "p50": 3.5, "p80": 5.0, "turns": 6}
     logits = 9 * 300 * 4
     assert [rows[p].p50 for p in PASSES] == [2.0, 8.0, 10.0]
     assert [rows[p].bandwidth for p in PASSES] == [logits / 2, 2 * logits / 8, 3 * logits / 10]
