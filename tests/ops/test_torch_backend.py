@@ -254,7 +254,7 @@ def test_peak_memory():
         "    torch.set_num_threads(2)\n"
         "    case = Case(256, 49_152, torch.float32, 'real', 'cpu')\n"
         "    names = ['token_stats', 'token_stats in place', 'eager, sort']\n"
-        "    found = peak_bytes(names, case, build(case))\n"
+        "    found = peak_bytes(names, build(case))\n"
         "    print(json.dumps([found[name] for name in names]))\n"
     )
     result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
