@@ -12,10 +12,10 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -215,7 +215,7 @@ def peak_bytes(names: list[str], inputs: Inputs) -> dict[str, int]:
     PyTorch's profiler would miss what the backend's own threads allocate, and this process keeps freed memory. The
     new one gives every larger buffer back as soon as it is freed, so that no run finds memory of the one before.
     """
-    with tempfile.TemporaryDirectory() as folder, _environment(MALLOC_MMAP_THRESHOLD_="65536"):
+    with tempfile.TemporaryDirectory() as folder, patch.dict(os.environ, MALLOC_MMAP_THRESHOLD_="65536"):
         path = Path(folder) / "inputs.pt"
         torch.save(tuple(inputs), path)
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
@@ -237,21 +237,6 @@ def _growth_in_new_process(path: Path, names: list[str], n_threads: int) -> dict
         growth[name] = peak_memory.growth(lambda c=contender, i=ready: run_once(c, "cpu", i))
         del ready
     return growth
-
-
-@contextmanager
-def _environment(**variables: str) -> Iterator[None]:
-    """Set variables of processes that are started meanwhile."""
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
 
 
 def _gradients_not_counted(inputs: Inputs) -> int:
