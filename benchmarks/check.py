@@ -1,13 +1,11 @@
 """Outputs and gradients held against the float64 definition. What fails here is never timed."""
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 import paec_kernels as pk
 from benchmarks.implementations import Implementation, Outputs
-from benchmarks.workload import TOP_P, Case, Inputs, only, policy_loss, take
+from benchmarks.workload import TOP_P, Case, Inputs, policy_loss, take
 
 # An exact implementation errs by no more than the definition in float32 does, times SLACK, + 1e-5 (nats, or of the
 # largest gradient). Others may err by that, or by what rounding to the logits' dtype explains.
@@ -23,12 +21,6 @@ class WrongResult(Exception):
     """An implementation that does not compute what it says."""
 
 
-@dataclass(frozen=True)
-class Errors:
-    values: float
-    gradient: float
-
-
 class Truth:
     """Float64 outputs of the checked rows, and gradients of weighted sums of them.
 
@@ -39,16 +31,14 @@ class Truth:
     def __init__(self, inputs: Inputs, rows: Tensor, dtype: torch.dtype = torch.float64) -> None:
         self.in_float32 = self if dtype == torch.float32 else Truth(inputs, rows, torch.float32)
         self.rows = rows
-        self.some = take(only(inputs, rows), rows)
-        with torch.no_grad():
-            logits = self.some.rows if inputs.head is None else self.some.rows @ inputs.head.T
-        self._leaf = logits.to(dtype).requires_grad_()
+        self.some = take(inputs, rows)
+        logits = (self.some.rows if inputs.head is None else self.some.rows @ inputs.head.T).detach().to(dtype)
+        weights, _ = pk.reference.nucleus_weights(logits, logits.softmax(-1), TOP_P)
+        self.tied = (weights > 0) & (weights < 1)  # a sort gives these tokens another gradient, in its own order
+        self._leaf = logits.requires_grad_()
         stats = pk.reference.token_stats(self._leaf, self.some.token_ids, top_p=TOP_P)
         loss = policy_loss(stats.logp, self.some.old_logp.to(dtype))
         self.outputs: Outputs = stats._asdict() | {"policy_loss": loss, "mean_policy_loss": loss.mean()}
-        with torch.no_grad():
-            weights, _ = pk.reference.nucleus_weights(self._leaf, self._leaf.softmax(-1), TOP_P)
-        self.tied = (weights > 0) & (weights < 1)  # a sort gives these tokens another gradient, in its own order
 
     def gradients(self, names: tuple[str, ...]) -> tuple[Tensor, ...]:
         """Compute the gradient of the rows, ``[n, V]`` or ``[n, D]``, and of the head where there is one."""
@@ -69,14 +59,9 @@ def weighted_sum(outputs: Outputs, weights: dict[str, Tensor]) -> Tensor:
 
 def backward(outputs: Outputs, names: tuple[str, ...], weights: dict[str, Tensor]) -> None:
     """Run the backward pass of `weighted_sum`, whose gradients are the weights: the sum itself launches nothing."""
-    torch.autograd.backward(
-        [outputs[name] for name in names],
-        [None if outputs[name].dim() == 0 else _weight_of(outputs[name], weights[name]) for name in names],
-    )
-
-
-def _weight_of(output: Tensor, weight: Tensor) -> Tensor:
-    return weight[: len(output)].to(output.dtype)
+    found = {name: outputs[name] for name in names}
+    seeds = [None if value.dim() == 0 else weights[name][: len(value)].to(value.dtype) for name, value in found.items()]
+    torch.autograd.backward(list(found.values()), seeds)
 
 
 def leaves(inputs: Inputs) -> Inputs:
@@ -84,12 +69,14 @@ def leaves(inputs: Inputs) -> Inputs:
     return inputs._replace(rows=inputs.rows.detach().requires_grad_(), head=head)
 
 
-def check(implementation: Implementation, case: Case, inputs: Inputs, found: Outputs, truth: Truth) -> Errors:
+def check(implementation: Implementation, case: Case, inputs: Inputs, found: Outputs, truth: Truth) -> dict[str, float]:
     """Hold a run on `only(inputs, truth.rows)` against the truth of those rows.
 
     Args:
         inputs: the run's leaves, with their gradients.
         found: what it returned.
+    Returns:
+        the errors, by the names of a row's fields.
     Raises:
         WrongResult: with what is wrong.
     """
@@ -100,37 +87,37 @@ def check(implementation: Implementation, case: Case, inputs: Inputs, found: Out
     strict = implementation.exact and not (case.d and case.dtype.itemsize < 4)
     same = _same_sizes(found, truth, strict, implementation.keeps)
 
-    values = 0.0
+    value_error, tolerance = 0.0, 0.0 if strict else VALUE_TOLERANCE[case.dtype]
     for name, output in found.items():
         if name == "nucleus_size":
             continue
         picked, kept = (output, ...) if output.dim() == 0 else (output[truth.rows], same)
         error = _largest(picked, truth.outputs[name], kept)
         rounding = _largest(truth.in_float32.outputs[name], truth.outputs[name], kept)
-        allowed = _allowed(rounding, VALUE_TOLERANCE[case.dtype], strict)
-        if not error <= allowed:
-            raise WrongResult(f"{name} is off by {error:.1e}, allowed {allowed:.1e}")
-        values = max(values, error)
+        value_error = max(value_error, _allowed(error, rounding, tolerance, name))
 
-    gradient = 0.0
+    gradient_error = 0.0
     if implementation.gradients:
-        gradient = _gradient_error(implementation, case, inputs, truth, strict, same)
-    return Errors(values, gradient)
+        tolerance = 0.0 if strict else GRADIENT_TOLERANCE[case.dtype]
+        gradient_error = _gradient_error(implementation, inputs, truth, tolerance, same)
+    return {"value_error": value_error, "gradient_error": gradient_error}
 
 
-def _allowed(rounding: float, tolerance: float, strict: bool) -> float:
-    """Bound an error; ``rounding`` is that of the definition in float32."""
-    bound = SLACK * rounding + EXTRA
-    return bound if strict else max(bound, tolerance)
+def _allowed(error: float, rounding: float, tolerance: float, what: str, unit: str = "") -> float:
+    """Return the error if it is within its bound; ``rounding`` is the error of the definition in float32."""
+    allowed = max(SLACK * rounding + EXTRA, tolerance)
+    if not error <= allowed:
+        raise WrongResult(f"{what} is off by {error:.1e}{unit}, allowed {allowed:.1e}")
+    return error
 
 
-def _same_sizes(found: Outputs, truth: Truth, strict: bool, most: int | None) -> Tensor:
+def _same_sizes(found: Outputs, truth: Truth, strict: bool, most: float) -> Tensor:
     """Find the rows, bool ``[n]``, whose nucleus has the true size. An implementation may keep ``most`` tokens."""
     if "nucleus_size" not in found:
-        return torch.ones(len(truth.rows), dtype=torch.bool, device=truth.rows.device)
+        return torch.ones_like(truth.rows, dtype=torch.bool)
     true = truth.outputs["nucleus_size"].long()
     difference = (found["nucleus_size"][truth.rows].long() - true).abs()
-    cut = torch.zeros_like(difference, dtype=torch.bool) if most is None else true > most
+    cut = true > most
     if bool(cut.all()):
         raise WrongResult(f"every nucleus that was checked is larger than the {most} tokens it keeps")
     far = (difference > (SIZE_TOLERANCE * true).clamp(min=1)) & ~cut
@@ -142,7 +129,7 @@ def _same_sizes(found: Outputs, truth: Truth, strict: bool, most: int | None) ->
 
 
 def _gradient_error(
-    implementation: Implementation, case: Case, inputs: Inputs, truth: Truth, strict: bool, same: Tensor
+    implementation: Implementation, inputs: Inputs, truth: Truth, tolerance: float, same: Tensor
 ) -> float:
     """Return the error relative to the largest entry; a gradient of a row without weight is an error, too."""
     grad = inputs.rows.grad
@@ -153,21 +140,17 @@ def _gradient_error(
     if not bool((largest == 0).all()):
         raise WrongResult("gives a gradient to rows without weight")
 
-    true = truth.gradients(implementation.gradients)
-    ours = (grad[truth.rows], *(() if inputs.head is None else (inputs.head.grad,)))
-    eager = truth.in_float32.gradients(implementation.gradients)
-    worst = 0.0
-    for i, (found, expected) in enumerate(zip(ours, true, strict=True)):
-        kept = same if i == 0 else ...  # the head's gradient is a sum over rows
+    true, eager = (one.gradients(implementation.gradients) for one in (truth, truth.in_float32))
+    ours = [grad[truth.rows]] if inputs.head is None else [grad[truth.rows], inputs.head.grad]
+    worst, kept = 0.0, same
+    for found, expected, rounded in zip(ours, true, eager, strict=True):
         if inputs.head is None and not implementation.exact:
             expected, found = (tensor.masked_fill(truth.tied, 0) for tensor in (expected, found))
         scale = max(expected.abs().max().item(), 1e-30)
         error = _largest(found, expected, kept) / scale
-        rounding = _largest(eager[i].to(found.dtype), expected, kept) / scale
-        allowed = _allowed(rounding, GRADIENT_TOLERANCE[case.dtype], strict)
-        if not error <= allowed:
-            raise WrongResult(f"its gradient is off by {error:.1e} of the largest entry, allowed {allowed:.1e}")
-        worst = max(worst, error)
+        rounding = _largest(rounded.to(found.dtype), expected, kept) / scale
+        worst = max(worst, _allowed(error, rounding, tolerance, "its gradient", " of the largest entry"))
+        kept = ...  # of all rows: the head's gradient is a sum over them
     return worst
 
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import peak_memory
-from benchmarks.check import Errors, Truth, WrongResult, backward, check, leaves
+from benchmarks.check import Truth, WrongResult, backward, check, leaves
 from benchmarks.floors import Floor, bytes_moved, floor_of, operations
 from benchmarks.implementations import Implementation, Outputs
 from benchmarks.parts import Part
@@ -49,7 +49,7 @@ class Contender:
 
     implementation: Implementation
     function: Callable[[Inputs], Outputs]
-    errors: Errors
+    errors: dict[str, float]  # fields of a row
     seconds: list[Seconds] = field(default_factory=list)
     peak_bytes: int | None = None
     failure: str = ""  # in a timed run
@@ -107,8 +107,7 @@ def admit(
         found = function(tried)
         if implementation.gradients:
             backward(found, implementation.gradients, tried.weights)
-        with torch.no_grad():
-            found = {name: value.detach() for name, value in found.items()}
+        found = {name: value.detach() for name, value in found.items()}
         return Contender(implementation, function, check(implementation, case, tried, found, truth))
     except WrongResult as wrong:
         return "wrong", str(wrong)
@@ -160,8 +159,7 @@ def take_turns(
                 contender.failure = described(error)
             if contender.failure:
                 gc.collect()  # as in `admit`
-                continue
-            if turn > 0:
+            elif turn > 0:
                 contender.seconds.append(seconds)
                 if case.device == "cuda":
                     held = torch.cuda.max_memory_allocated() - before
@@ -229,7 +227,7 @@ def _growth_in_new_process(path: Path, names: list[str], n_threads: int) -> dict
     growth = {}
     for name in names:
         implementation = all_implementations()[name]
-        contender = Contender(implementation, implementation.prepare(), Errors(0.0, 0.0))
+        contender = Contender(implementation, implementation.prepare(), errors={})
         # Loads code and starts threads; what is compiled for one shape must see that shape.
         warm_up = inputs if implementation.compiled else take(inputs, torch.arange(2))
         run_once(contender, "cpu", warm_up._replace(rows=warm_up.rows.clone()))
@@ -275,9 +273,8 @@ def _rows_of(
             anchor=anchor.implementation.name,
             relative=median_ratio(own, anchors),
             peak_bytes=contender.peak_bytes,
-            value_error=contender.errors.values,
-            gradient_error=contender.errors.gradient,
             nucleus=nucleus,
+            **contender.errors,
         )
         row.versions.update(implementation.versions())
         yield row

@@ -1,5 +1,6 @@
 """What an implementation is to the harness."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -31,7 +32,7 @@ class Implementation:
         gradient_in_forward: the gradient is made in the forward pass; the two cannot be told apart.
         compiled: by `torch.compile`, for one shape.
         note: what a reader of its figures must know.
-        keeps: the most tokens that its nucleus can hold, or None.
+        keeps: the most tokens that its nucleus can hold.
         refuses: why it cannot run a case on that device, or None.
     """
 
@@ -48,7 +49,7 @@ class Implementation:
     gradient_in_forward: bool = False
     compiled: bool = False
     note: str = ""
-    keeps: int | None = None
+    keeps: float = math.inf
     refuses: Callable[[Case], str | None] = lambda case: None
 
     def why_not(self, case: Case) -> tuple[str, str] | None:
