@@ -22,7 +22,7 @@ from torch import Tensor
 
 from benchmarks import peak_memory
 from benchmarks.check import Truth, WrongResult, backward, check, leaves
-from benchmarks.floors import Floor, bytes_moved, floor_of, operations
+from benchmarks.floors import bytes_moved, floor_of, operations
 from benchmarks.implementations import Implementation, Outputs
 from benchmarks.parts import Part
 from benchmarks.rivals import all_implementations
@@ -77,8 +77,7 @@ def rows_of_part(part: Part, on_step: Callable[[str], None] = lambda _: None) ->
         else:
             yield from _rows_without(part, implementation, PASSES, *admitted)
 
-    floor = floor_of(case)
-    floor_seconds = take_turns(part, inputs, spare, floor, contenders, on_step)
+    floor_seconds = take_turns(part, inputs, spare, contenders, on_step)
     for contender in contenders:
         if contender.failure:
             yield from _rows_without(part, contender.implementation, PASSES, "failed", contender.failure)
@@ -90,7 +89,7 @@ def rows_of_part(part: Part, on_step: Callable[[str], None] = lambda _: None) ->
             contender.peak_bytes = peaks[contender.implementation.name]
     for passes in PASSES:
         seconds = [turn.of(passes) for turn in floor_seconds]
-        yield part.row(floor.name, "torch", passes, **_timed(case, passes, seconds), share=1.0)
+        yield part.row(floor_of(case).name, "torch", passes, **_timed(case, passes, seconds), share=1.0)
     for contender in contenders:
         yield from _rows_of(part, contender, floor_seconds, contenders[0], nucleus)
 
@@ -128,21 +127,16 @@ def fresh(implementation: Implementation, inputs: Inputs, spare: Tensor) -> Inpu
 
 
 def take_turns(
-    part: Part,
-    inputs: Inputs,
-    spare: Tensor,
-    floor: Floor,
-    contenders: list[Contender],
-    on_step: Callable[[str], None],
+    part: Part, inputs: Inputs, spare: Tensor, contenders: list[Contender], on_step: Callable[[str], None]
 ) -> list[Seconds]:
     """Fill the contenders' seconds, and return the floor's, turn by turn."""
-    case = part.case
+    case, floor = part.case, floor_of(part.case)
     flush = flusher(case.device)
     floor_seconds: list[Seconds] = []
     for turn in range(part.turns + 1):
         on_step(f"turn {turn} of {part.turns}")
         flush()
-        of_floor = clock(case.device, lambda: floor.forward(inputs, spare), lambda _: floor.backward(inputs, spare))
+        of_floor = clock(case.device, lambda: floor.forward(inputs), lambda _: floor.backward(inputs, spare))
         if turn > 0:  # the first turn warms up
             floor_seconds.append(of_floor)
         for contender in contenders:
