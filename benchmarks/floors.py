@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from benchmarks.rows import Row
 from benchmarks.workload import Case, Inputs
 
 
@@ -47,7 +48,7 @@ ON_LOGITS = Floor("read, copy", read, copy)
 LINEAR = Floor("four products", first_product, three_products)
 
 
-def floor_of(case: Case) -> Floor:
+def floor_of(case: Case | Row) -> Floor:
     return LINEAR if case.d else ON_LOGITS
 
 

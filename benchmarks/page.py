@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks import cost_model, plots
-from benchmarks.floors import LINEAR, ON_LOGITS
+from benchmarks.floors import floor_of
 from benchmarks.implementations import STATISTICS
 from benchmarks.rivals import all_implementations
-from benchmarks.rows import RESULTS, Row, only, path_of, plain, read, span_of_dates
+from benchmarks.rows import PASSES, RESULTS, Row, grouped, only, path_of, plain, read, shape, span_of_dates
 
 DEVICES = {"cuda": "On a GPU", "cpu": "On a CPU"}
+CASE = ("n", "v", "d", "dtype", "logits")
 COMMANDS = {"cuda": "make bench-gpu", "cpu": "make bench"}
 
 
@@ -44,8 +45,9 @@ def draw(rows: dict[str, list[Row]], folder: Path, device: str) -> list[str]:
 def figures(rows: dict[str, list[Row]]) -> Iterator[tuple[str, plots.Figure]]:
     """Draw each section's plots. One for which no row has a number does not exist."""
     for section, (_, _, pictures) in SECTIONS.items():
+        measured = only(rows.get(section, []), status="ok")
         for name, plot in pictures:
-            figure = plot(only(rows.get(section, []), status="ok"))
+            figure = plot(measured) if measured else None
             if figure is not None:
                 yield name, figure
 
@@ -139,20 +141,19 @@ def origin(rows: list[Row]) -> str:
 
 def comparison(rows: list[Row]) -> Iterator[str]:
     """Write a table for each case: one line an implementation, the floor first."""
-    for i, case in enumerate(_cases(rows)):
+    for i, own in enumerate(grouped(rows, *CASE)):
         if i > 0:
             yield ""
-        own = [row for row in rows if _case(row) == case]
         sizes = next((row.nucleus for row in own if row.nucleus), None)
         nuclei = "" if sizes is None else f"; nuclei of {sizes[0]:,} tokens at the median, {sizes[1]:,} at most"
-        yield from (f"{_shape(own[0])}{nuclei}", "")
+        yield from (f"{shape(own[0])}{nuclei}", "")
         anchor = next((row.anchor for row in own if row.anchor), None)
-        floor = LINEAR.name if own[0].d else ON_LOGITS.name
+        floor = floor_of(own[0]).name
         heads = ["", "forward, ms", "backward, ms", "both, ms", f"times {anchor}"]
         yield from _header([*heads, f"both / {floor}" if own[0].d else "share of bandwidth", "peak, MiB", "error"])
-        by_name = {name: only(own, implementation=name) for name in dict.fromkeys(r.implementation for r in own)}
-        for name in sorted(by_name, key=lambda name: (name != floor, _unmeasured(by_name[name]))):
-            yield _cells([name, *_of_implementation(by_name[name])])
+        by_name = grouped(own, "implementation")
+        for found in sorted(by_name, key=lambda found: (found[0].implementation != floor, _unmeasured(found))):
+            yield _cells([found[0].implementation, *_of_implementation(found)])
 
 
 def _of_implementation(rows: list[Row]) -> list[str]:
@@ -160,7 +161,7 @@ def _of_implementation(rows: list[Row]) -> list[str]:
     if _unmeasured(rows):
         return [f"{rows[0].status}: {rows[0].reason}"] + 6 * [""]
     whole = by_pass["both"] if by_pass["both"].status == "ok" else by_pass["forward"]
-    times = [milliseconds(by_pass[p]) for p in ("forward", "backward", "both")]
+    times = [milliseconds(by_pass[p]) for p in PASSES]
     share = ""
     if whole.anchor is None:  # the floor itself
         rates = [by_pass[p].operations / by_pass[p].p50 if whole.d else by_pass[p].bandwidth for p in by_pass]
@@ -175,8 +176,7 @@ def _of_implementation(rows: list[Row]) -> list[str]:
 
 def steps(rows: list[Row]) -> Iterator[str]:
     """Write a table for each case: one line a way to take the step."""
-    for i, case in enumerate(_cases(rows)):
-        own = [row for row in rows if _case(row) == case]
+    for i, own in enumerate(grouped(rows, *CASE)):
         anchor = next((row.anchor for row in own if row.anchor), None)
         if i > 0:
             yield ""
@@ -192,19 +192,17 @@ def sweep(rows: list[Row]) -> Iterator[str]:
     """Write one line for each case and implementation."""
     heads = ["N", "V", "dtype", "logits", "nuclei", "", "forward, ms", "backward, ms", "both, ms", "ratio"]
     yield from _header([*heads, "share of bandwidth", "peak, MiB"])
-    for case in _cases(rows):
-        own = [row for row in rows if _case(row) == case]
-        for name in dict.fromkeys(row.implementation for row in own):
-            by_pass = {row.passes: row for row in only(own, implementation=name)}
-            row = by_pass["both"]
-            sizes = "" if row.nucleus is None else f"{row.nucleus[0]:,}, {row.nucleus[1]:,}"
-            where = [f"{row.n:,}", f"{row.v:,}", row.dtype, row.logits, sizes, name]
-            if row.status != "ok":
-                yield _cells([*where, f"{row.status}: {row.reason}"] + 5 * [""])
-                continue
-            times = [milliseconds(by_pass[p]) for p in ("forward", "backward", "both")]
-            shares = f"{percent(by_pass['forward'])}, {percent(by_pass['backward'])}"
-            yield _cells([*where, *times, times_over(row.relative), shares, mebibytes(row)])
+    for own in grouped(rows, *CASE, "implementation"):
+        by_pass = {row.passes: row for row in own}
+        row = by_pass["both"]
+        sizes = "" if row.nucleus is None else f"{row.nucleus[0]:,}, {row.nucleus[1]:,}"
+        where = [f"{row.n:,}", f"{row.v:,}", row.dtype, row.logits, sizes, row.implementation]
+        if row.status != "ok":
+            yield _cells([*where, f"{row.status}: {row.reason}"] + 5 * [""])
+            continue
+        times = [milliseconds(by_pass[p]) for p in PASSES]
+        shares = f"{percent(by_pass['forward'])}, {percent(by_pass['backward'])}"
+        yield _cells([*where, *times, times_over(row.relative), shares, mebibytes(row)])
 
 
 class Section(NamedTuple):
@@ -305,19 +303,6 @@ def times_over(ratio: float | None) -> str:
 
 def _unmeasured(rows: list[Row]) -> bool:
     return all(row.status != "ok" for row in rows)
-
-
-def _case(row: Row) -> tuple:
-    return row.n, row.v, row.d, row.dtype, row.logits
-
-
-def _cases(rows: list[Row]) -> list[tuple]:
-    return list(dict.fromkeys(_case(row) for row in rows))
-
-
-def _shape(row: Row) -> str:
-    width = f", D = {row.d:,}" if row.d else ""
-    return f"N = {row.n:,}, V = {row.v:,}{width}, {row.dtype}, {row.logits}"
 
 
 def _header(names: list[str]) -> Iterator[str]:

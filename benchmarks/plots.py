@@ -7,20 +7,17 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from benchmarks.floors import LINEAR, ON_LOGITS
-from benchmarks.rows import Row, only, plain, span_of_dates
+from benchmarks.rows import Row, only, plain, shape, span_of_dates
 
-OURS = "#1f5fa8"
+OURS = ("#1f5fa8", "#6aa5e0", "#7fd0d8")
 COLOURS = ("#d1662b", "#3a8f5c", "#8a5fb0", "#b8912a", "#b0446a", "#4a4a55", "#7a7a85", "#a86b4a")
 PASS_STYLE = {"forward": "-", "backward": "--"}
 
 
-Plot = Callable[[list[Row]], Figure | None]  # of the rows with a number
+Plot = Callable[[list[Row]], Figure | None]  # of rows with a number, one or more
 
 
-def share_against_v(rows: list[Row]) -> Figure | None:
-    if not rows:
-        return None
-
+def share_against_v(rows: list[Row]) -> Figure:
     def draw(axes: Axes, own: list[Row]) -> None:
         for name in _contenders(rows):
             for passes, style in PASS_STYLE.items():
@@ -69,9 +66,7 @@ def _against_v(
     return figure
 
 
-def time_against_n(rows: list[Row]) -> Figure | None:
-    if not rows:
-        return None
+def time_against_n(rows: list[Row]) -> Figure:
     figure, (axes,) = _figure(8.4, 4.8, 1)
     rows = only(rows, passes="both")
     for name in (ON_LOGITS.name, *_contenders(rows)):
@@ -84,10 +79,8 @@ def time_against_n(rows: list[Row]) -> Figure | None:
     return figure
 
 
-def bars(rows: list[Row]) -> Figure | None:
+def bars(rows: list[Row]) -> Figure:
     """Stack forward and backward; draw a way that has only a forward pass, or one that cannot be split, as one bar."""
-    if not rows:
-        return None
     names = sorted(_in_order(row.implementation for row in rows), key=lambda name: -_total(rows, name))
     figure, (axes,) = _figure(9.5, 1.6 + 0.42 * len(names), 1)
     for y, name in enumerate(names):
@@ -106,10 +99,7 @@ def bars(rows: list[Row]) -> Figure | None:
     axes.set_yticks(range(len(names)), names)
     axes.margins(x=0.14)
     axes.set_xlabel("ms (dark: forward, light: backward, hatched: one number for both)")
-    r = rows[0]
-    width = f", D = {r.d:,}" if r.d else ""
-    what = "From hidden states" if r.d else "From logits"
-    _title(figure, f"{what}: N = {r.n:,}, V = {r.v:,}{width}, {r.dtype}, {r.logits}", rows)
+    _title(figure, f"{'From hidden states' if rows[0].d else 'From logits'}: {shape(rows[0])}", rows)
     return figure
 
 
@@ -125,13 +115,13 @@ def _contenders(rows: list[Row]) -> list[str]:
 
 
 def _colour(name: str, rows: list[Row]) -> str:
-    if name in (ON_LOGITS.name, LINEAR.name):
+    contenders = _contenders(rows)
+    if name not in contenders:
         return "black"
-    if "token_stats" in name:
-        ours = [n for n in _contenders(rows) if "token_stats" in n]
-        return (OURS, "#6aa5e0", "#7fd0d8")[ours.index(name) % 3]
-    others = [n for n in _contenders(rows) if "token_stats" not in n]
-    return COLOURS[others.index(name) % len(COLOURS)]
+    ours = "token_stats" in name
+    colours = OURS if ours else COLOURS
+    alike = [other for other in contenders if ("token_stats" in other) is ours]
+    return colours[alike.index(name) % len(colours)]
 
 
 def _line(axes: Axes, points: list[tuple[float, float]], name: str, rows: list[Row], style: str, label) -> None:

@@ -94,6 +94,11 @@ def plain(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
+def shape(row: Row) -> str:
+    width = f", D = {row.d:,}" if row.d else ""
+    return f"N = {row.n:,}, V = {row.v:,}{width}, {row.dtype}, {row.logits}"
+
+
 def span_of_dates(rows: Iterable[Row]) -> str:
     dates = sorted({row.date for row in rows})
     return dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
@@ -144,6 +149,14 @@ def _row(found: dict[str, Any]) -> Row:
     if set(found) != names:
         raise ValueError(f"a row with other fields than today's: {sorted(set(found) ^ names)}")
     return Row(**{**found, "nucleus": None if found["nucleus"] is None else tuple(found["nucleus"])})
+
+
+def grouped(rows: Iterable[Row], *names: str) -> list[list[Row]]:
+    """Split the rows by the values of these fields, in the order in which they come first."""
+    groups: dict[tuple, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(tuple(getattr(row, name) for name in names), []).append(row)
+    return list(groups.values())
 
 
 def only(rows: Iterable[Row], **wanted: object) -> list[Row]:
