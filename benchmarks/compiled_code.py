@@ -118,16 +118,11 @@ def compile_kernel(kernel: str, target: str = "sm_90", dtype: str = "bf16", soft
 def resources(compiled: Any) -> dict[str, int]:
     """Read registers a thread, and bytes of spills (stack) and local memory."""
     if "amdgcn" in compiled.asm:
-        text = compiled.asm["amdgcn"]
-        found = dict(re.findall(r"\.(vgpr_count|vgpr_spill_count|private_segment_fixed_size):\s+(\d+)", text))
-        return {
-            "registers": int(found["vgpr_count"]),
-            "spills": int(found["vgpr_spill_count"]),
-            "local": int(found["private_segment_fixed_size"]),
-        }
-    text = _cuda_tool("cuobjdump", ["-res-usage"], compiled)
-    found = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", text))
-    return {"registers": int(found["REG"]), "spills": int(found["STACK"]), "local": int(found["LOCAL"])}
+        text, names = compiled.asm["amdgcn"], (".vgpr_count", ".vgpr_spill_count", ".private_segment_fixed_size")
+    else:
+        text, names = _cuda_tool("cuobjdump", ["-res-usage"], compiled), ("REG", "STACK", "LOCAL")
+    registers, spills, local = (int(re.search(rf"{re.escape(name)}:\s*(\d+)", text).group(1)) for name in names)
+    return {"registers": registers, "spills": spills, "local": local}
 
 
 def _cuda_tool(tool: str, arguments: list[str], compiled: Any) -> str:

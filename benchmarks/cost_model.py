@@ -26,6 +26,7 @@ import json
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import product
 from typing import Any
 
 # What is predicted, and what the sweep measures on a GPU.
@@ -119,37 +120,21 @@ class Counts:
         return min(by_registers, WARPS // warps, PROGRAMS, SHARED // (self.shared + 1024))
 
 
-@dataclass(frozen=True)
-class Program:
-    """One program's work: bytes moved, instructions and ex2 an SM issues for it, clocks that it takes alone."""
-
-    moved: float
-    instructions: float
-    ex2: float
-    alone: float
-
-
-def program(counts: Counts, columns: float, rounds: float) -> Program:
+def limits(counts: Counts, device: Device, columns: float, rounds: float, programs: int) -> dict[str, float]:
+    """Compute the seconds of a wave of programs, each of so many columns in so many rounds, by each limit."""
     size = SIZES[counts.dtype]
+    moved = {"forward": 1, "backward": 2}[counts.direction] * columns * size
     search = SEARCH_ROUNDS[counts.dtype] * counts.search
+    instructions = (counts.outside + search + rounds * counts.round) * counts.threads / WARP
     waiting, computing = LATENCY * counts.elements * size / counts.in_flight, ALONE * counts.round
     a_round = max(waiting, computing) if counts.ahead else waiting + computing
-    return Program(
-        moved={"forward": 1, "backward": 2}[counts.direction] * columns * size,
-        instructions=(counts.outside + search + rounds * counts.round) * counts.threads / WARP,
-        ex2=rounds * counts.elements * counts.threads,
-        alone=LATENCY * SERIAL_LOADS[counts.direction] + ALONE * (counts.outside + search) + rounds * a_round,
-    )
-
-
-def limits(one: Program, device: Device, programs: int) -> dict[str, float]:
-    """Compute the seconds of a wave by each limit."""
+    alone = LATENCY * SERIAL_LOADS[counts.direction] + ALONE * (counts.outside + search) + rounds * a_round
     busiest = math.ceil(programs / device.sms)
     return {
-        "bytes": programs * one.moved / device.bandwidth,
-        "issue": busiest * one.instructions / (ISSUED * SCHEDULERS * device.clock),
-        "ex2": busiest * one.ex2 / (EX2 * device.clock),
-        "in flight": one.alone / device.clock,
+        "bytes": programs * moved / device.bandwidth,
+        "issue": busiest * instructions / (ISSUED * SCHEDULERS * device.clock),
+        "ex2": busiest * rounds * counts.elements * counts.threads / (EX2 * device.clock),
+        "in flight": alone / device.clock,
     }
 
 
@@ -157,11 +142,11 @@ def predict(counts: Counts, device: Device, n: int, v: int) -> dict[str, Any]:
     """Predict seconds by each limit and of all together, the limit that binds, and the share of a copy's bandwidth."""
     of_a_row = math.ceil(v / (counts.columns or v))
     rounds = math.ceil(v / (counts.threads * counts.elements))
-    one = program(counts, v / of_a_row, rounds / of_a_row)
-    full, rest = divmod(n * of_a_row, device.sms * counts.blocks)
-    wave, last = limits(one, device, device.sms * counts.blocks), limits(one, device, rest)
+    of_a_wave = device.sms * counts.blocks
+    full, rest = divmod(n * of_a_row, of_a_wave)
+    wave, last = (limits(counts, device, v / of_a_row, rounds / of_a_row, programs) for programs in (of_a_wave, rest))
     if full:
-        times = {name: (full + rest / (device.sms * counts.blocks)) * t for name, t in wave.items()}
+        times = {name: (full + rest / of_a_wave) * t for name, t in wave.items()}
     else:
         times = last
     limit = max(times, key=times.__getitem__)
@@ -175,20 +160,12 @@ def predict(counts: Counts, device: Device, n: int, v: int) -> dict[str, Any]:
     } | {name: float(f"{t:.3g}") for name, t in seconds.items()}  # fmt: skip
 
 
-def predictions(every: list[Counts]) -> Iterator[dict[str, Any]]:
-    for device in DEVICES:
-        for counts in every:
-            for v in VOCABULARIES:
-                for n in ROWS:
-                    yield predict(counts, device, n, v)
-
-
 def record(every: list[Counts], provenance: dict[str, str]) -> dict[str, Any]:
     """Collect all that is written down before a measurement."""
     return {
         "provenance": provenance,
         "counts": [asdict(counts) for counts in every],
-        "predictions": list(predictions(every)),
+        "predictions": [predict(c, device, n, v) for device, c, v, n in product(DEVICES, every, VOCABULARIES, ROWS)],
     }
 
 
