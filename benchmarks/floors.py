@@ -55,7 +55,7 @@ def floor_of(case: Case | Row) -> Floor:
 def bytes_moved(case: Case, passes: str) -> int | None:
     """Count the bytes: one read forward, one read and one write backward. None for the linear form."""
     times = {"forward": 1, "backward": 2, "both": 3}[passes]
-    return None if case.d else times * case.bytes
+    return None if case.d else times * case.n * case.v * case.dtype.itemsize
 
 
 def operations(case: Case, passes: str) -> int | None:

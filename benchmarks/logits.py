@@ -2,7 +2,6 @@
 
 import functools
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -80,24 +79,16 @@ def collapsed(rows: range, width: int, generator: Generator) -> Tensor:
     return z.scatter(1, chosen, 30 + _normal((len(rows), 1), generator))
 
 
-KINDS: dict[str, Callable[[range, int, Generator], Tensor]] = {
-    "real": real,
-    "wide": wide,
-    "peaked": peaked,
-    "flat": flat,
-    "collapsed": collapsed,
-}
+KINDS = {draw.__name__: draw for draw in (real, wide, peaked, flat, collapsed)}
 
 
 def make(kind: str, n: int, width: int, dtype: torch.dtype, generator: Generator) -> tuple[Tensor, Tensor]:
     """Make logits ``[n, width]`` of ``dtype``, and sample token ids int64 ``[n]``, on the generator's device."""
     logits = torch.empty(n, width, dtype=dtype, device=generator.device)
     token_ids = torch.empty(n, dtype=torch.int64, device=generator.device)
-    for start in range(0, n, SLICE):
-        rows = range(start, min(start + SLICE, n))
-        part = logits[rows.start : rows.stop]
-        part.copy_(KINDS[kind](rows, width, generator))
-        token_ids[rows.start : rows.stop] = sample(part, generator)
+    for start, part, ids in zip(range(0, n, SLICE), logits.split(SLICE), token_ids.split(SLICE), strict=True):
+        part.copy_(KINDS[kind](range(start, start + len(part)), width, generator))
+        ids.copy_(sample(part, generator))
     return logits, token_ids
 
 

@@ -27,11 +27,6 @@ class Case:
     device: str  # "cpu" or "cuda"
     d: int = 0
 
-    @property
-    def bytes(self) -> int:
-        """Return the size of the logits."""
-        return self.n * self.v * self.dtype.itemsize
-
 
 class Inputs(NamedTuple):
     """``valid`` rows alone carry weight in the loss sum(weights[k] * output[k]) that is differentiated."""
