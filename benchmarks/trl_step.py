@@ -12,6 +12,7 @@ import copy
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from unittest.mock import patch
 
 import torch
@@ -44,10 +45,8 @@ def step_rows(part: Part, on_step: Callable[[str], None] = lambda _: None) -> It
         expected = stock_step(stock)
         error = abs(take_step(ours) - ours._metrics["train"]["paec/loss"][-1] - expected)
         steps = {
-            "GRPOTrainer": Step("trl.GRPOTrainer", lambda stock=stock: stock_step(stock), 0.0),
-            "PAECGRPOTrainer": Step(
-                "paec_kernels.integrations.trl.PAECGRPOTrainer", lambda ours=ours: take_step(ours), error
-            ),
+            "GRPOTrainer": Step("trl.GRPOTrainer", partial(stock_step, stock), 0.0),
+            "PAECGRPOTrainer": Step("paec_kernels.integrations.trl.PAECGRPOTrainer", partial(take_step, ours), error),
         }
         tokens = sum(int(batch["completion_mask"].sum()) for batch in stock._buffered_inputs)
         kind = f"{part.case.kind}, micro-batches: {micro_batches}"
