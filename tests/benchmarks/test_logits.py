@@ -45,3 +45,10 @@ def test_wide_rows_take_turns():
     fixture = torch.load(logits.REAL_LOGITS, weights_only=True)["logits"].float()
     made = logits.wide(range(30, 34), 49_152, generator)
     assert (made - fixture[[30, 31, 0, 1]]).abs().max() < 7 * logits.JITTER
+
+
+@pytest.mark.parametrize("width", [32_000, 60_000])
+def test_real_logits_keep_their_nuclei_at_other_widths(width):
+    generator = torch.Generator().manual_seed(0)
+    sizes = [reference.token_stats(logits.wide(range(32), w, generator)).nucleus_size.double() for w in (49_152, width)]
+    assert (sizes[1] / sizes[0] - 1).abs().max() < 0.05

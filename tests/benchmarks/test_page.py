@@ -23,8 +23,11 @@ def rows():
     return list(harness.rows_of_part(Part("rivals", CASE, 3, names)))
 
 
-def empty():
-    return {device: {section: [] for section in page.SECTIONS} for device in page.DEVICES}
+def text_of(rows=(), predictions=None):
+    """The page of these rows of rivals on the CPU, and no others."""
+    found = {device: {section: [] for section in page.SECTIONS} for device in page.DEVICES}
+    found["cpu"]["rivals"] = rows
+    return page.text(found, {"cuda": [], "cpu": []}, None, predictions)
 
 
 def tables(text):
@@ -34,16 +37,14 @@ def tables(text):
 
 
 def test_no_figure_without_a_row():
-    text = page.text(empty(), {"cuda": [], "cpu": []}, None, None)
+    text = text_of()
     assert tables(text) == []
     assert text.count("**No row yet.**") == 2
     assert not NUMBER.findall(text[text.index("\n## On a GPU") :])
 
 
 def test_gpu_tables_say_that_they_are_empty(rows):
-    found = empty()
-    found["cpu"]["rivals"] = rows
-    text = page.text(found, {"cuda": [], "cpu": []}, None, None)
+    text = text_of(rows)
     gpu = text[text.index("\n## On a GPU") : text.index("\n## On a CPU")]
     assert "**No row yet.** `make bench-gpu`" in gpu
     assert gpu.count(": empty") == len(page.SECTIONS)
@@ -52,23 +53,18 @@ def test_gpu_tables_say_that_they_are_empty(rows):
 
 def test_every_figure_is_a_rows(rows):
     """All figures of the rows are replaced: then the tables hold those and no others, but for errors."""
-    found = empty()
-    found["cpu"]["rivals"] = [
+    replaced = [
         row
         if row.p50 is None
         else replace(row, p20=1.001, p50=1.002, p80=1.003, relative=7.77, share=0.123, bandwidth=4.56e9)
         for row in rows
     ]
-    after = page.text(found, {"cuda": [], "cpu": []}, None, None)
-    figures = {n for cell in tables(after) if "e-" not in cell for n in NUMBER.findall(cell)}
+    figures = {n for cell in tables(text_of(replaced)) if "e-" not in cell for n in NUMBER.findall(cell)}
     assert figures == {"1,001", "1,002", "1,003", "7.77", "12.3", "4.56"}
 
 
 def test_a_row_without_a_number_is_shown_with_its_reason(rows):
-    found = empty()
-    found["cpu"]["rivals"] = rows
-    lines = page.text(found, {"cuda": [], "cpu": []}, None, None).splitlines()
-    (line,) = [x for x in lines if x.startswith("| verl | missing")]
+    (line,) = [x for x in text_of(rows).splitlines() if x.startswith("| verl | missing")]
     assert "missing: verl is not installed" in line
     assert not NUMBER.findall(line)
 
@@ -124,7 +120,7 @@ def predicted_lines(predictions, rows):
 
 def test_predictions_stand_in_a_section_of_their_own(predictions):
     """And without a row nothing stands beside them."""
-    text = page.text(empty(), {"cuda": [], "cpu": []}, None, predictions)
+    text = text_of(predictions=predictions)
     start = text.index("\n## Predicted, and measured")
     assert not NUMBER.findall(text[text.index("\n## On a GPU") : start])
     assert "**no measurement**" in text[start:]
