@@ -22,24 +22,23 @@ COMMANDS = {"cuda": "make bench-gpu", "cpu": "make bench"}
 def write(folder: Path = RESULTS) -> list[Path]:
     """Write the plots and the page, and return what was written."""
     rows = {device: {s: read(path_of(folder, device, s)) for s in SECTIONS} for device in DEVICES}
-    drawn = {device: draw(found, folder / "plots", device) for device, found in rows.items()}
+    drawn = [name for device, found in rows.items() for name in draw(found, folder / "plots", device)]
     compiled, predictions = (
         json.loads(path.read_text()) if path.exists() else None
         for path in (folder / "compiled_code.json", folder / "predictions.json")
     )
     page = folder / "README.md"
     page.write_text(text(rows, drawn, compiled, predictions))
-    return [page, *(folder / "plots" / f"{d}_{name}.png" for d, names in drawn.items() for name in names)]
+    return [page, *(folder / "plots" / f"{name}.png" for name in drawn)]
 
 
 def draw(rows: dict[str, list[Row]], folder: Path, device: str) -> list[str]:
-    """Write ``<device>_<name>.png`` into ``folder`` for whatever there are rows of, and return the names."""
+    """Write ``<device>_<name>.png`` into ``folder`` for whatever there are rows of, and return these stems."""
     folder.mkdir(parents=True, exist_ok=True)
-    names = []
-    for name, figure in figures(rows):
-        figure.savefig(folder / f"{device}_{name}.png", dpi=130, metadata={"Software": None})
-        names.append(name)
-    return names
+    drawn = {f"{device}_{name}": figure for name, figure in figures(rows)}
+    for name, figure in drawn.items():
+        figure.savefig(folder / f"{name}.png", dpi=130, metadata={"Software": None})
+    return list(drawn)
 
 
 def figures(rows: dict[str, list[Row]]) -> Iterator[tuple[str, plots.Figure]]:
@@ -54,7 +53,7 @@ def figures(rows: dict[str, list[Row]]) -> Iterator[tuple[str, plots.Figure]]:
 
 def text(
     rows: dict[str, dict[str, list[Row]]],
-    drawn: dict[str, list[str]],
+    drawn: list[str],
     compiled: dict[str, Any] | None,
     predictions: dict[str, Any] | None,
 ) -> str:
@@ -76,7 +75,7 @@ def text(
             "",
             *what_each_computes(),
             "",
-            *(line for device in DEVICES for line in of_device(device, rows[device], drawn[device])),
+            *(line for device in DEVICES for line in of_device(device, rows[device], drawn)),
             "## What the kernels compile to",
             "",
             *compiled_code(compiled),
@@ -122,7 +121,7 @@ def of_device(device: str, rows: dict[str, list[Row]], drawn: list[str]) -> Iter
         yield from table(found)
         yield ""
         for plot, _ in pictures:
-            if plot in drawn:
+            if f"{device}_{plot}" in drawn:
                 yield from (f"![{plot.replace('_', ' ')}](plots/{device}_{plot}.png)", "")
 
 

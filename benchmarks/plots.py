@@ -25,9 +25,8 @@ def share_against_v(rows: list[Row]) -> Figure:
                 _line(axes, line, name, rows, style, name if passes == "forward" else None)
         axes.set_ylim(bottom=0)
 
-    figure = _against_v(rows, draw, "share of measured bandwidth, %", "solid: forward / read\ndashed: backward / copy")
-    _title(figure, "Bandwidth share against V", rows)
-    return figure
+    legend_title = "solid: forward / read\ndashed: backward / copy"
+    return _against_v(rows, draw, "Bandwidth share against V", "share of measured bandwidth, %", legend_title)
 
 
 def memory_against_v(rows: list[Row]) -> Figure | None:
@@ -44,13 +43,12 @@ def memory_against_v(rows: list[Row]) -> Figure | None:
         axes.set_yscale("log")
         _plain_log_ticks(axes)
 
-    figure = _against_v(rows, draw, "peak memory beyond the logits, MiB")
-    _title(figure, "Peak memory of forward and backward against V", rows)
-    return figure
+    title = "Peak memory of forward and backward against V"
+    return _against_v(rows, draw, title, "peak memory beyond the logits, MiB")
 
 
 def _against_v(
-    rows: list[Row], draw: Callable[[Axes, list[Row]], None], y_label: str, legend_title: str = ""
+    rows: list[Row], draw: Callable[[Axes, list[Row]], None], title: str, y_label: str, legend_title: str = ""
 ) -> Figure:
     """Draw a panel for each dtype, from its rows."""
     dtypes = _in_order(row.dtype for row in rows)
@@ -63,6 +61,7 @@ def _against_v(
         axes.set(xlabel="vocabulary V", title=f"{dtype}, N = {_range(row.n for row in own)}")
     panels[0].set_ylabel(y_label)
     _legend(figure, panels, legend_title)
+    _title(figure, title, rows)
     return figure
 
 
