@@ -119,7 +119,6 @@ def of_device(device: str, rows: dict[str, list[Row]], drawn: list[str]) -> Iter
             continue
         yield from (origin(found), "")
         yield from table(found)
-        yield ""
         for plot, _ in pictures:
             if f"{device}_{plot}" in drawn:
                 yield from (f"![{plot.replace('_', ' ')}](plots/{device}_{plot}.png)", "")
@@ -140,9 +139,7 @@ def origin(rows: list[Row]) -> str:
 
 def comparison(rows: list[Row]) -> Iterator[str]:
     """Write a table for each case: one line an implementation, the floor first."""
-    for i, own in enumerate(grouped(rows, *CASE)):
-        if i > 0:
-            yield ""
+    for own in grouped(rows, *CASE):
         sizes = next((row.nucleus for row in own if row.nucleus), None)
         nuclei = "" if sizes is None else f"; nuclei of {sizes[0]:,} tokens at the median, {sizes[1]:,} at most"
         yield from (f"{shape(own[0])}{nuclei}", "")
@@ -153,6 +150,7 @@ def comparison(rows: list[Row]) -> Iterator[str]:
         by_name = grouped(own, "implementation")
         for found in sorted(by_name, key=lambda found: (found[0].implementation != floor, _unmeasured(found))):
             yield _cells([found[0].implementation, *_of_implementation(found)])
+        yield ""
 
 
 def _of_implementation(rows: list[Row]) -> list[str]:
@@ -175,16 +173,15 @@ def _of_implementation(rows: list[Row]) -> list[str]:
 
 def steps(rows: list[Row]) -> Iterator[str]:
     """Write a table for each case: one line a way to take the step."""
-    for i, own in enumerate(grouped(rows, *CASE)):
+    for own in grouped(rows, *CASE):
         anchor = next((row.anchor for row in own if row.anchor), None)
-        if i > 0:
-            yield ""
         if own[0].n:
             yield from (f"{own[0].logits}; {own[0].n:,} answer tokens, V = {own[0].v:,}, {own[0].dtype}", "")
         yield from _header(["", "made of", "step, ms", f"times {anchor}", "error of the loss"])
         for row in own:
             error = "" if row.value_error is None else f"{row.value_error:.0e}"
             yield _cells([row.implementation, row.source, milliseconds(row), times_over(row.relative), error])
+        yield ""
 
 
 def sweep(rows: list[Row]) -> Iterator[str]:
@@ -202,6 +199,7 @@ def sweep(rows: list[Row]) -> Iterator[str]:
         times = [milliseconds(by_pass[p]) for p in PASSES]
         shares = f"{percent(by_pass['forward'])}, {percent(by_pass['backward'])}"
         yield _cells([*where, *times, times_over(row.relative), shares, mebibytes(row)])
+    yield ""
 
 
 class Section(NamedTuple):

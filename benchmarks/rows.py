@@ -65,14 +65,12 @@ class Row:
     nucleus: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
-        numbers = [
-            getattr(self, name) for name in ("p20", "p50", "p80", "bandwidth", "share", "relative", "peak_bytes")
-        ]
+        numbers = ("p20", "p50", "p80", "bandwidth", "share", "relative", "peak_bytes")
         if self.status not in STATUSES:
             raise ValueError(f"status must be one of {STATUSES}, got {self.status!r}")
         if self.status == "ok" and self.p50 is None:
             raise ValueError("a row that is ok has a time")
-        if self.status != "ok" and any(number is not None for number in numbers):
+        if self.status != "ok" and any(getattr(self, name) is not None for name in numbers):
             raise ValueError(f"a row that is {self.status} has no number")
         if (self.status == "ok") == bool(self.reason):
             raise ValueError(f"status {self.status!r} with reason {self.reason!r}")

@@ -5,7 +5,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import torch
@@ -42,7 +42,8 @@ def main() -> None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("--device cuda: PyTorch finds no GPU here")
-    torch.set_num_threads(options.threads if device == "cpu" else torch.get_num_threads())
+    if device == "cpu":
+        torch.set_num_threads(options.threads)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # of the processes that measure memory
     every = parts_on_gpu() if device == "cuda" else parts_on_cpu()
     parts = [part for part in every if part.section in options.sections]
@@ -57,10 +58,9 @@ def main() -> None:
 def measure(parts: list[Part], device: str, options: argparse.Namespace, console: Console) -> None:
     end = time.monotonic() + 60 * options.minutes
     columns = (BarColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, console=console) as progress, ExitStack() as closing:
-        files = {section: RowFile(path_of(options.out, device, section)) for section in {p.section for p in parts}}
-        for file in files.values():
-            closing.callback(file.close)
+    with Progress(*columns, console=console) as progress, ExitStack() as stack:
+        paths = {part.section: path_of(options.out, device, part.section) for part in parts}
+        files = {section: stack.enter_context(closing(RowFile(path))) for section, path in paths.items()}
         task = progress.add_task("", total=len(parts))
         for part in parts:
             tell = lambda step, p=part: progress.update(task, description=f"{p.label}: {step}")  # noqa: E731
