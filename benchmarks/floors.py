@@ -4,52 +4,35 @@ On logits      forward reads them once; backward reads them once and writes thei
 Linear form    logits = H W^T forward; again backward, then d_H = G W and d_W = G^T H: 2 N V D operations each.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from benchmarks.rows import Row
 from benchmarks.workload import Case, Inputs
 
-
-@dataclass(frozen=True)
-class Floor:
-    """The two passes; backward may write into a spare tensor shaped like the rows."""
-
-    name: str
-    forward: Callable[[Inputs], object]
-    backward: Callable[[Inputs, Tensor], object]
+ON_LOGITS, LINEAR = "read, copy", "four products"
 
 
-def read(inputs: Inputs) -> Tensor:
+def name_of(case: Case | Row) -> str:
+    return LINEAR if case.d else ON_LOGITS
+
+
+def forward(inputs: Inputs) -> Tensor:
     rows = inputs.rows
+    if inputs.head is not None:
+        return rows @ inputs.head.T
     even = rows.numel() * rows.dtype.itemsize % 4 == 0
     # 16-bit values in pairs: the sum means nothing, and no time goes into converting them.
     return rows.view(-1).view(torch.float32).sum() if even else rows.sum()
 
 
-def copy(inputs: Inputs, spare: Tensor) -> Tensor:
-    return spare.copy_(inputs.rows)
-
-
-def first_product(inputs: Inputs) -> Tensor:
-    return inputs.rows @ inputs.head.T
-
-
-def three_products(inputs: Inputs, spare: Tensor) -> Tensor:
-    logits = first_product(inputs)
+def backward(inputs: Inputs, spare: Tensor) -> Tensor:
+    """Write into a spare tensor shaped like the rows."""
+    if inputs.head is None:
+        return spare.copy_(inputs.rows)
+    logits = forward(inputs)
     torch.mm(logits, inputs.head, out=spare)
     return torch.mm(logits.T, inputs.rows)
-
-
-ON_LOGITS = Floor("read, copy", read, copy)
-LINEAR = Floor("four products", first_product, three_products)
-
-
-def floor_of(case: Case | Row) -> Floor:
-    return LINEAR if case.d else ON_LOGITS
 
 
 def bytes_moved(case: Case, passes: str) -> int | None:

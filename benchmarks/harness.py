@@ -20,9 +20,8 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from benchmarks import peak_memory
+from benchmarks import floors, peak_memory
 from benchmarks.check import Truth, WrongResult, backward, check, leaves
-from benchmarks.floors import bytes_moved, floor_of, operations
 from benchmarks.implementations import Implementation, Outputs
 from benchmarks.parts import Part
 from benchmarks.rivals import all_implementations
@@ -89,7 +88,7 @@ def rows_of_part(part: Part, on_step: Callable[[str], None] = lambda _: None) ->
             contender.peak_bytes = peaks[contender.implementation.name]
     for passes in PASSES:
         seconds = [turn.of(passes) for turn in floor_seconds]
-        yield part.row(floor_of(case).name, "torch", passes, **_timed(case, passes, seconds), share=1.0)
+        yield part.row(floors.name_of(case), "torch", passes, **_timed(case, passes, seconds), share=1.0)
     for contender in contenders:
         yield from _rows_of(part, contender, floor_seconds, contenders[0], nucleus)
 
@@ -130,13 +129,13 @@ def take_turns(
     part: Part, inputs: Inputs, spare: Tensor, contenders: list[Contender], on_step: Callable[[str], None]
 ) -> list[Seconds]:
     """Fill the contenders' seconds, and return the floor's, turn by turn."""
-    case, floor = part.case, floor_of(part.case)
+    case = part.case
     flush = flusher(case.device)
     floor_seconds: list[Seconds] = []
     for turn in range(part.turns + 1):
         on_step(f"turn {turn} of {part.turns}")
         flush()
-        of_floor = clock(case.device, lambda: floor.forward(inputs), lambda _: floor.backward(inputs, spare))
+        of_floor = clock(case.device, lambda: floors.forward(inputs), lambda _: floors.backward(inputs, spare))
         if turn > 0:  # the first turn warms up
             floor_seconds.append(of_floor)
         for contender in contenders:
@@ -240,9 +239,9 @@ def _gradients_not_counted(inputs: Inputs) -> int:
 
 
 def _timed(case: Case, passes: str, seconds: list[float]) -> dict[str, Any]:
-    times, moved = times_of(seconds), bytes_moved(case, passes)
+    times, moved = times_of(seconds), floors.bytes_moved(case, passes)
     bandwidth = None if moved is None else moved / times["p50"]
-    return times | {"bytes": moved, "bandwidth": bandwidth, "operations": operations(case, passes)}
+    return times | {"bytes": moved, "bandwidth": bandwidth, "operations": floors.operations(case, passes)}
 
 
 def _rows_of(
@@ -257,15 +256,17 @@ def _rows_of(
         if passes != "forward" and not implementation.gradients:
             yield from _rows_without(part, implementation, (passes,), "skipped", "it has no gradient")
             continue
-        own, floors, anchors = ([t.of(passes) for t in turns] for turns in (contender.seconds, floor, anchor.seconds))
+        own, of_floor, of_anchor = (
+            [turn.of(passes) for turn in turns] for turns in (contender.seconds, floor, anchor.seconds)
+        )
         row = part.row(
             implementation.name,
             implementation.source,
             passes,
             **_timed(part.case, passes, own),
-            share=median_ratio(floors, own),
+            share=median_ratio(of_floor, own),
             anchor=anchor.implementation.name,
-            relative=median_ratio(own, anchors),
+            relative=median_ratio(own, of_anchor),
             peak_bytes=contender.peak_bytes,
             nucleus=nucleus,
             **contender.errors,

@@ -8,8 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks import cost_model, plots
-from benchmarks.floors import floor_of
+from benchmarks import cost_model, floors, plots
 from benchmarks.implementations import STATISTICS
 from benchmarks.rivals import all_implementations
 from benchmarks.rows import PASSES, RESULTS, Row, grouped, only, path_of, plain, read, shape, span_of_dates
@@ -144,7 +143,7 @@ def comparison(rows: list[Row]) -> Iterator[str]:
         nuclei = "" if sizes is None else f"; nuclei of {sizes[0]:,} tokens at the median, {sizes[1]:,} at most"
         yield from (f"{shape(own[0])}{nuclei}", "")
         anchor = next((row.anchor for row in own if row.anchor), None)
-        floor = floor_of(own[0]).name
+        floor = floors.name_of(own[0])
         heads = ["", "forward, ms", "backward, ms", "both, ms", f"times {anchor}"]
         yield from _header([*heads, f"both / {floor}" if own[0].d else "share of bandwidth", "peak, MiB", "error"])
         by_name = grouped(own, "implementation")

@@ -68,7 +68,7 @@ def _against_v(
 def time_against_n(rows: list[Row]) -> Figure:
     figure, (axes,) = _figure(8.4, 4.8, 1)
     rows = only(rows, passes="both")
-    for name in (ON_LOGITS.name, *_contenders(rows)):
+    for name in (ON_LOGITS, *_contenders(rows)):
         _line(axes, [(r.n, 1e3 * r.p50) for r in only(rows, implementation=name)], name, rows, "-", name)
     axes.set(xscale="log", yscale="log", xlabel="rows N", ylabel="forward and backward, ms")
     _plain_log_ticks(axes)
@@ -109,8 +109,7 @@ def _total(rows: list[Row], name: str) -> float:
 
 
 def _contenders(rows: list[Row]) -> list[str]:
-    floors = (ON_LOGITS.name, LINEAR.name)
-    return [name for name in _in_order(row.implementation for row in rows) if name not in floors]
+    return [name for name in _in_order(row.implementation for row in rows) if name not in (ON_LOGITS, LINEAR)]
 
 
 def _colour(name: str, rows: list[Row]) -> str:
