@@ -59,6 +59,8 @@ def weighted_sum(outputs: Outputs, weights: dict[str, Tensor]) -> Tensor:
 
 def backward(outputs: Outputs, names: tuple[str, ...], weights: dict[str, Tensor]) -> None:
     """Run the backward pass of `weighted_sum`, whose gradients are the weights: the sum itself launches nothing."""
+    if not names:
+        return
     found = {name: outputs[name] for name in names}
     seeds = [None if value.dim() == 0 else weights[name][: len(value)].to(value.dtype) for name, value in found.items()]
     torch.autograd.backward(list(found.values()), seeds)

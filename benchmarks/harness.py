@@ -103,8 +103,7 @@ def admit(
         function = implementation.prepare()
         tried = leaves(fresh(implementation, only(inputs, truth.rows), spare))
         found = function(tried)
-        if implementation.gradients:
-            backward(found, implementation.gradients, tried.weights)
+        backward(found, implementation.gradients, tried.weights)
         found = {name: value.detach() for name, value in found.items()}
         return Contender(implementation, function, check(implementation, case, tried, found, truth))
     except WrongResult as wrong:
@@ -162,13 +161,8 @@ def take_turns(
 
 def run_once(contender: Contender, device: str, inputs: Inputs) -> Seconds:
     inputs = leaves(inputs)
-    names = contender.implementation.gradients
-
-    def second(found: Outputs) -> None:
-        if names:
-            backward(found, names, inputs.weights)
-
-    return clock(device, lambda: contender.function(inputs), second)
+    gradients = contender.implementation.gradients
+    return clock(device, lambda: contender.function(inputs), lambda found: backward(found, gradients, inputs.weights))
 
 
 def flusher(device: str) -> Callable[[], object]:
