@@ -50,14 +50,12 @@ def statistics(log_p: Tensor, log_p_sorted: Tensor, token_ids: Tensor) -> Output
     }
 
 
-def on_logits(function: Callable[[Tensor, Tensor], Outputs]) -> Callable[[], Callable[[Inputs], Outputs]]:
-    return lambda: lambda inputs: function(inputs.rows, inputs.token_ids)
-
-
-def on_logits_compiled(function: Callable[[Tensor, Tensor], Outputs]) -> Callable[[], Callable[[Inputs], Outputs]]:
+def on_logits(
+    function: Callable[[Tensor, Tensor], Outputs], compiled: bool = False
+) -> Callable[[], Callable[[Inputs], Outputs]]:
     def prepare() -> Callable[[Inputs], Outputs]:
-        fused = torch.compile(function, dynamic=False)  # as a user would, for one shape
-        return lambda inputs: fused(inputs.rows, inputs.token_ids)
+        run = torch.compile(function, dynamic=False) if compiled else function  # as a user would, for one shape
+        return lambda inputs: run(inputs.rows, inputs.token_ids)
 
     return prepare
 
@@ -88,13 +86,13 @@ IMPLEMENTATIONS = (
     Implementation(
         "torch.compile, sort",
         "torch.compile of 'eager, sort'",
-        on_logits_compiled(by_sort),
+        on_logits(by_sort, compiled=True),
         compiled=True,
     ),
     Implementation(
         "torch.compile, top-k cut",
         "torch.compile of 'eager, top-k cut'",
-        on_logits_compiled(by_top_k),
+        on_logits(by_top_k, compiled=True),
         compiled=True,
         note=CUT,
         keeps=SIREN_TOP_K,
@@ -102,7 +100,7 @@ IMPLEMENTATIONS = (
     Implementation(
         "torch.compile, no nucleus",
         "torch.compile of log_softmax, gather, entropy",
-        on_logits_compiled(without_nucleus),
+        on_logits(without_nucleus, compiled=True),
         ("logp", "entropy"),
         ("logp", "entropy"),
         compiled=True,
