@@ -80,7 +80,7 @@ class TrainConfig:
     operator: Literal["logits", "linear"] = "logits"
     """Take statistics from logits, or from hidden states, with logits that exist a chunk at a time."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Precision of the forward pass, by autocast; weights stay float32.
+    """Precision of forward passes, by autocast; weights stay float32, and the tiny model samples in float32.
     auto: bfloat16 on a GPU that has it, else float32."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device to compute on. auto: a GPU if there is one."""

@@ -82,7 +82,7 @@ class InspectConfig:
         """
         if self.run is not None:
             saved = json.loads((self.run / "config.json").read_text())
-            inherited = ("model", "chat", "max_new_tokens", "temperature", "learning_rate")
+            inherited = ("model", "chat", "max_new_tokens", "temperature", "learning_rate", "precision")
             start = TrainConfig(
                 tasks=tuple(saved["tasks"]),
                 eval_tasks=tuple(saved["eval_tasks"]),

@@ -28,7 +28,7 @@ from paec_kernels.losses.ranks import mean_over_ranks, rank_and_world, world_siz
 from paec_kernels.train.algorithms import Algorithm, MicroBatch
 from paec_kernels.train.config import TrainConfig, plain, seed_of
 from paec_kernels.train.models.policy import Policy, Rollout
-from paec_kernels.train.policies import pick_device, starting_policy
+from paec_kernels.train.policies import autocast_dtype, pick_device, starting_policy
 from paec_kernels.train.run_folder import RunLog, load_checkpoint, save_checkpoint
 from paec_kernels.train.tasks.by_name import load_tasks
 from paec_kernels.train.tasks.task import Problem, Task
@@ -75,7 +75,9 @@ class Run:
             "top_p": self.algorithm.top_p,
             "temperature": self.config.temperature,
         }
-        with self._autocast():
+        device = self.policy.head.device
+        dtype = autocast_dtype(self.config.precision, device)
+        with torch.autocast(device.type, dtype, enabled=dtype is not None):
             hidden = model(rollout.sequences, rollout.attention_mask, rollout.prompt_length)
             if self.config.operator == "linear":
                 return pk.linear_token_stats(hidden, self.policy.head, **options)
@@ -85,13 +87,6 @@ class Run:
     def look(self, rollout: Rollout) -> pk.TokenStats:
         """Return the statistics without gradient, on this rank alone."""
         return self.statistics(self.policy.module, rollout)
-
-    def _autocast(self) -> AbstractContextManager:
-        device = self.policy.head.device
-        wanted = self.config.precision == "bfloat16" or (
-            self.config.precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported()
-        )
-        return torch.autocast(device.type, torch.bfloat16) if wanted else nullcontext()
 
 
 def train(

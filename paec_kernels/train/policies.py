@@ -20,6 +20,12 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name, torch.cuda.current_device()) if name == "cuda" else torch.device(name)
 
 
+def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
+    """Return the type that forward passes are cast to, in sampling as in training, or None for the weights' own."""
+    has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return torch.bfloat16 if precision == "bfloat16" or (precision == "auto" and has_bfloat16) else None
+
+
 def starting_policy(
     config: TrainConfig, device: torch.device, on_warm_step: Callable[[int, float], None] = lambda step, loss: None
 ) -> Policy:
@@ -30,7 +36,7 @@ def starting_policy(
     """
     if config.model == "tiny":
         return TinyPolicy(warm_start(config.warm_start, config.cache, on_warm_step).to(device))
-    return _hugging_face(config.model, config.chat, device)
+    return _hugging_face(config.model, config.chat, config.precision, device)
 
 
 def trained_policy(run: Path, device: torch.device) -> Policy:
@@ -41,15 +47,16 @@ def trained_policy(run: Path, device: torch.device) -> Policy:
     """
     state = read_checkpoint(run / "checkpoint.pt")
     config = json.loads((run / "config.json").read_text())
-    is_tiny = config["model"] == "tiny"
-    policy = TinyPolicy(TinyModel().to(device)) if is_tiny else _hugging_face(config["model"], config["chat"], device)
+    if config["model"] == "tiny":
+        policy: Policy = TinyPolicy(TinyModel().to(device))
+    else:
+        policy = _hugging_face(config["model"], config["chat"], config["precision"], device)
     policy.module.load_state_dict(state["model"])
     return policy
 
 
-def _hugging_face(name: str, chat: bool | None, device: torch.device) -> Policy:
+def _hugging_face(name: str, chat: bool | None, precision: str, device: torch.device) -> Policy:
     # Imported where it is needed: transformers takes seconds, and the tiny model needs none of it.
     from paec_kernels.train.models import hugging_face
 
-    on_bf16_gpu = device.type == "cuda" and torch.cuda.is_bf16_supported()
-    return hugging_face.load(name, device, chat=chat, sampling_dtype=torch.bfloat16 if on_bf16_gpu else None)
+    return hugging_face.load(name, device, chat=chat, sampling_dtype=autocast_dtype(precision, device))

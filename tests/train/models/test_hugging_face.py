@@ -13,7 +13,7 @@ from tokenizers.processors import TemplateProcessing
 from paec_kernels.train.config import TrainConfig, plain
 from paec_kernels.train.models.hugging_face import HFPolicy, load
 from paec_kernels.train.models.policy import Policy, Rollout
-from paec_kernels.train.policies import starting_policy, trained_policy
+from paec_kernels.train.policies import autocast_dtype, starting_policy, trained_policy
 from paec_kernels.train.run_folder import save_checkpoint
 
 WORDS = ["<pad>", "<bos>", "<end>", "<turn>", *"abcdefghijklmnop"]
@@ -237,18 +237,34 @@ def test_a_folder_is_loaded_in_float32(tmp_path: Path) -> None:
     assert policy.texts(draw(policy)) == policy.texts(draw(HFPolicy(model.float(), make_tokenizer(CHAT_TEMPLATE))))
 
 
-@pytest.mark.parametrize(("chat", "expected"), [(None, True), (True, True), (False, False)])
-def test_a_run_and_its_checkpoint_use_the_chat_template_alike(
-    tmp_path: Path, chat: bool | None, expected: bool
-) -> None:
+@pytest.mark.parametrize(
+    ("options", "name", "expected"),
+    [
+        ({"chat": None}, "chat", True),
+        ({"chat": True}, "chat", True),
+        ({"chat": False}, "chat", False),
+        ({"precision": "auto"}, "sampling_dtype", None),
+        ({"precision": "float32"}, "sampling_dtype", None),
+        ({"precision": "bfloat16"}, "sampling_dtype", torch.bfloat16),
+    ],
+)
+def test_a_run_and_its_checkpoint_sample_alike(tmp_path: Path, options: dict, name: str, expected: object) -> None:
     make_model().save_pretrained(tmp_path / "model")
     make_tokenizer(CHAT_TEMPLATE).save_pretrained(tmp_path / "model")
-    config = TrainConfig(model=str(tmp_path / "model"), chat=chat)
+    config = TrainConfig(model=str(tmp_path / "model"), **options)
     policy = starting_policy(config, torch.device("cpu"))
-    assert policy.chat is expected
+    assert getattr(policy, name) is expected
     save_checkpoint({"model": policy.module.state_dict()}, tmp_path / "checkpoint.pt")
     (tmp_path / "config.json").write_text(json.dumps(plain(config)))
-    assert trained_policy(tmp_path, torch.device("cpu")).chat is expected
+    assert getattr(trained_policy(tmp_path, torch.device("cpu")), name) is expected
+
+
+@pytest.mark.parametrize(("precision", "expected"), [("auto", torch.bfloat16), ("float32", None)])
+def test_a_gpu_with_bfloat16_uses_it_unless_told_otherwise(
+    monkeypatch, precision: str, expected: torch.dtype | None
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    assert autocast_dtype(precision, torch.device("cuda")) is expected
 
 
 def test_a_name_of_nothing_is_refused(tmp_path: Path) -> None:
