@@ -4,7 +4,6 @@ import copy
 import dataclasses
 import io
 import math
-from importlib.util import find_spec
 
 import pytest
 import torch
@@ -24,8 +23,6 @@ CONFIGS = {
     "vocab": dataclasses.replace(CONFIG, nucleus_norm="log_vocab", rho=0.3, alpha=0.9, tau_m=0.2),
     "no penalty": dataclasses.replace(CONFIG, lam=0.0),
 }
-needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="needs triton")
-BACKENDS = ["torch", pytest.param("triton", marks=needs_triton)]
 
 
 def gradient(loss: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
@@ -73,7 +70,6 @@ def test_the_penalty_is_one_sided():
     torch.testing.assert_close(low.loss.detach(), expected, rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_float32_backends(backend):
     truth = make_batch(5, 300)
     loss, mask, _ = reference_loss(truth, CONFIG)
@@ -85,7 +81,6 @@ def test_float32_backends(backend):
     torch.testing.assert_close(grad, true_grad.float(), rtol=1e-4, atol=1e-8)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_same_bits_in_every_run(backend):
     batch = make_batch(5, 700, dtype=torch.float32)
     paec = anchored(backend=backend)
@@ -112,7 +107,6 @@ def test_score_and_mask_are_constants_of_the_gradient():
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, in the interpreter: 1 / 0
 @pytest.mark.parametrize("shape", [(0,), (0, 5), (3, 7)])
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_no_valid_token_is_exactly_nothing(shape, backend):
     batch = make_batch(*shape, dtype=torch.float32, p_valid=0)
     out = anchored(backend=backend)(batch.stats, batch.valid)
@@ -123,7 +117,6 @@ def test_no_valid_token_is_exactly_nothing(shape, backend):
     assert out.metrics["threshold"].isnan()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_statistics_at_invalid_positions_do_not_matter(backend):
     batch = make_batch(3, 50, dtype=torch.float32)
     stats = batch.stats
@@ -139,7 +132,6 @@ def test_statistics_at_invalid_positions_do_not_matter(backend):
     assert (gradient(out.loss, entropy)[~batch.valid] == 0).all()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_nan_row_shows_in_the_loss_and_stays_out_of_the_anchor(backend):
     batch = make_batch(2, 20, dtype=torch.float32, p_valid=1)
     with torch.no_grad():
@@ -185,7 +177,6 @@ def test_that_check_rejects_a_threshold_per_micro_batch():
     assert (grad - true_grad).norm() > 0.05 * true_grad.norm()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_one_micro_batch_is_forward(backend):
     batch = make_batch(3, 50, dtype=torch.float32)
     out = anchored(backend=backend)(batch.stats, batch.valid)
@@ -415,7 +406,6 @@ def test_the_backend_is_one_of_four():
 # Compilation and the device
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_compiles_into_one_graph_for_all_shapes(backend):
     torch._dynamo.reset()
     eager, paec = anchored(backend=backend), anchored(backend=backend)
@@ -446,7 +436,6 @@ class NoHostSync(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_nothing_waits_for_the_device(backend):
     batch = make_batch(3, 20, dtype=torch.float32)
     stats, paec = batch.stats, anchored(backend=backend)
