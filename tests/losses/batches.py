@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from paec_kernels import reference
+from paec_kernels.losses.entropy_term import EntropyTerm
 from paec_kernels.losses.paec import PAEC
 from paec_kernels.losses.paec_config import PAECConfig
 from paec_kernels.types import TokenStats
@@ -42,9 +43,23 @@ def flattened(batches: list[Batch]) -> Batch:
     return Batch(logits.requires_grad_(), torch.cat([batch.valid.reshape(-1) for batch in batches]))
 
 
+def with_anchor(term: EntropyTerm, anchor: float = ANCHOR) -> EntropyTerm:
+    """The term itself, its anchor set."""
+    term.anchor_count.fill_(term.anchor_steps)
+    term.anchor_sum.fill_(anchor * term.anchor_steps)
+    return term
+
+
 def anchored(config: PAECConfig = CONFIG, anchor: float = ANCHOR, **options) -> PAEC:
-    """A PAEC whose anchor is set."""
-    paec = PAEC(config, **options)
-    paec.anchor_count.fill_(config.anchor_steps)
-    paec.anchor_sum.fill_(anchor * config.anchor_steps)
-    return paec
+    return with_anchor(PAEC(config, **options), anchor)
+
+
+def accuracy_of(stats: TokenStats) -> Tensor:
+    """``[B, 1]`` for three answers at most."""
+    return torch.tensor([[0.25], [1.0], [0.0]], dtype=stats.entropy.dtype)[: len(stats.entropy)]
+
+
+def whole_step(term: EntropyTerm, stats: TokenStats, valid: Tensor) -> Tensor:
+    """The loss of an optimiser step of one micro-batch."""
+    term.observe(stats, valid)
+    return term.term(stats, valid, term.plan(), accuracy_of(stats))
