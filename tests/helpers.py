@@ -1,7 +1,13 @@
 """What tests of several folders use."""
 
+import gc
+import os
 import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -9,6 +15,28 @@ def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]
+
+
+def on_ranks(n: int, work: Callable[..., Any], folder: Path, *arguments: Any) -> list[Any]:
+    """Call ``work(rank, *arguments)``, which joins a process group, in n new processes; return what they return.
+
+    Args:
+        work: of a module, which the new processes import.
+        folder: where their results are passed, as ``torch.load(weights_only=True)`` takes them.
+    """
+    torch.multiprocessing.spawn(_rank, (n, work, free_port(), folder, arguments), nprocs=n)
+    return [torch.load(folder / str(rank), weights_only=True) for rank in range(n)]
+
+
+def _rank(rank: int, n: int, work: Callable[..., Any], port: int, folder: Path, arguments: tuple) -> None:
+    torch.set_num_threads(1)
+    # As torchrun sets them
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "GROUP_RANK": "0", "WORLD_SIZE": str(n)}
+    os.environ |= {"LOCAL_WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.save(work(rank, *arguments), folder / str(rank))
+    # DistributedDataParallel must go first: the last to let go of gloo's threads can wait for them for ever.
+    gc.collect()
+    torch.distributed.destroy_process_group()
 
 
 def relative_error(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> float:

@@ -1,26 +1,54 @@
 """The code of docs/in_your_trainer.md, run as it stands there."""
 
 import copy
+import re
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
-from helpers import free_port
-from integrations import docs_rank_worker
-from integrations.docs_rank_worker import ON, RANKS, STEPS, ragged_batches, tiny_model
+from helpers import on_ranks
 
 import paec_kernels as pk
 
+PAGE = Path(__file__).parents[1] / "docs" / "in_your_trainer.md"
+B, L, V, D = 4, 12, 50, 8
+RANKS = 2
+STEPS = 2
+# The first step sets the anchor; in the second the floor is above it, so that the penalty acts.
+ON = pk.PAECConfig(beta=1.0, anchor_steps=1, rho_min=1.2)
 
-@pytest.fixture
-def page() -> dict:
-    return docs_rank_worker.page()
+
+def page_names() -> dict[str, Any]:
+    """The names that the page's code defines, in one namespace."""
+    names: dict[str, Any] = {}
+    for block in re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL):
+        exec(block, names)
+    return names
 
 
-@pytest.fixture
-def model() -> torch.nn.Module:
-    return tiny_model()
+def tiny_model() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Embedding(V, D), torch.nn.Linear(D, V, bias=False))
+
+
+def ragged_batches(number: int) -> list[SimpleNamespace]:
+    """Micro-batches of which each has more tokens than the one before."""
+    torch.manual_seed(1)
+    made = []
+    for k in range(number):
+        input_ids = torch.randint(V, (B, L))
+        valid = torch.rand(B, L - 1) < (k + 1) / (number + 1)
+        with torch.no_grad():
+            old_logp = pk.token_stats(tiny_model()(input_ids)[:, :-1], input_ids[:, 1:], valid=valid).logp
+        made.append(SimpleNamespace(input_ids=input_ids, valid=valid, advantages=torch.randn(B), old_logp=old_logp))
+    return made
+
+
+page = pytest.fixture(page_names)
+model = pytest.fixture(tiny_model)
 
 
 @pytest.fixture
@@ -72,6 +100,44 @@ def test_hidden_states_give_the_same_statistics(page, model, batches):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+def work(rank: int, library: str, path: Path) -> dict[str, Any]:
+    """Take the page's steps with this rank's half of the micro-batches.
+
+    Returns:
+        Weights, number of tokens, and the anchor's sum before it was saved and after it was loaded.
+    """
+    names = page_names()
+    paec = names["paec"] = pk.PAEC(ON)
+    model = tiny_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=20.0)
+    micro_batches = ragged_batches(4)[2 * rank : 2 * rank + 2]
+    if library == "accelerate":
+        from accelerate import Accelerator
+
+        ranks = Accelerator(cpu=True)
+        model, optimizer = ranks.prepare(model, optimizer)
+        ranks.register_for_checkpointing(paec)
+        step, save, load = names["accelerate_step"], ranks.save_state, ranks.load_state
+    else:
+        from lightning_fabric import Fabric
+
+        ranks = Fabric(accelerator="cpu", devices=RANKS, strategy="ddp")
+        ranks.launch()
+        model, optimizer = ranks.setup(model, optimizer)
+        state = {"model": model, "optimizer": optimizer, "paec": paec}
+        step, save, load = names["fabric_step"], partial(ranks.save, state=state), partial(ranks.load, state=state)
+    for _ in range(STEPS):
+        step(ranks, model, micro_batches, optimizer)
+    weights = [value.detach().clone() for value in model.parameters()]
+    anchors = [paec.anchor_sum.clone()]
+    save(str(path))
+    torch.distributed.barrier()  # the first rank has written
+    paec.load_state_dict(pk.PAEC(ON).state_dict())
+    load(str(path))
+    anchors.append(paec.anchor_sum)
+    return {"weights": weights, "tokens": names["tokens_per_rank"](micro_batches), "anchors": anchors}
+
+
 @pytest.mark.parametrize("library", ["accelerate", "lightning_fabric"])
 def test_two_ranks_take_the_step_of_one_process_for_all(page, model, library: str, tmp_path: Path):
     name = library.replace("_", "-")
@@ -83,9 +149,7 @@ def test_two_ranks_take_the_step_of_one_process_for_all(page, model, library: st
         plan = page["accumulated_step"](model, batches, optimizer)
     assert plan.penalty > 0.01
 
-    torch.multiprocessing.spawn(docs_rank_worker.run, (free_port(), library, str(tmp_path)), nprocs=RANKS)
-    for rank in range(RANKS):
-        found = torch.load(tmp_path / str(rank), weights_only=True)
+    for found in on_ranks(RANKS, work, tmp_path, library, tmp_path / "checkpoint"):
         for value, expected in zip(found["weights"], model.parameters(), strict=True):
             torch.testing.assert_close(value, expected.detach(), rtol=1e-4, atol=1e-5)
         assert found["tokens"] == sum(int(batch.valid.sum()) for batch in batches) / RANKS

@@ -1,23 +1,69 @@
 """PAECGRPOTrainer on two gloo ranks with two micro-batches each, against one process that holds all four."""
 
+import warnings
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 pytest.importorskip("trl", reason="trl is not installed: pip install 'paec-kernels[trl]'")
-from helpers import free_port, relative_error
+from helpers import on_ranks, relative_error
+from integrations import tiny_trl
 from integrations.tiny_trl import Piece, Truth, truth
-from integrations.trl_rank_worker import OPTIONS, RANKS, run
 
 from paec_kernels.losses.paec_config import PAECConfig
 
-CONFIG = PAECConfig(**{name.removeprefix("paec_"): value for name, value in OPTIONS.items() if name[:5] == "paec_"})
+RANKS = 2
+SHARDINGS = ("whole", "sharded", "head apart")
+METRICS = ("threshold", "mean_entropy", "mask_sum", "penalty")
+OPTIONS = tiny_trl.PAEC_ON | {"max_steps": 3, "max_grad_norm": 0.0}
+CONFIG = PAECConfig(**{name.removeprefix("paec_"): value for name, value in tiny_trl.PAEC_ON.items()})
+
+
+def work(rank: int, folder: Path) -> dict[str, Any]:
+    """What this rank saw of a run, its gradients and its log, and the gradients of a pass of its own."""
+    warnings.simplefilter("ignore", FutureWarning)
+    return recorded(folder) | {sharding: gradients_of_a_pass(folder, sharding) for sharding in SHARDINGS}
+
+
+def recorded(folder: Path) -> dict[str, Any]:
+    recorder = tiny_trl.Recorder()
+    trainer = recorder.run = tiny_trl.trainer(
+        folder, reward=tiny_trl.constant, callbacks=[recorder], ddp_backend="gloo", **OPTIONS
+    )
+    trainer.train()
+    return {
+        "steps": [(list(map(tuple, step.pieces)), step.weights, step.gradients) for step in recorder.steps],
+        "metrics": {name: tiny_trl.logged(trainer, f"paec/{name}") for name in METRICS},
+        "loss": tiny_trl.logged(trainer, "loss"),
+        "anchor": trainer.paec.anchor_sum,
+    }
+
+
+def gradients_of_a_pass(folder: Path, sharding: str) -> dict[str, torch.Tensor]:
+    """Through the trainer's scoring pass, the model whole or in FSDP2's shards, its head by itself or not."""
+    trainer = tiny_trl.trainer(folder, ddp_backend="gloo")
+    model = trainer.model
+    if sharding != "whole":
+        mesh = init_device_mesh("cpu", (RANKS,))
+        for layer in model.model.layers:
+            fully_shard(layer, mesh=mesh)
+        if sharding == "head apart":
+            fully_shard(model.lm_head, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    ids = torch.arange(2, 32).view(2, 15)
+    logps, _, _ = trainer._get_per_token_logps_and_entropies(model, ids, torch.ones_like(ids), 10)
+    (logps.sum() + trainer._scored.pop()[1].nucleus_entropy.sum()).backward()
+    return {name: p.grad if sharding == "whole" else p.grad.full_tensor() for name, p in model.named_parameters()}
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     folder = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(run, (free_port(), str(folder)), nprocs=RANKS)
-    return [torch.load(folder / str(rank), weights_only=True) for rank in range(RANKS)]
+    return on_ranks(RANKS, work, folder, folder / "out")
 
 
 def pieces_of(ranks: list[dict], i: int) -> list[Piece]:

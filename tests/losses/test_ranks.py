@@ -2,18 +2,70 @@
 
 import pytest
 import torch
-from losses.batches import ANCHOR, CONFIG, VOCAB, Batch, flattened
-from losses.rank_worker import loss_arguments, micro_batches_of, run
+import torch.distributed as dist
+from helpers import on_ranks
+from losses.batches import ANCHOR, CONFIG, VOCAB, Batch, anchored, flattened, make_batch
 
 from paec_kernels import reference
 from paec_kernels.losses.drop_in import PAECLoss
+from paec_kernels.losses.paec import Plan
+
+# The micro-batches of each rank; ragged, one rank without a valid token in any.
+SHAPES = [[(3, 17), (1, 5)], [(4, 40)], [(2, 9), (1, 0)]]
+P_VALID = [0.7, 0.9, 0.0]
+
+
+def micro_batches_of(rank: int) -> list[Batch]:
+    return [make_batch(*shape, seed=10 * rank + i, p_valid=P_VALID[rank]) for i, shape in enumerate(SHAPES[rank])]
+
+
+def loss_arguments(batch: Batch) -> tuple[torch.Tensor, ...]:
+    """What PAECLoss takes, made from the logits so that the same tokens get the same wherever they are."""
+    logits = batch.logits.detach().float().requires_grad_()
+    token_ids = (logits[..., 0].abs() * 100).long() % VOCAB
+    return logits, token_ids, logits[..., 1].detach(), batch.valid, -logits[..., 2].abs().detach()
+
+
+def work(rank: int, n_ranks: int) -> dict:
+    """The values and the logits' gradients of each way to compute the loss."""
+    dist.init_process_group("gloo")
+    micro_batches = micro_batches_of(rank)
+
+    def accumulated(group: dist.ProcessGroup) -> tuple[Plan, list[torch.Tensor], list[torch.Tensor]]:
+        """The plan, the terms, and their gradients."""
+        paec = anchored(process_group=group)
+        for batch in micro_batches:
+            paec.observe(batch.stats, batch.valid)
+        plan = paec.plan()
+        terms = [paec.term(batch.stats, batch.valid, plan) for batch in micro_batches]
+        grads = [torch.autograd.grad(x, batch.logits)[0] for x, batch in zip(terms, micro_batches, strict=True)]
+        return plan, terms, grads
+
+    plan, terms, grads = accumulated(dist.group.WORLD)
+    # The mistake: each rank by itself.
+    _, _, local_grads = accumulated([dist.new_group([r]) for r in range(n_ranks)][rank])
+
+    # One micro-batch: forward() is the whole step. Without a group, that of all ranks.
+    out = anchored()(micro_batches[0].stats, micro_batches[0].valid)
+
+    arguments = loss_arguments(micro_batches[0])
+    policy_loss = PAECLoss(CONFIG, process_group=dist.group.WORLD)(*arguments).loss
+    return {
+        "plan": dict(plan._asdict()),
+        "value": sum(terms).detach(),
+        "grads": grads,
+        "forward_value": out.loss.detach(),
+        "forward_grad": torch.autograd.grad(out.loss, micro_batches[0].logits)[0],
+        "forward_mask": out.mask,
+        "policy_value": policy_loss.detach(),
+        "policy_grad": torch.autograd.grad(policy_loss, arguments[0])[0],
+        "local_grads": local_grads,
+    }
 
 
 @pytest.fixture(scope="module", params=[2, 3])
 def ranks(request, tmp_path_factory) -> list[dict]:
-    folder = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(run, (request.param, str(folder)), nprocs=request.param)
-    return [torch.load(folder / str(rank), weights_only=True) for rank in range(request.param)]
+    return on_ranks(request.param, work, tmp_path_factory.mktemp("ranks"), request.param)
 
 
 def truth(batches: list[Batch]) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
