@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -15,7 +16,7 @@ pytest.importorskip("trl", reason="trl is not installed: pip install 'paec-kerne
 from datasets import Dataset
 from helpers import relative_error
 from integrations import tiny_trl
-from integrations.tiny_trl import PAEC_OFF, PAEC_ON, Recorder, logged, trainer, truth
+from integrations.tiny_trl import PAEC_OFF, PAEC_ON, logged, recorded, trainer, truths
 from transformers import (
     CohereConfig,
     CohereForCausalLM,
@@ -37,11 +38,14 @@ from paec_kernels.ops.linear import linear_token_stats
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # transformers' own, of options that TRL sets
 
 
-def recorded(folder: Path, **options) -> tuple[PAECGRPOTrainer, Recorder]:
-    recorder = Recorder()
-    recorder.run = run = trainer(folder, callbacks=[recorder], max_grad_norm=0.0, **options)
-    run.train()
-    return run, recorder
+def altered(change: Callable[[dict], dict]) -> type[PAECGRPOTrainer]:
+    """A trainer whose batches are changed after they are generated."""
+
+    class Altered(PAECGRPOTrainer):
+        def _generate_and_score_completions(self, inputs):
+            return change(super()._generate_and_score_completions(inputs))
+
+    return Altered
 
 
 # -- without PAEC: the stock trainer's run --------------------------------------------------------------------------
@@ -136,24 +140,22 @@ EXACT = {
 @pytest.mark.parametrize("case", EXACT)
 def test_plan_and_gradient_are_those_of_the_whole_step(case: str, tmp_path: Path) -> None:
     options = PAEC_ON | EXACT[case]
-    run, recorder = recorded(tmp_path, reward=tiny_trl.constant, **options)
-    assert len(recorder.steps) == run.args.max_steps
-    config = run.args.paec_config()
-    anchor = None
-    for i, step in enumerate(recorder.steps):
+    run, steps = recorded(tmp_path, reward=tiny_trl.constant, **options)
+    run.train()
+    assert len(steps) == run.args.max_steps
+    exacts = truths(steps, run.args.paec_config(), temperature=run.args.temperature)
+    for name in ("threshold", "mean_entropy", "mask_sum", "penalty"):
+        expected = [exact.metrics[name].item() for exact in exacts]
+        assert logged(run, f"paec/{name}") == pytest.approx(expected, rel=1e-5), name
+    for name in ("paec/loss", "loss"):
+        assert logged(run, name) == pytest.approx([exact.loss.item() for exact in exacts], abs=1e-5), name
+    anchor = exacts[0].metrics["mean_entropy"].item()
+    assert logged(run, "paec/anchor") == pytest.approx([anchor] * (len(steps) - 1), rel=1e-5)
+    for step, exact in zip(steps, exacts, strict=True):
         assert len(step.pieces) == run.args.gradient_accumulation_steps
-        exact = truth(step.pieces, step.weights, config, anchor, temperature=options.get("temperature", 1.0))
-        for name in ("threshold", "mean_entropy", "mask_sum", "penalty"):
-            expected = pytest.approx(exact.metrics[name].item(), rel=1e-5)
-            assert logged(run, f"paec/{name}")[i] == expected, name
-        assert logged(run, "paec/loss")[i] == pytest.approx(exact.loss.item(), abs=1e-5)
-        assert logged(run, "loss")[i] == pytest.approx(exact.loss.item(), abs=1e-5)
         assert relative_error(step.gradients, exact.gradients) < 1e-5
-        anchor = exact.metrics["mean_entropy"].item() if anchor is None else anchor
-        if i > 0:
-            assert exact.metrics["penalty"] > 0.01
-            assert logged(run, "paec/anchor")[i - 1] == pytest.approx(anchor, rel=1e-5)
-    lengths = {int(n) for step in recorder.steps for piece in step.pieces for n in piece.completion_mask.sum(1)}
+    assert all(exact.metrics["penalty"] > 0.01 for exact in exacts[1:])
+    lengths = {int(n) for step in steps for piece in step.pieces for n in piece.completion_mask.sum(1)}
     assert len(lengths) > 2
 
 
@@ -161,36 +163,32 @@ def test_adapters_get_the_gradient_of_the_whole_step(tmp_path: Path) -> None:
     peft_config = lora()
     from peft import get_peft_model
 
-    run, recorder = recorded(tmp_path, reward=tiny_trl.constant, peft_config=peft_config, **PAEC_ON)
-    anchor = None
-    for step in recorder.steps:
-        model = get_peft_model(tiny_trl.llama(), lora())
-        exact = truth(step.pieces, step.weights, run.args.paec_config(), anchor, model=model)
+    run, steps = recorded(tmp_path, reward=tiny_trl.constant, peft_config=peft_config, **PAEC_ON)
+    run.train()
+    exacts = truths(steps, run.args.paec_config(), model=get_peft_model(tiny_trl.llama(), lora()))
+    for step, exact in zip(steps, exacts, strict=True):
         assert len(exact.gradients) == 8
         assert relative_error(step.gradients, exact.gradients) < 1e-5
-        anchor = anchor or exact.metrics["mean_entropy"].item()
 
 
 def test_a_reference_pass_through_the_same_model_is_not_taken_for_the_policys(tmp_path: Path) -> None:
     """The third step uses the statistics of the old log-probs' pass, which the one without adapters follows."""
     options = PAEC_ON | {"beta": 0.1, "num_iterations": 2}
-    run, recorder = recorded(tmp_path, peft_config=lora(), learning_rate=0.1, **options)
+    run, steps = recorded(tmp_path, peft_config=lora(), learning_rate=0.1, **options)
+    run.train()
     from peft import get_peft_model
 
-    model = get_peft_model(tiny_trl.llama(), lora())
-    for i, step in enumerate(recorder.steps):
-        exact = truth(step.pieces, step.weights, run.args.paec_config(), None, model=model)
-        assert logged(run, "paec/threshold")[i] == pytest.approx(exact.metrics["threshold"].item(), rel=1e-5)
+    exacts = truths(steps, run.args.paec_config(), model=get_peft_model(tiny_trl.llama(), lora()))
+    thresholds = [exact.metrics["threshold"].item() for exact in exacts]
+    assert logged(run, "paec/threshold") == pytest.approx(thresholds, rel=1e-5)
 
 
 def test_bfloat16(tmp_path: Path) -> None:
     """Autocast caches cast weights: the pass without gradients must not leave any to the pass with them."""
-    run, recorder = recorded(tmp_path, reward=tiny_trl.constant, bf16=True, **PAEC_ON)
-    anchor = None
-    for step in recorder.steps:
-        exact = truth(step.pieces, step.weights, run.args.paec_config(), anchor, bfloat16=True)
+    run, steps = recorded(tmp_path, reward=tiny_trl.constant, bf16=True, **PAEC_ON)
+    run.train()
+    for step, exact in zip(steps, truths(steps, run.args.paec_config(), bfloat16=True), strict=True):
         assert relative_error(step.gradients, exact.gradients) < 0.05
-        anchor = anchor or exact.metrics["mean_entropy"].item()
 
 
 def count_passes(run: PAECGRPOTrainer) -> list[str]:
@@ -217,12 +215,11 @@ def test_a_scoring_pass_is_one_call_of_the_operator_and_no_logits(
         return linear_token_stats(hidden, *arguments, **options)
 
     monkeypatch.setattr(integration, "linear_token_stats", counted)
-    recorder = Recorder()
-    run = recorder.run = trainer(tmp_path, callbacks=[recorder], max_steps=1, **PAEC_ON)
+    run, steps = recorded(tmp_path, max_steps=1, **PAEC_ON)
     passes = count_passes(run)
     run.model.lm_head.register_forward_hook(lambda _, __, logits: longest.append(logits.shape[1]))
     run.train()
-    tokens = [int(piece.completion_mask.sum()) for piece in recorder.steps[0].pieces]
+    tokens = [int(piece.completion_mask.sum()) for piece in steps[0].pieces]
     assert passes == ["0 no-grad"] * 2 + ["0 training"] * 2
     assert rows == tokens * 2
     assert set(longest) == {1}
@@ -284,35 +281,28 @@ def test_with_vllm_the_old_log_probs_pass_is_enough(tmp_path: Path, monkeypatch:
             return prompts, ids, [[[-3.0]] * n for n in lengths], None
 
     monkeypatch.setattr("trl.trainer.grpo_trainer.VLLMGeneration", Generation)
-    recorder = Recorder()
-    run = recorder.run = trainer(
-        tmp_path, reward=tiny_trl.constant, callbacks=[recorder], use_vllm=True, max_grad_norm=0.0, **PAEC_ON
-    )
+    run, steps = recorded(tmp_path, reward=tiny_trl.constant, use_vllm=True, **PAEC_ON)
     passes = count_passes(run)
     run.train()
     assert passes == [f"{i} {kind}" for i in range(3) for kind in ["no-grad"] * 2 + TWO_TRAINING_PASSES]
-    anchor = logged(run, "paec/anchor")[0]
-    for i, step in enumerate(recorder.steps):
-        exact = truth(step.pieces, step.weights, run.args.paec_config(), anchor if i else None)
-        assert logged(run, "paec/threshold")[i] == pytest.approx(exact.metrics["threshold"].item(), rel=1e-5)
+    exacts = truths(steps, run.args.paec_config())
+    thresholds = [exact.metrics["threshold"].item() for exact in exacts]
+    assert logged(run, "paec/threshold") == pytest.approx(thresholds, rel=1e-5)
+    for step, exact in zip(steps, exacts, strict=True):
         assert relative_error(step.gradients, exact.gradients) < 1e-5
 
 
 def test_tool_tokens_do_not_count(tmp_path: Path) -> None:
-    class WithTools(PAECGRPOTrainer):
-        def _generate_and_score_completions(self, inputs):
-            output = super()._generate_and_score_completions(inputs)
-            output["tool_mask"] = (torch.arange(output["completion_ids"].shape[1]) % 3 > 0).long().expand(8, -1)
-            return output
+    def counts(position: torch.Tensor) -> torch.Tensor:
+        return position % 3 > 0
 
-    run = trainer(tmp_path, kind=WithTools, max_steps=1, max_grad_norm=0.0, **PAEC_ON)
-    recorder = Recorder()
-    recorder.run = run
-    run.add_callback(recorder)
+    def with_tools(batch: dict) -> dict:
+        return batch | {"tool_mask": counts(torch.arange(batch["completion_ids"].shape[1])).long().expand(8, -1)}
+
+    run, steps = recorded(tmp_path, kind=altered(with_tools), max_steps=1, **PAEC_ON)
     run.train()
-    (step,) = recorder.steps
-    plain = truth(step.pieces, step.weights, run.args.paec_config(), None)
-    without = truth(step.pieces, step.weights, run.args.paec_config(), None, counted=lambda t: t % 3 > 0)
+    (plain,) = truths(steps, run.args.paec_config())
+    (without,) = truths(steps, run.args.paec_config(), counted=counts)
     assert logged(run, "paec/mask_sum") == [pytest.approx(without.metrics["mask_sum"].item(), rel=1e-5)]
     assert logged(run, "paec/mask_sum") != [pytest.approx(plain.metrics["mask_sum"].item(), rel=1e-2)]
 
@@ -320,14 +310,11 @@ def test_tool_tokens_do_not_count(tmp_path: Path) -> None:
 def test_vision_inputs_reach_every_pass(tmp_path: Path) -> None:
     """Only their way is checked, with the one that a language model takes without harm."""
 
-    class Multimodal(PAECGRPOTrainer):
-        def _generate_and_score_completions(self, inputs):
-            output = super()._generate_and_score_completions(inputs)
-            width = output["prompt_ids"].shape[1] + output["completion_ids"].shape[1]
-            output["mm_token_type_ids"] = torch.arange(8)[:, None].expand(-1, width)
-            return output
+    def multimodal(batch: dict) -> dict:
+        width = batch["prompt_ids"].shape[1] + batch["completion_ids"].shape[1]
+        return batch | {"mm_token_type_ids": torch.arange(8)[:, None].expand(-1, width)}
 
-    run = trainer(tmp_path, kind=Multimodal, max_steps=1, **PAEC_ON)
+    run = trainer(tmp_path, kind=altered(multimodal), max_steps=1, **PAEC_ON)
     seen: list[list[int]] = []
     run.model.register_forward_pre_hook(
         lambda _, __, options: (
@@ -342,18 +329,10 @@ def test_vision_inputs_reach_every_pass(tmp_path: Path) -> None:
 
 
 def test_a_micro_batch_without_a_token(tmp_path: Path) -> None:
-    def drop(run: PAECGRPOTrainer) -> None:
-        generate = run._generate_and_score_completions
+    def without(batch: dict) -> dict:
+        return batch | {"completion_mask": torch.zeros_like(batch["completion_mask"])}
 
-        def without(inputs):
-            output = generate(inputs)
-            output["completion_mask"] = torch.zeros_like(output["completion_mask"])
-            return output
-
-        run._generate_and_score_completions = without  # type: ignore[method-assign]
-
-    run = trainer(tmp_path, max_steps=1, **PAEC_ON)
-    drop(run)
+    run = trainer(tmp_path, kind=altered(without), max_steps=1, **PAEC_ON)
     before = [value.clone() for value in run.model.parameters()]
     run.train()
     assert logged(run, "loss") == [0.0]

@@ -12,14 +12,14 @@ from torch.distributed.fsdp import fully_shard
 pytest.importorskip("trl", reason="trl is not installed: pip install 'paec-kernels[trl]'")
 from helpers import on_ranks, relative_error
 from integrations import tiny_trl
-from integrations.tiny_trl import Piece, Truth, truth
+from integrations.tiny_trl import Piece, Step, Truth, truths
 
 from paec_kernels.losses.paec_config import PAECConfig
 
 RANKS = 2
 SHARDINGS = ("whole", "sharded", "head apart")
 METRICS = ("threshold", "mean_entropy", "mask_sum", "penalty")
-OPTIONS = tiny_trl.PAEC_ON | {"max_steps": 3, "max_grad_norm": 0.0}
+OPTIONS = tiny_trl.PAEC_ON | {"max_steps": 3}
 CONFIG = PAECConfig(**{name.removeprefix("paec_"): value for name, value in tiny_trl.PAEC_ON.items()})
 
 
@@ -30,13 +30,10 @@ def work(rank: int, folder: Path) -> dict[str, Any]:
 
 
 def recorded(folder: Path) -> dict[str, Any]:
-    recorder = tiny_trl.Recorder()
-    trainer = recorder.run = tiny_trl.trainer(
-        folder, reward=tiny_trl.constant, callbacks=[recorder], ddp_backend="gloo", **OPTIONS
-    )
+    trainer, steps = tiny_trl.recorded(folder, reward=tiny_trl.constant, ddp_backend="gloo", **OPTIONS)
     trainer.train()
     return {
-        "steps": [(list(map(tuple, step.pieces)), step.weights, step.gradients) for step in recorder.steps],
+        "steps": [(list(map(tuple, step.pieces)), step.weights, step.gradients) for step in steps],
         "metrics": {name: tiny_trl.logged(trainer, f"paec/{name}") for name in METRICS},
         "loss": tiny_trl.logged(trainer, "loss"),
         "anchor": trainer.paec.anchor_sum,
@@ -73,10 +70,10 @@ def pieces_of(ranks: list[dict], i: int) -> list[Piece]:
 @pytest.fixture(scope="module")
 def exact(ranks: list[dict]) -> list[Truth]:
     """Compute each optimiser step over the four pieces."""
-    first = truth(pieces_of(ranks, 0), ranks[0]["steps"][0][1], CONFIG, None)
-    anchor = first.metrics["mean_entropy"].item()
-    others = range(1, OPTIONS["max_steps"])
-    return [first] + [truth(pieces_of(ranks, i), ranks[0]["steps"][i][1], CONFIG, anchor) for i in others]
+    steps = [
+        Step(pieces_of(ranks, i), weights, gradients) for i, (_, weights, gradients) in enumerate(ranks[0]["steps"])
+    ]
+    return truths(steps, CONFIG)
 
 
 def test_the_plan_is_that_of_all_pieces(ranks: list[dict], exact: list[Truth]) -> None:

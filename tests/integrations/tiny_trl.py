@@ -134,6 +134,13 @@ class Recorder(TrainerCallback):
         self.steps.append(Step(pieces, weights, gradients))
 
 
+def recorded(folder: Path, **options) -> tuple[GRPOTrainer, list[Step]]:
+    """A trainer that does not clip gradients, and the optimiser steps that it will have taken."""
+    recorder = Recorder()
+    recorder.run = trainer(folder, callbacks=[recorder], max_grad_norm=0.0, **options)
+    return recorder.run, recorder.steps
+
+
 class Truth(NamedTuple):
     loss: Tensor
     metrics: dict[str, Tensor]
@@ -177,3 +184,12 @@ def truth(
         for s in stats
     ]
     return Truth(loss.detach(), metrics, dict(zip(parameters, gradients, strict=True)), thresholds)
+
+
+def truths(steps: list[Step], config: PAECConfig, **options) -> list[Truth]:
+    """The truth of every step, the first of which sets the anchor."""
+    found: list[Truth] = []
+    for step in steps:
+        anchor = found[0].metrics["mean_entropy"].item() if found else None
+        found.append(truth(step.pieces, step.weights, config, anchor, **options))
+    return found
