@@ -2,9 +2,10 @@
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 # Shares the cores among xdist workers; set before torch starts its threads, inherited by child processes.
@@ -85,8 +86,7 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
             yield "triton"
     else:
         if request.param == "triton":
-            pytest.importorskip("triton", reason="the triton package is not installed")
-            _needs_the_interpreter()
+            request.getfixturevalue("interpreter")
         yield request.param
 
 
@@ -99,9 +99,30 @@ def device(request: pytest.FixtureRequest) -> Iterator[str]:
         yield request.param
 
 
+@pytest.fixture
+def interpreter() -> None:
+    """Skips a test of Triton's kernels on CPU tensors where they are compiled, or are not there."""
+    pytest.importorskip("triton", reason="the triton package is not installed")
+    _needs_the_interpreter()
+
+
 def _needs_the_interpreter() -> None:
     if not _interpreted():
         pytest.skip("compiled kernels take no CPU tensors: needs TRITON_INTERPRET=1")
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
+    """Returns, for functions named after their module, a list that grows by the name of each that is called."""
+
+    def watch(*watched: tuple[ModuleType, str]) -> list[str]:
+        called: list[str] = []
+        for module, name in watched:
+            function = getattr(module, name)
+            monkeypatch.setattr(module, name, lambda *a, f=function, n=name, **k: (called.append(n), f(*a, **k))[1])
+        return called
+
+    return watch
 
 
 class RealLogits(NamedTuple):

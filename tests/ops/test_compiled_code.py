@@ -86,43 +86,24 @@ def test_counts_of_the_cost_model(report):
 
 
 @pytest.fixture
-def rounds_without_rescan(monkeypatch):
+def rounds_without_rescan(interpreter, calls):
     """Rounds of the search that rows take, of those that need no rescan, as the interpreter runs them."""
     from paec_kernels.ops import nucleus, nucleus_readings, nucleus_search
 
-    calls = {}
-
-    def count(module, name):
-        function = getattr(module, name)
-
-        def counted(*args, **kwargs):
-            calls[name] += 1
-            return function(*args, **kwargs)
-
-        monkeypatch.setattr(module, name, counted)
-
-    count(nucleus_search, "middle_of")
-    count(nucleus, "gather_lanes")
-    count(nucleus_readings, "read_below")
+    called = calls((nucleus_search, "middle_of"), (nucleus, "gather_lanes"), (nucleus_readings, "read_below"))
 
     def rounds(rows):
         found = []
         for row in rows:
-            calls.update(middle_of=0, gather_lanes=0, read_below=0)
+            called.clear()
             pk.token_stats(row, backend="triton")
-            if not calls["gather_lanes"] and not calls["read_below"]:
-                found.append(calls["middle_of"])
+            if set(called) <= {"middle_of"}:
+                found.append(len(called))
         return torch.tensor(found)
 
     return rounds
 
 
-in_the_interpreter = pytest.mark.skipif(
-    os.environ.get("TRITON_INTERPRET") != "1", reason="counts the rounds of the search in Triton's interpreter"
-)
-
-
-@in_the_interpreter
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_rounds_that_the_cost_model_assumes(rounds_without_rescan, dtype):
     rows, _ = logits.make("real", 32, V, dtype, torch.Generator().manual_seed(0))
@@ -131,7 +112,6 @@ def test_rounds_that_the_cost_model_assumes(rounds_without_rescan, dtype):
     assert rounds.mean().item() == pytest.approx(assumed, abs=1)
 
 
-@in_the_interpreter
 def test_what_the_nucleus_adds(report, real_logits, rounds_without_rescan, capsys):
     search, threads = report["nucleus_search"], report["threads"]
     rounds = rounds_without_rescan(real_logits.logits)

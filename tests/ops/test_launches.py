@@ -1,7 +1,5 @@
 """What a call launches beside its kernels, some microseconds each on a GPU, and what the kernels check themselves."""
 
-import os
-
 import pytest
 import torch
 from ops.rows import flat
@@ -10,9 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import paec_kernels as pk
 from paec_kernels.ops.layout import Rows
 
-pytestmark = pytest.mark.skipif(
-    os.environ.get("TRITON_INTERPRET") != "1", reason="launches on CPU tensors, in Triton's interpreter"
-)
+pytestmark = pytest.mark.usefixtures("interpreter")
 forward = pytest.importorskip("paec_kernels.ops.forward", reason="triton is not installed").forward
 
 

@@ -1,16 +1,10 @@
 """How often a row is read again for its nucleus: a handful of times, whatever it holds."""
 
-import os
-
 import pytest
 import torch
 from ops.rows import check_against, flat, hard_rows, truth_of
 
 import paec_kernels as pk
-
-pytestmark = pytest.mark.skipif(
-    os.environ.get("TRITON_INTERPRET") != "1", reason="counts calls in Triton's interpreter"
-)
 
 WIDTH = 5003
 BELOW_ZERO, ABOVE_ZERO = -flat(1, WIDTH)[0].abs(), flat(1, WIDTH)[0].abs()
@@ -29,19 +23,11 @@ TIED = {
 
 
 @pytest.fixture
-def readings(monkeypatch):
+def readings(interpreter, calls, monkeypatch):
     """A list that grows by an entry for each time a row is read again."""
-    pytest.importorskip("triton", reason="the triton package is not installed")
     from paec_kernels.ops import nucleus, nucleus_readings
 
-    found = []
-
-    def count(name):
-        function = getattr(nucleus_readings, name)
-        monkeypatch.setattr(nucleus_readings, name, lambda *a, **k: (found.append(name), function(*a, **k))[1])
-
-    count("read_masses")
-    count("read_below")
+    found = calls((nucleus_readings, "read_masses"), (nucleus_readings, "read_below"))
     monkeypatch.setattr(nucleus, "read_below", nucleus_readings.read_below)  # for all tokens, top_p = 1
     return found
 
