@@ -135,6 +135,10 @@ def check_against(stats: TokenStats, truth: Truth) -> None:
     assert not wrong.any(), f"sizes {stats.nucleus_size[wrong].tolist()} for {truth.exact.nucleus_size[wrong].tolist()}"
 
 
+def check_values(backend: str, logits: Tensor, token_ids: Tensor | None, **options) -> None:
+    check_against(token_stats(logits, token_ids, backend=backend, **options), truth_of(logits, token_ids, **options))
+
+
 def gradient_of(statistics: Callable[[Tensor], TokenStats], logits: Tensor, weights: Tensor) -> Tensor:
     """d/dlogits of sum of weights ``[3, N]`` times (logp, entropy, nucleus_entropy), of the logits' dtype."""
     leaf = logits.clone().requires_grad_()

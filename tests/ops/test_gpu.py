@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from ops.rows import check_against, check_gradient, flat, truth_of
+from ops.rows import check_gradient, check_values, flat
 
 import paec_kernels as pk
 from paec_kernels import reference
@@ -25,7 +25,7 @@ def _on_the_gpu() -> Iterator[None]:
 @pytest.mark.parametrize("width", [32_000, 128_256, 151_936, 262_144])
 def test_wide_rows(width, dtype):
     logits, token_ids = flat(4, width).to(dtype), torch.tensor([0, width // 2, width - 1, 0])
-    check_against(pk.token_stats(logits, token_ids), truth_of(logits, token_ids))
+    check_values("auto", logits, token_ids)
     check_gradient("triton", logits, token_ids, torch.randn(3, 4))
 
 

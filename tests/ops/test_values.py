@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from ops.rows import STRIDED, WIDTHS, broken_rows, check_against, flat, hard_rows, truth_of
+from ops.rows import STRIDED, WIDTHS, broken_rows, check_against, check_values, flat, hard_rows, truth_of
 
 import paec_kernels as pk
 
@@ -13,54 +13,41 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_real_rows(backend, real_logits, dtype):
-    logits, token_ids = real_logits.logits.to(dtype), real_logits.token_ids
-    check_against(pk.token_stats(logits, token_ids, backend=backend), truth_of(logits, token_ids))
+    check_values(backend, real_logits.logits.to(dtype), real_logits.token_ids)
 
 
 @pytest.mark.parametrize("options", [{"temperature": 0.6}, {"softcap": 30.0}, {"softcap": 20.0, "temperature": 1.7}])
 def test_real_rows_with(backend, real_logits, options):
-    logits, token_ids = real_logits.logits[::4], real_logits.token_ids[::4]
-    check_against(pk.token_stats(logits, token_ids, backend=backend, **options), truth_of(logits, token_ids, **options))
+    check_values(backend, real_logits.logits[::4], real_logits.token_ids[::4], **options)
 
 
 @pytest.mark.parametrize("top_p", [1e-4, 0.3, 0.8, 0.999, 0.9999999, 1.0])
 def test_top_p(backend, real_logits, top_p):
-    logits, token_ids = real_logits.logits[::4].float(), real_logits.token_ids[::4]
-    check_against(
-        pk.token_stats(logits, token_ids, top_p=top_p, backend=backend), truth_of(logits, token_ids, top_p=top_p)
-    )
+    check_values(backend, real_logits.logits[::4].float(), real_logits.token_ids[::4], top_p=top_p)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", hard_rows())
 def test_hard_rows(backend, name, dtype):
     logits = hard_rows()[name].to(dtype)[None]
-    token_ids = torch.tensor([4321])
     for top_p in (0.95, 0.5, 1.0):
-        stats = pk.token_stats(logits, token_ids, top_p=top_p, backend=backend)
-        check_against(stats, truth_of(logits, token_ids, top_p=top_p))
+        check_values(backend, logits, torch.tensor([4321]), top_p=top_p)
 
 
 @pytest.mark.parametrize("name", ["flat", "around zero", "first block masked", "near 5,000", "spread over 10,000"])
 def test_hard_rows_with_softcap(backend, name):
-    logits, options = hard_rows()[name][None], {"softcap": 15.0, "temperature": 0.8}
-    token_ids = torch.tensor([4321])
-    check_against(pk.token_stats(logits, token_ids, backend=backend, **options), truth_of(logits, token_ids, **options))
+    check_values(backend, hard_rows()[name][None], torch.tensor([4321]), softcap=15.0, temperature=0.8)
 
 
 @pytest.mark.parametrize("softcap", [100.0, 1e4])
 def test_a_wide_softcap_keeps_the_digits(backend, softcap):
-    logits, token_ids = flat(2, 700), torch.tensor([1, 2])
-    stats = pk.token_stats(logits, token_ids, softcap=softcap, backend=backend)
-    check_against(stats, truth_of(logits, token_ids, softcap=softcap))
+    check_values(backend, flat(2, 700), torch.tensor([1, 2]), softcap=softcap)
 
 
 @pytest.mark.parametrize("width", WIDTHS)
 def test_widths(backend, width):
     for dtype in DTYPES:
-        logits = flat(3, width).to(dtype)
-        token_ids = torch.tensor([0, width // 2, width - 1])
-        check_against(pk.token_stats(logits, token_ids, backend=backend), truth_of(logits, token_ids))
+        check_values(backend, flat(3, width).to(dtype), torch.tensor([0, width // 2, width - 1]))
 
 
 def test_one_token_has_no_rival(backend):
@@ -71,12 +58,8 @@ def test_one_token_has_no_rival(backend):
 
 
 def test_wide_flat_rows_overflow_every_candidate_buffer(backend):
-    logits = flat(2, 32_000)
-    token_ids = torch.tensor([1, 31_999])
     for dtype in (torch.float32, torch.bfloat16):
-        check_against(
-            pk.token_stats(logits.to(dtype), token_ids, backend=backend), truth_of(logits.to(dtype), token_ids)
-        )
+        check_values(backend, flat(2, 32_000).to(dtype), torch.tensor([1, 31_999]))
 
 
 def test_tie_weight_of_a_sort(backend):
@@ -127,12 +110,7 @@ def test_integer_types_of_token_ids(backend):
 
 
 def test_temperature_per_row(backend):
-    logits, token_ids = flat(3, 700), torch.tensor([1, 2, 3])
-    temperature = torch.tensor([0.5, 1.0, 2.0])
-    check_against(
-        pk.token_stats(logits, token_ids, temperature=temperature, backend=backend),
-        truth_of(logits, token_ids, temperature=temperature),
-    )
+    check_values(backend, flat(3, 700), torch.tensor([1, 2, 3]), temperature=torch.tensor([0.5, 1.0, 2.0]))
 
 
 def test_columns_of_padding_are_not_read(backend):
