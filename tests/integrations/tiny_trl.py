@@ -145,7 +145,6 @@ class Truth(NamedTuple):
     loss: Tensor
     metrics: dict[str, Tensor]
     gradients: dict[str, Tensor]
-    thresholds: list[Tensor]  # of each piece by itself
 
 
 def truth(
@@ -179,11 +178,7 @@ def truth(
     loss, _, metrics = reference.paec_loss(whole, torch.ones_like(whole.entropy, dtype=torch.bool), config, anchor)
     parameters = {name: value for name, value in model.named_parameters() if value.requires_grad}
     gradients = torch.autograd.grad(loss, list(parameters.values()))
-    thresholds = [
-        reference.soft_mask(reference.position_score(s, config), torch.ones_like(s.entropy).bool(), config)[1]
-        for s in stats
-    ]
-    return Truth(loss.detach(), metrics, dict(zip(parameters, gradients, strict=True)), thresholds)
+    return Truth(loss.detach(), metrics, dict(zip(parameters, gradients, strict=True)))
 
 
 def truths(steps: list[Step], config: PAECConfig, **options) -> list[Truth]:
