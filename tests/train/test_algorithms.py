@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 import torch.distributed as dist
+from helpers import on_ranks
 from torch.utils._python_dispatch import TorchDispatchMode
 from train.steps import OPTIONS, PIECES, Outcome, make_answers, run_step, started
 
@@ -66,22 +67,18 @@ def test_that_check_rejects_a_plan_per_micro_batch(name):
     assert (grad - true_grad).norm() > 0.02 * true_grad.norm()
 
 
-def rank_worker(rank: int, world_size: int, folder: str) -> None:
-    """Write to ``folder/rank`` what each algorithm makes of this rank's micro-batches."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
+def outcomes_of_rank(rank: int) -> list[tuple]:
+    """Take each algorithm's step on this rank's micro-batches."""
+    dist.init_process_group("gloo")
     answers = make_answers()
     pieces = [answers.piece(*piece) for piece in (PIECES[:3], PIECES[3:])[rank]]
-    torch.save([tuple(run_step(started(options), pieces)) for options in OPTIONS], f"{folder}/{rank}")
-    dist.destroy_process_group()
+    return [tuple(run_step(started(options), pieces)) for options in OPTIONS]
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory) -> list[list[Outcome]]:
     """What each of two processes made of its micro-batches, for every algorithm."""
-    folder = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(rank_worker, (2, str(folder)), nprocs=2)
-    outcomes = [torch.load(folder / str(rank), weights_only=True) for rank in range(2)]
+    outcomes = on_ranks(2, outcomes_of_rank, tmp_path_factory.mktemp("ranks"))
     return [[Outcome(*outcome) for outcome in of_rank] for of_rank in outcomes]
 
 

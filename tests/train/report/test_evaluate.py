@@ -5,9 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from helpers import on_ranks
 from rich.console import Console
 from train.rote import SETTINGS, Counting, Rote
 
@@ -75,23 +74,19 @@ def test_a_problem_is_answered_the_same_whatever_else_is_asked() -> None:
 SHARED = [Counting("a", 10, 3), Counting("b", 500, 2)]
 
 
-def rank_worker(rank: int, world_size: int, folder: str) -> None:
-    """Write to ``folder`` the evaluation as this rank has it, and how many problems it sampled."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
+def evaluate_on_rank(rank: int, folder: Path) -> int:
+    """Write the evaluation as this rank has it, and count the problems that it sampled."""
+    dist.init_process_group("gloo")
     policy = Rote()
-    run(policy, *SHARED, problems=9, batch_size=12).save(Path(folder, f"{rank}.json"))
-    asked = sum(problems for problems, answers, _ in policy.calls if answers > 1)
-    Path(folder, f"{rank}.asked").write_text(json.dumps(asked))
-    dist.destroy_process_group()
+    run(policy, *SHARED, problems=9, batch_size=12).save(folder / f"{rank}.json")
+    return sum(problems for problems, answers, _ in policy.calls if answers > 1)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 4])  # more ranks than batches: one has nothing to do
 def test_ranks_share_the_problems_and_all_have_the_whole(tmp_path: Path, world: int) -> None:
-    mp.spawn(rank_worker, (world, str(tmp_path)), nprocs=world)
+    asked = on_ranks(world, evaluate_on_rank, tmp_path, tmp_path)
     alone = run(Rote(), *SHARED, problems=9, batch_size=12)
-    asked = [json.loads((tmp_path / f"{rank}.asked").read_text()) for rank in range(world)]
     assert sum(asked) == sum(map(len, alone.tasks.values()))
     assert max(asked) <= 4
     for rank in range(world):
