@@ -18,12 +18,12 @@ from paec_kernels import reference
 from paec_kernels.ops import layout, operator
 from paec_kernels.ops.chunks import (
     add_product,
-    blocks,
     choose_chunks,
     empty_logits,
     multiply,
     prepare,
     select,
+    spans,
     tiles,
 )
 from paec_kernels.ops.layout import Rows
@@ -56,7 +56,7 @@ def linear_token_stats_forward(
     n_kept = n_rows if kept is None else len(kept)
     chunks = choose_chunks(n_kept, n_cols, hidden.shape[1], hidden.dtype, kept is not None, chunk_rows)
     buffer = empty_logits(min(chunks.rows, n_kept), n_cols, hidden)
-    for block in blocks(n_kept, chunks.rows):
+    for block in spans(n_kept, chunks.rows):
         rows = block if kept is None else kept[block]
         logits, hidden_rows = buffer[: block.stop - block.start], hidden[rows]
         for columns in tiles(n_cols, chunks.columns, hidden.dtype):
@@ -103,7 +103,7 @@ def linear_token_stats_backward(
     total = torch.zeros(hidden.shape if needs_hidden else 0, dtype=torch.float32, device=hidden.device)
     chunks = choose_chunks(len(hidden), n_cols, hidden.shape[1], hidden.dtype, kept is not None, chunk_rows)
     buffer = empty_logits(len(hidden), chunks.columns, hidden)
-    for columns in blocks(n_cols, chunks.columns):
+    for columns in spans(n_cols, chunks.columns):
         n_columns = columns.stop - columns.start
         logits = buffer[:, :n_columns]
         for tile in tiles(len(hidden), chunks.rows, hidden.dtype):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from paec_kernels.ops import operator
-from paec_kernels.ops.chunks import add_product, blocks, choose_chunks, empty_logits, multiply, prepare
+from paec_kernels.ops.chunks import add_product, choose_chunks, empty_logits, multiply, prepare, spans
 from paec_kernels.ops.layout import Rows
 from paec_kernels.types import TokenStats
 
@@ -37,7 +37,7 @@ class _OnePass(torch.autograd.Function):
         chunks = choose_chunks(len(kept), n_cols, hidden.shape[1], hidden.dtype, rows.valid is not None, chunk_rows)
         buffer = empty_logits(min(chunks.rows, len(kept)), n_cols, hidden)
         loss = torch.zeros((), dtype=torch.float32, device=device)
-        for block in blocks(len(kept), chunks.rows):
+        for block in spans(len(kept), chunks.rows):
             numbers = kept[block]
             z, hidden_rows, arguments = buffer[: len(numbers)], hidden[numbers], rows.take(numbers)
             multiply(hidden_rows, weight, bias, out=z)
