@@ -12,14 +12,15 @@ from typing import Any
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
-from paec_kernels.saved_state import differing_fields, whole_file, without_nan, write_json
+from paec_kernels.saved_state import differing_fields, whole_file, without_nan
 
 
 class RunLog:
     """Writes config.json, then rows of log.jsonl and of TensorBoard; drops the rows after ``steps_done``."""
 
     def __init__(self, folder: Path, config: dict[str, Any], steps_done: int) -> None:
-        write_json(folder / "config.json", config)
+        with whole_file(folder / "config.json") as partial:
+            partial.write_text(json.dumps(config, indent=1) + "\n")  # an option may be infinite: Python reads that
         kept = [row for row in read_rows(folder) if row["step"] <= steps_done]
         with whole_file(folder / "log.jsonl") as partial:
             partial.write_text("".join(map(_line, kept)), encoding="utf-8")

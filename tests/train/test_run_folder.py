@@ -8,6 +8,8 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from paec_kernels.train.algorithms import CISPOOptions
+from paec_kernels.train.config import TrainConfig, plain
 from paec_kernels.train.run_folder import (
     OtherConfigError,
     RunLog,
@@ -39,6 +41,12 @@ def test_rows_config_and_tensorboard(tmp_path: Path) -> None:
         (1, pytest.approx(0.1)),
         (2, pytest.approx(0.2)),
     ]
+
+
+def test_an_option_may_be_infinite(tmp_path: Path) -> None:
+    config = plain(TrainConfig(algo="cispo", method=CISPOOptions(clip_high=math.inf)))
+    RunLog(tmp_path, config, 0).close()
+    assert json.loads((tmp_path / "config.json").read_text()) == config
 
 
 def test_rows_after_the_checkpoint_are_made_again(tmp_path: Path) -> None:
