@@ -35,7 +35,7 @@ def train(config: TrainConfig) -> int:
     """Train with a progress bar, then evaluate."""
     console = _console()
     # Before anything is made: it finds a wrong name.
-    tasks, eval_tasks = load_tasks(config.tasks, config.eval_tasks or None)
+    tasks, eval_tasks = config.load_tasks()
     try:
         with _progress(console) as progress:
             _make_start(config, progress)
@@ -116,7 +116,7 @@ def inspect(config: InspectConfig) -> int:
 
 def _train_all(runs: list[TrainConfig], jobs: int, console: Console) -> bool:
     """Return whether all were trained and evaluated: False after SIGINT, which every process gets."""
-    load_tasks(runs[0].tasks, runs[0].eval_tasks or None)
+    runs[0].load_tasks()
     threads = max(1, torch.get_num_threads() // jobs)
     context = multiprocessing.get_context("spawn")
     with _progress(console) as progress, ProcessPoolExecutor(jobs, context) as pool:
@@ -143,7 +143,7 @@ def _make_start(config: TrainConfig, progress: Progress) -> None:
 def _train_one(config: TrainConfig, threads: int) -> bool:
     torch.set_num_threads(threads)
     try:
-        tasks, eval_tasks = load_tasks(config.tasks, config.eval_tasks or None)
+        tasks, eval_tasks = config.load_tasks()
         run = loop.train(config, tasks=tasks)
     except (loop.Interrupted, KeyboardInterrupt):
         return False

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 from paec_kernels.checks import integer, number
 from paec_kernels.train.algorithms import ALGORITHMS, Method
 from paec_kernels.train.models.warm_start import WarmStart
+from paec_kernels.train.tasks.by_name import load_tasks
 from paec_kernels.train.tasks.families import FAMILIES
+from paec_kernels.train.tasks.task import Task
 
 if TYPE_CHECKING:
     AlgoName: TypeAlias = str
@@ -105,6 +107,10 @@ class TrainConfig:
         if not self.tasks:
             raise ValueError("tasks must name at least one, got none")
         _refuse_tiny_chat(self.model, self.chat)
+
+    def load_tasks(self) -> tuple[list[Task], list[Task]]:
+        """Return the tasks of the training and of its evaluation; ValueError as `tasks.by_name.load_tasks`."""
+        return load_tasks(self.tasks, self.eval_tasks or None)
 
     def identity(self) -> dict[str, Any]:
         """Return the options that identify a run: all but its output, its length and its evaluation."""

@@ -142,7 +142,7 @@ def make_report(config: InspectConfig, progress: Progress) -> Report:
     tasks: Sequence[Task] = [OwnPrompt(text) for text in config.prompts]
     if not tasks:
         # A run's problems are those that its evaluation left to it; of a file that is named here any may be asked.
-        tasks, _ = load_tasks(training.tasks, () if config.tasks else training.eval_tasks or None)
+        tasks, _ = load_tasks(config.tasks, ()) if config.tasks else training.load_tasks()
     run = start(config, training, progress)
     n_groups = len(config.prompts) or config.problems
     bar = progress.add_task("sample", total=n_groups * (2 if config.prompts else 4))

@@ -30,7 +30,6 @@ from paec_kernels.train.config import TrainConfig, plain, seed_of
 from paec_kernels.train.models.policy import Policy, Rollout
 from paec_kernels.train.policies import autocast_dtype, pick_device, starting_policy
 from paec_kernels.train.run_folder import RunLog, load_checkpoint, save_checkpoint
-from paec_kernels.train.tasks.by_name import load_tasks
 from paec_kernels.train.tasks.task import Problem, Task
 
 Row = dict[str, float]
@@ -109,7 +108,7 @@ def train(
         )
     device = pick_device(config.device)
     if tasks is None:
-        tasks, _ = load_tasks(config.tasks, config.eval_tasks or None)
+        tasks, _ = config.load_tasks()
     run = new_run(config, starting_policy(config, device))
     path = config.out / "checkpoint.pt"
     if path.exists():
