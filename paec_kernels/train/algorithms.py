@@ -264,7 +264,7 @@ class Algorithm(nn.Module):
     @property
     def top_p(self) -> float:
         """The nucleus mass that ``token_stats`` must be called with: the entropy term's, else the monitor's."""
-        configs = [module.config for module in self._entropy_modules()]
+        configs = [module.config for module in self._entropy_modules().values()]
         return next((config.top_p for config in configs if hasattr(config, "top_p")), NO_NUCLEUS)
 
     @torch.no_grad()
@@ -284,7 +284,7 @@ class Algorithm(nn.Module):
         """
         _check(micro_batches)  # all of them, before any is observed
         for batch in micro_batches:
-            for module in self._entropy_modules():
+            for module in self._entropy_modules().values():
                 module.observe(batch.stats, batch.valid)
         term = None if self.term is None else self.term.plan()
         measured = term if self.measures_itself else None
@@ -334,11 +334,12 @@ class Algorithm(nn.Module):
 
     def step(self) -> None:
         """Commit this optimiser step to anchors and coefficients, once for each and after it."""
-        for module in self._entropy_modules():
+        for module in self._entropy_modules().values():
             module.step()
 
-    def _entropy_modules(self) -> list[EntropyTerm]:
-        return [module for module in (self.term, self.monitor) if module is not None]
+    def _entropy_modules(self) -> dict[str, EntropyTerm]:
+        modules = {"term": self.term, "monitor": self.monitor}
+        return {name: module for name, module in modules.items() if module is not None}
 
     def get_extra_state(self) -> dict[str, Any]:
         return {"algo": self.name, **asdict(self.options)}
@@ -355,9 +356,8 @@ class Algorithm(nn.Module):
         absent = [prefix + name for name in self.state_dict() if prefix + name not in state_dict]
         if absent:
             raise RuntimeError(f"the checkpoint must hold {', '.join(absent)}, got {', '.join(state_dict)}")
-        for name, part in (("monitor", self.monitor), ("term", self.term)):
-            if part is not None:
-                part.refuse_misfit(state_dict, f"{prefix}{name}.")
+        for name, module in self._entropy_modules().items():
+            module.refuse_misfit(state_dict, f"{prefix}{name}.")
         super()._load_from_state_dict(state_dict, prefix, *others)
 
 
