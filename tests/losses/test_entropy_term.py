@@ -15,14 +15,7 @@ from paec_kernels import reference
 from paec_kernels.losses.entropy_term import EntropyTerm
 from paec_kernels.losses.paec import PAEC
 from paec_kernels.losses.paec_config import PAECConfig
-from paec_kernels.losses.rivals import (
-    AER,
-    SIREN,
-    AERConfig,
-    GlobalEntropy,
-    GlobalEntropyConfig,
-    SIRENConfig,
-)
+from paec_kernels.losses.rivals import AER, SIREN, AERConfig, GlobalEntropy, GlobalEntropyConfig, SIRENConfig
 
 pytestmark = pytest.mark.usefixtures("device")
 TERMS = {
