@@ -1,12 +1,18 @@
-"""Files that are whole or as they were, whoever else writes them and however the writing ends."""
+"""Files that are whole or as they were, whoever else writes them, and files that cannot be read, which are named."""
 
 import multiprocessing
+import pickle
+import re
+import zipfile
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 
-from paec_kernels.saved_state import differing_fields, whole_file
+from paec_kernels.saved_state import UnreadableFileError, differing_fields, load_saved, whole_file
+
+STATE = {"config": {"seed": 0, "name": "a"}, "weights": torch.arange(1000.0)}
 
 
 def write_often(path: Path, letter: str) -> None:
@@ -51,3 +57,84 @@ def test_fields_that_differ_are_named_with_both_values():
         "f: checkpoint 'absent', here 0",
         "e: checkpoint 0, here 'absent'",
     ]
+
+
+class Code:
+    """What a pickle runs when it is read."""
+
+    def __reduce__(self):
+        return print, ("this must not be run",)
+
+
+def cut(path: Path, share: float) -> None:
+    torch.save(STATE, path)
+    path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+
+
+def flip(path: Path, share: float) -> None:
+    torch.save(STATE, path)
+    content = bytearray(path.read_bytes())
+    content[int(share * len(content))] ^= 255
+    path.write_bytes(content)
+
+
+def zipped(path: Path) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("letter.txt", "dear reader")
+
+
+UNREADABLE = {
+    "empty": (lambda path: path.write_bytes(b""), "it is empty"),
+    "one byte": (lambda path: path.write_bytes(b"P"), "it is cut off, or of another kind"),
+    "text": (lambda path: path.write_text("seed: 0\n" * 1000), "it is cut off, or of another kind"),
+    "binary": (lambda path: path.write_bytes(bytes(range(256)) * 40), "it is cut off, or of another kind"),
+    **{f"cut at {share}": (lambda path, s=share: cut(path, s), "it is cut off") for share in (0.01, 0.3, 0.9, 0.9999)},
+    "a weight changed": (lambda path: flip(path, 0.5), "it is damaged"),
+    "another archive": (zipped, "it holds something else than tensors and plain values"),
+    "plain pickle": (lambda path: path.write_bytes(pickle.dumps(STATE)), "it is cut off, or of another kind"),
+    "code": (lambda path: torch.save({"config": Code()}, path), "it holds something else than tensors and plain val"),
+    "a tensor": (lambda path: torch.save(STATE["weights"], path), "it holds a Tensor"),
+    "another state": (lambda path: torch.save({"weights": 1, "step": 2}, path), "it holds no config"),
+}
+
+
+@pytest.mark.parametrize("name", UNREADABLE)
+def test_a_file_that_cannot_be_read_is_named(tmp_path, name, capsys):
+    write, found = UNREADABLE[name]
+    path = tmp_path / "state.pt"
+    write(path)
+    before = path.read_bytes()
+    message = re.escape(f"{path} must be a state, but {found}") + r".*\. Make it again\.$"
+    with pytest.raises(UnreadableFileError, match=message) as refused:
+        load_saved(path, "a state", "Make it again.", ["config", "weights"])
+    assert "\n" not in str(refused.value)
+    assert path.read_bytes() == before
+    assert capsys.readouterr().out == ""
+
+
+def test_every_byte_that_changes_is_seen_or_harmless(tmp_path):
+    """Each byte in turn: what is read is what was saved, or the file is refused by its name."""
+    path = tmp_path / "state.pt"
+    small = {"config": {"seed": 0}, "weights": torch.arange(8.0)}
+    torch.save(small, path)
+    content = path.read_bytes()
+    refused = 0
+    for place in range(0, len(content), 3):
+        path.write_bytes(content[:place] + bytes([content[place] ^ 255]) + content[place + 1 :])
+        try:
+            state = load_saved(path, "a state", "Make it again.")
+        except UnreadableFileError:
+            refused += 1
+        else:
+            assert state["config"] == small["config"]
+            assert torch.equal(state["weights"], small["weights"])
+    assert refused > 100
+
+
+def test_what_was_saved_is_read(tmp_path):
+    torch.save(STATE, tmp_path / "state.pt")
+    state = load_saved(tmp_path / "state.pt", "a state", "Make it again.", ["config"])
+    assert state["config"] == STATE["config"]
+    assert torch.equal(state["weights"], STATE["weights"])
+    with pytest.raises(FileNotFoundError, match=r"other\.pt"):
+        load_saved(tmp_path / "other.pt", "a state", "Make it again.")
