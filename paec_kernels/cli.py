@@ -1,4 +1,4 @@
-"""The command ``paec``: train, eval, compare, inspect."""
+"""The command ``paec``: train, eval, compare, inspect, export."""
 
 import argparse
 import os
@@ -12,7 +12,7 @@ import tyro
 
 from paec_kernels.train import commands
 from paec_kernels.train.algorithms import ALGORITHMS
-from paec_kernels.train.config import CompareConfig, EvalConfig, TrainConfig
+from paec_kernels.train.config import CompareConfig, EvalConfig, ExportConfig, TrainConfig
 from paec_kernels.train.inspect import InspectConfig
 from paec_kernels.train.presets import PRESETS, with_algo
 
@@ -20,7 +20,8 @@ from paec_kernels.train.presets import PRESETS, with_algo
 def main(args: Sequence[str] | None = None) -> None:
     """Run ``paec`` with these arguments, by default the process' own.
 
-    Exits with 2 and one line for a wrong value, with 130 after an interrupt. Under torchrun, every process calls it.
+    Exits with 2 and one line for a wrong value, a file that cannot be read or written, or a gradient that is not
+    finite, and with 130 after an interrupt. Under torchrun, every process calls it.
     """
     args = list(sys.argv[1:] if args is None else args)
     defaults = _train_defaults(args)
@@ -29,6 +30,7 @@ def main(args: Sequence[str] | None = None) -> None:
         "eval": _subcommand(commands.evaluate, EvalConfig()),
         "compare": _subcommand(commands.compare, CompareConfig(train=defaults)),
         "inspect": _subcommand(commands.inspect, InspectConfig()),
+        "export": _subcommand(commands.export, ExportConfig()),
     }
     distributed = int(os.environ.get("WORLD_SIZE", "1")) > 1
     if distributed:  # torchrun's
@@ -37,7 +39,7 @@ def main(args: Sequence[str] | None = None) -> None:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     try:
         status = tyro.extras.subcommand_cli_from_dict(subcommands, prog="paec", args=args)
-    except (ValueError, TypeError, FileNotFoundError) as error:
+    except (ValueError, TypeError, OSError, FloatingPointError) as error:
         print(f"paec: {error}", file=sys.stderr)
         status = 2
     finally:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import uuid
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,6 +13,7 @@ from typing import IO, Any
 import torch
 
 ABSENT = "absent"
+PARTIAL = ".partial"
 
 
 class UnreadableFileError(ValueError):
@@ -26,15 +28,74 @@ def whole_file(path: Path) -> Iterator[Path]:
     """Give a path to write to, beside ``path``, which it replaces in one step when the block ends without an error.
 
     Each call gives a path of its own, so that several processes may write the same file at once, on whatever machines
-    that share the disk (whose process ids may coincide). After an error it is gone. A missing folder is made.
+    that share the disk (whose process ids may coincide). After an error it is gone; of a writer that was killed it
+    stays, ending in PARTIAL. Once the block has ended the file outlives a crash of the machine. A missing folder is
+    made.
+
+    Raises:
+        OSError: the file cannot be written; the message names it.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
+    with naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}{PARTIAL}")
+        try:
+            yield partial
+            sync(partial)
+            os.replace(partial, path)
+            sync(path.parent)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """Give a new folder to write to, which takes the place of ``path`` when the block ends, as `whole_file` does.
+
+    A folder cannot replace another in one step: a kill between the two that it takes leaves none at ``path``.
+    """
+    with naming(path):
+        partial, old = (path.with_name(f"{path.name}.{uuid.uuid4().hex}{PARTIAL}") for _ in range(2))
+        partial.mkdir(parents=True)
+        try:
+            yield partial
+            for written in (*partial.rglob("*"), partial):
+                sync(written)
+            if path.exists():
+                os.replace(path, old)
+            os.replace(partial, path)
+            sync(path.parent)
+        finally:
+            for left in (partial, old):
+                shutil.rmtree(left, ignore_errors=True)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Give an OSError of the block, such as that of a full disk, the name of the file that could not be written."""
     try:
-        yield partial
-        os.replace(partial, path)
+        yield
+    except OSError as error:
+        if error.errno is None:  # a library's own
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's content, or a folder's list of files, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
     finally:
-        partial.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def write_saved(path: Path, state: Mapping[str, Any]) -> None:
+    """Write, whole or not at all, what `load_saved` reads; OSError, naming the file, where that is not possible."""
+    with whole_file(path) as partial, open(partial, "wb") as file:
+        try:
+            torch.save(state, file)
+        except RuntimeError as error:  # torch's zip writer says where it was, and hides why
+            raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
 
 
 def load_saved(path: str | Path, what: str, remedy: str, fields: Sequence[str] = ()) -> dict[str, Any]:
@@ -58,11 +119,26 @@ def load_saved(path: str | Path, what: str, remedy: str, fields: Sequence[str] =
         except Exception as error:  # whatever foreign bytes do to a reader; torch's own advice is to run their code
             found = f"holds something else than tensors and plain values ({type(error).__name__})"
             raise UnreadableFileError(path, what, f"it {found}", remedy) from error
-    if not isinstance(state, dict):
-        raise UnreadableFileError(path, what, f"it holds a {type(state).__name__}", remedy)
-    if missing := [name for name in fields if name not in state]:
+    return _with_fields(state, path, what, remedy, fields)
+
+
+def read_json(path: Path, what: str, remedy: str, fields: Sequence[str] = ()) -> dict[str, Any]:
+    """Read an object of JSON; arguments and errors are those of `load_saved`."""
+    content = path.read_bytes()
+    try:
+        value = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        found = f"it is not JSON ({error})" if content else "it is empty"
+        raise UnreadableFileError(path, what, found, remedy) from error
+    return _with_fields(value, path, what, remedy, fields)
+
+
+def _with_fields(value: Any, path: str | Path, what: str, remedy: str, fields: Sequence[str]) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise UnreadableFileError(path, what, f"it holds a {type(value).__name__}", remedy)
+    if missing := [name for name in fields if name not in value]:
         raise UnreadableFileError(path, what, f"it holds no {', '.join(missing)}", remedy)
-    return state
+    return value
 
 
 def _damage(file: IO[bytes]) -> str | None:
@@ -89,6 +165,11 @@ def write_json(path: Path, value: Any) -> None:
 def without_nan(value: Any) -> Any:
     """Return the value as JSON's types, with None for NaN and infinities."""
     return json.loads(json.dumps(value), parse_constant=lambda name: None)
+
+
+def options_as_json(options: Any) -> Any:
+    """Return options as JSON's types: paths as text, tuples as lists, infinities as "inf" and "-inf"."""
+    return json.loads(json.dumps(options, default=str), parse_constant=lambda name: str(float(name)))
 
 
 def differing_fields(saved: Mapping[str, Any], ours: Mapping[str, Any], prefix: str = "") -> list[str]:

@@ -8,7 +8,9 @@ import paec_kernels
 
 ORDER = {
     "paec_kernels": "types checks saved_state reference ops losses __init__ integrations|train cli",
-    "paec_kernels.train": "tasks models algorithms config presets|run_folder report policies loop inspect commands",
+    "paec_kernels.train": (
+        "tasks models algorithms config presets|run_folder|out_folder|progress report policies loop inspect commands"
+    ),
 }
 RANKS = {
     package: {room: rank for rank, rooms in enumerate(order.split()) for room in rooms.split("|")}

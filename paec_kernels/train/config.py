@@ -1,12 +1,13 @@
 """The options of a training run."""
 
 import hashlib
-import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from paec_kernels.checks import integer, number
+from paec_kernels.saved_state import options_as_json
 from paec_kernels.train.algorithms import ALGORITHMS, Method
 from paec_kernels.train.models.warm_start import WarmStart
 from paec_kernels.train.tasks.by_name import load_tasks
@@ -42,8 +43,8 @@ class TrainConfig:
     preset: Literal["tiny", "smollm2", "paper"] = "tiny"
     """Set of defaults for all options below."""
     out: Path = Path("runs/train")
-    """Folder for config.json, log.jsonl, eval.json, checkpoint.pt and TensorBoard's events.
-    A run that is there already goes on from its checkpoint."""
+    """Folder for config.json, log.jsonl, eval.json, checkpoint.pt, TensorBoard's events, and a Hugging Face model's end
+    as model/. A run that is there already goes on from its checkpoint."""
     model: str = "tiny"
     """tiny, smollm2, or a Hugging Face id or folder."""
     chat: bool | None = None
@@ -106,6 +107,7 @@ class TrainConfig:
             raise TypeError(f"method must be {ALGORITHMS[self.algo].__name__} for {self.algo!r}, got {self.method!r}")
         if not self.tasks:
             raise ValueError("tasks must name at least one, got none")
+        _refuse_twice("tasks", self.tasks)
         _refuse_tiny_chat(self.model, self.chat)
 
     def load_tasks(self) -> tuple[list[Task], list[Task]]:
@@ -173,6 +175,23 @@ class CompareConfig:
     def __post_init__(self) -> None:
         integer("seeds", self.seeds, least=1)
         integer("jobs", self.jobs, least=1)
+        for name in ("arms", "arm_fields"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} must name at least one, got none")
+            _refuse_twice(name, getattr(self, name))
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """Write a run's last checkpoint as a Hugging Face model with its tokenizer, as `paec train` does at its end."""
+
+    run: Path = Path("runs/train")
+    """Folder of a training run; the model is written to RUN/model, in place of one that is there."""
+
+
+def _refuse_twice(name: str, values: Sequence[str]) -> None:
+    if twice := [value for value in dict.fromkeys(values) if values.count(value) > 1]:
+        raise ValueError(f"{name} must name each once, got {', '.join(twice)} more than once")
 
 
 def _refuse_tiny_chat(model: str, chat: bool | None) -> None:
@@ -181,8 +200,8 @@ def _refuse_tiny_chat(model: str, chat: bool | None) -> None:
 
 
 def plain(config: Any) -> dict[str, Any]:
-    """Return a dataclass as JSON's types: paths as text, tuples as lists."""
-    return json.loads(json.dumps(asdict(config), default=str))
+    """Return a dataclass as JSON's types: paths as text, tuples as lists, infinities as "inf"."""
+    return options_as_json(asdict(config))
 
 
 def seed_of(*parts: int | str) -> int:

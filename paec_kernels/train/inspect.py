@@ -4,7 +4,6 @@ Sampling, rewards and the step are the training loop's own; the report is one di
 written as JSON.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,6 +22,7 @@ from paec_kernels.train.models.policy import Policy
 from paec_kernels.train.policies import pick_device, starting_policy, trained_policy
 from paec_kernels.train.presets import PRESETS
 from paec_kernels.train.report.tokens import SUMMARISED, Report
+from paec_kernels.train.run_folder import read_config
 from paec_kernels.train.tasks.by_name import load_tasks
 from paec_kernels.train.tasks.task import Problem, Task
 
@@ -79,10 +79,11 @@ class InspectConfig:
 
         Raises:
             FileNotFoundError: the run holds no config.json.
+            UnreadableFileError: it is damaged.
         """
         if self.run is not None:
-            saved = json.loads((self.run / "config.json").read_text())
             inherited = ("model", "chat", "max_new_tokens", "temperature", "learning_rate", "precision")
+            saved = read_config(self.run, ["tasks", "eval_tasks", *inherited])
             start = TrainConfig(
                 tasks=tuple(saved["tasks"]),
                 eval_tasks=tuple(saved["eval_tasks"]),

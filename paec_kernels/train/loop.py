@@ -24,12 +24,22 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import paec_kernels as pk
+from paec_kernels.checks import integer
 from paec_kernels.losses.ranks import mean_over_ranks, rank_and_world, world_size
 from paec_kernels.train.algorithms import Algorithm, MicroBatch
 from paec_kernels.train.config import TrainConfig, plain, seed_of
 from paec_kernels.train.models.policy import Policy, Rollout
+from paec_kernels.train.out_folder import held
 from paec_kernels.train.policies import autocast_dtype, pick_device, starting_policy
-from paec_kernels.train.run_folder import RunLog, load_checkpoint, save_checkpoint
+from paec_kernels.train.run_folder import (
+    CHECKPOINT,
+    RunLog,
+    fitting,
+    load_checkpoint,
+    refuse_full_disk,
+    save_checkpoint,
+    set_evaluation_aside,
+)
 from paec_kernels.train.tasks.task import Problem, Task
 
 Row = dict[str, float]
@@ -64,7 +74,7 @@ class Run:
         self.policy.module.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.algorithm.load_state_dict(state["algorithm"])
-        self.steps_done = state["steps_done"]
+        self.steps_done = integer("steps_done", state["steps_done"], least=0)
 
     def statistics(self, model: nn.Module, rollout: Rollout) -> pk.TokenStats:
         """Return the statistics of the answers' tokens, [B, T], under the current weights."""
@@ -89,18 +99,37 @@ class Run:
 
 
 def train(
-    config: TrainConfig, on_step: Callable[[Row], None] = lambda row: None, *, tasks: Sequence[Task] | None = None
+    config: TrainConfig,
+    on_step: Callable[[Row], None] = lambda row: None,
+    on_saved: Callable[[int], None] = lambda steps_done: None,
+    *,
+    tasks: Sequence[Task] | None = None,
 ) -> Run:
     """Train to ``config.steps``, from the checkpoint in ``config.out`` if there is one.
 
     Args:
         on_step: called with each step's row of log.jsonl, on rank 0.
+        on_saved: called with the number of steps after each checkpoint, on rank 0: a crash loses none of them.
         tasks: those that ``config`` names, where the caller has loaded them.
     Raises:
+        FolderInUseError: another process writes into ``config.out``.
         OtherConfigError: the checkpoint belongs to another configuration; nothing is overwritten.
+        UnreadableFileError: the checkpoint or the log is damaged; the message names it, nothing is overwritten.
+        ValueError: more steps than ``config.steps`` are done.
+        OSError: a file cannot be written; the last checkpoint stands.
         FloatingPointError: a gradient is not finite; the last checkpoint stands.
         Interrupted: on SIGINT, after the step under way is done and saved.
     """
+    with held(config.out):
+        return _train(config, on_step, on_saved, tasks)
+
+
+def _train(
+    config: TrainConfig,
+    on_step: Callable[[Row], None],
+    on_saved: Callable[[int], None],
+    tasks: Sequence[Task] | None,
+) -> Run:
     rank, world = rank_and_world()
     if config.prompts % (config.updates * world):
         raise ValueError(
@@ -110,10 +139,19 @@ def train(
     if tasks is None:
         tasks, _ = config.load_tasks()
     run = new_run(config, starting_policy(config, device))
-    path = config.out / "checkpoint.pt"
+    path = config.out / CHECKPOINT
     if path.exists():
-        run.load_state_dict(load_checkpoint(path, config.identity()))
-    log = RunLog(config.out, plain(config), run.steps_done) if rank == 0 else None
+        state = load_checkpoint(path, config.identity())
+        with fitting(path):
+            run.load_state_dict(state)
+    if run.steps_done > config.steps:
+        raise ValueError(f"steps must be >= {run.steps_done}, which {path} has done, got {config.steps}")
+    log = None
+    if rank == 0:
+        refuse_full_disk(run.policy.module, path)
+        log = RunLog(config.out, plain(config), run.steps_done)
+        if run.steps_done < config.steps:
+            set_evaluation_aside(config.out, run.steps_done)
 
     with _sigint_after_step() as interrupted, closing(log) if log else nullcontext():
         while run.steps_done < config.steps:
@@ -122,8 +160,10 @@ def train(
                 log.write(row)
                 on_step(row)
             stop = bool(mean_over_ranks(torch.tensor(float(interrupted()), device=device), None))  # on any rank
-            if rank == 0 and (stop or run.steps_done % config.checkpoint_every == 0 or run.steps_done == config.steps):
+            if log and (stop or run.steps_done % config.checkpoint_every == 0 or run.steps_done == config.steps):
+                log.sync()
                 save_checkpoint(run.state_dict(), path)
+                on_saved(run.steps_done)
             if stop and run.steps_done < config.steps:
                 raise Interrupted(f"stopped after step {run.steps_done} of {config.steps}")
     return run
@@ -235,7 +275,12 @@ def optimiser_step(run: Run, micro_batches: Sequence[MicroBatch], seed: int) -> 
         shares.append(metrics)
     gradient_norm = nn.utils.clip_grad_norm_(run.policy.module.parameters(), run.config.max_grad_norm)
     if not gradient_norm.isfinite():
-        raise FloatingPointError(f"the gradient's norm is {gradient_norm.item()} in step {run.steps_done + 1}")
+        total = {name: torch.stack([each[name] for each in shares]).sum().item() for name in shares[0]}
+        raise FloatingPointError(
+            f"the gradient's norm is {gradient_norm.item()} in step {run.steps_done + 1}, where "
+            + ", ".join(f"{name} is {value:.4g}" for name, value in total.items())
+            + "; that optimiser step was not taken, and the last checkpoint stands"
+        )
     run.optimizer.step()
     run.optimizer.zero_grad()
     run.algorithm.step()

@@ -1,16 +1,16 @@
 """Policies by name."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
+from paec_kernels.saved_state import whole_folder
 from paec_kernels.train.config import TrainConfig
 from paec_kernels.train.models.policy import Policy
 from paec_kernels.train.models.tiny import TinyModel, TinyPolicy
 from paec_kernels.train.models.warm_start import warm_start
-from paec_kernels.train.run_folder import read_checkpoint
+from paec_kernels.train.run_folder import CHECKPOINT, fitting, read_checkpoint, read_config
 
 
 def pick_device(name: str) -> torch.device:
@@ -44,15 +44,30 @@ def trained_policy(run: Path, device: torch.device) -> Policy:
 
     Raises:
         FileNotFoundError: the folder holds no checkpoint.
+        UnreadableFileError: the checkpoint or config.json is damaged; the message names it.
     """
-    state = read_checkpoint(run / "checkpoint.pt")
-    config = json.loads((run / "config.json").read_text())
+    state = read_checkpoint(run / CHECKPOINT)
+    config = read_config(run, ["model", "chat", "precision"])
     if config["model"] == "tiny":
         policy: Policy = TinyPolicy(TinyModel().to(device))
     else:
         policy = _hugging_face(config["model"], config["chat"], config["precision"], device)
-    policy.module.load_state_dict(state["model"])
+    with fitting(run / CHECKPOINT):
+        policy.module.load_state_dict(state["model"])
     return policy
+
+
+def save_pretrained(policy: Policy, folder: Path) -> bool:
+    """Write a Hugging Face model with its tokenizer, as ``from_pretrained`` reads them, whole or not at all.
+
+    Returns:
+        whether there was something to write: False for the tiny model, which from_pretrained could not read.
+    """
+    if isinstance(policy, TinyPolicy):
+        return False
+    with whole_folder(folder) as partial:
+        policy.save_pretrained(partial)  # type: ignore[attr-defined]
+    return True
 
 
 def _hugging_face(name: str, chat: bool | None, precision: str, device: torch.device) -> Policy:

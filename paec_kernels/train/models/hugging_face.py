@@ -1,6 +1,7 @@
 """The policy on a causal language model of Hugging Face transformers."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +50,7 @@ class HFPolicy:
             tokenizer.pad_token = tokenizer.eos_token  # masked, so any token does
         self._end_ids = _end_ids(model, tokenizer)
         # A model may come with settings of its own, such as a repetition penalty; no generation is to inherit them.
+        self._own_settings = model.generation_config
         model.generation_config = GenerationConfig()
         _check_logits(self.module, self.head)
 
@@ -102,6 +104,12 @@ class HFPolicy:
 
     def tokens(self, rollout: Rollout) -> list[list[str]]:
         return [self.tokenizer.batch_decode([[token] for token in answer]) for answer in rollout.answers()]
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Write model, generation settings as it came with them, and tokenizer, as ``from_pretrained`` reads them."""
+        self.module.model.save_pretrained(folder)
+        self._own_settings.to_json_file(folder / "generation_config.json", keys_to_pop=["compile_config"])
+        self.tokenizer.save_pretrained(folder)
 
     def _shown(self, prompt: str) -> str:
         if not self.chat:

@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional as F
 
 from paec_kernels.checks import integer, number
-from paec_kernels.saved_state import whole_file
+from paec_kernels.saved_state import load_saved, write_saved
 from paec_kernels.train.models.tiny import PAD_ID, TinyModel, encode
 from paec_kernels.train.tasks.families import END, FAMILIES, Family, Habits
 
@@ -70,7 +70,8 @@ def warm_start(
     key = hashlib.sha256(json.dumps(asdict(options), sort_keys=True).encode()).hexdigest()[:16]
     path = folder / f"tiny-{key}.pt"
     if path.exists():
-        model.load_state_dict(torch.load(path, weights_only=True))
+        remedy = "Move it away: it is made again."
+        model.load_state_dict(load_saved(path, "the tiny model's start", remedy, list(model.state_dict())))
         return model
     families = list(FAMILIES.values())
     optimizer = torch.optim.AdamW(model.parameters(), lr=options.learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
@@ -83,6 +84,5 @@ def warm_start(
         optimizer.step()
         optimizer.zero_grad()  # after, so that no gradient goes along with the model
         on_step(step, loss.item())
-    with whole_file(path) as partial:
-        torch.save(model.state_dict(), partial)
+    write_saved(path, model.state_dict())
     return model

@@ -1,7 +1,7 @@
 """Greedy and sampled answers of a policy to evaluation problems, kept raw, and the scores that they give."""
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -71,7 +71,7 @@ class Evaluation:
             document = json.loads(path.read_text())
             tasks = {name: [ProblemResult(**row) for row in rows] for name, rows in document["tasks"].items()}
             return cls(Settings(**document["settings"]), tasks)
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"path must be a file that Evaluation.save wrote, got {path}: {error}") from error
 
 
@@ -104,12 +104,10 @@ def evaluate(
         batch_size: responses sampled at once; at least a problem's samples are.
         on_progress: called with this rank's responses done and their total.
     Raises:
-        ValueError: a batch size below 1, no task, or one name twice.
+        ValueError: a batch size below 1, or as `check_names`.
     """
     integer("batch_size", batch_size, least=1)
-    names = [task.name for task in tasks]
-    if not names or len(set(names)) < len(names) or "macro" in names:
-        raise ValueError(f"tasks must be at least one, with names that differ and are not 'macro', got {names}")
+    check_names(tasks)
     batches = [batch for task in tasks for batch in _batches(task, settings, max(1, batch_size // settings.samples))]
     rank, world = rank_and_world()
     ours = batches[rank::world]
@@ -119,10 +117,28 @@ def evaluate(
         found.append(_results(policy, batch, settings))
         done += (1 + settings.samples) * len(batch.problems)
         on_progress(done, total)
-    results: dict[str, list[ProblemResult]] = {name: [] for name in names}
+    results: dict[str, list[ProblemResult]] = {task.name: [] for task in tasks}
     for batch, of_batch in zip(batches, _of_all_ranks(found, len(batches)), strict=True):
         results[batch.task.name] += of_batch
     return Evaluation(settings, results)
+
+
+def check_names(tasks: Iterable[Task]) -> None:
+    """Refuse tasks whose results could not be told apart by their names.
+
+    Neither case nor the order of the options after a name makes a difference: such are the same file on some systems,
+    or the same problems.
+
+    Raises:
+        ValueError: no task, one name twice, or "macro", under which a summary has the averages.
+    """
+    names = [task.name for task in tasks]
+    same = {",".join([first, *sorted(options)]) for first, *options in (name.casefold().split(",") for name in names)}
+    if not names or len(same) < len(names) or "macro" in same:
+        raise ValueError(
+            f"tasks must be at least one, with names that differ and are not 'macro', got {names}; "
+            "the name of a .jsonl file is its own, without its folder"
+        )
 
 
 def summarise(evaluation: Evaluation) -> dict[str, Summary]:

@@ -1,6 +1,5 @@
 """Finished training runs, as their folders tell them."""
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from paec_kernels.train.report.evaluate import Evaluation
-from paec_kernels.train.run_folder import read_rows
+from paec_kernels.train.run_folder import read_config, read_rows
 
 LOGGED = "step reward entropy selected_entropy floor".split()  # the columns that a comparison reads
 
@@ -51,10 +50,7 @@ def read_run(folder: Path, *, arm_fields: Sequence[str] = ("algo",)) -> Run:
         ValueError: a file or a field is missing or malformed; the message names it.
     """
     path = folder / "config.json"
-    try:
-        config = dict(json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        raise ValueError(f"{path} must be a JSON object: {error}") from error
+    config = read_config(folder, [])
     seed, first, *others = (_field(config, name, path) for name in ("seed", *arm_fields))
     arm = ", ".join([str(first), *(f"{name}={v}" for name, v in zip(arm_fields[1:], others, strict=True))])
     if not (folder / "eval.json").is_file():
@@ -73,10 +69,7 @@ def _field(config: dict[str, Any], name: str, path: Path) -> Any:
 
 def _log(folder: Path) -> dict[str, np.ndarray]:
     path = folder / "log.jsonl"
-    try:
-        rows = read_rows(folder)
-    except ValueError as error:
-        raise ValueError(f"{path} must hold a JSON object a line: {error}") from error
+    rows = read_rows(folder)
     if not rows:
         raise ValueError(f"{path} must hold at least one step, got none")
     for number, row in enumerate(rows, start=1):
