@@ -34,15 +34,25 @@ class Comparison:
     baseline: str
     rows: list[Row]  # arms x metrics
     differing: dict[str, list[Any]]  # fields of the configs, beside arm and seed, with more than one value
+    scores: dict[str, dict[int, dict[str, float]]]  # by arm, seed and metric
 
     def row(self, arm: str, metric: str) -> Row:
         return next(row for row in self.rows if (row.arm, row.metric) == (arm, metric))
+
+    def differences(self, arm: str) -> dict[int, dict[str, float]]:
+        """Return the arm's scores less the baseline's, by seed and metric, for the seeds that both have."""
+        base = self.scores.get(self.baseline, {})
+        return {
+            seed: {name: scores[name] - base[seed][name] for name in self.metrics}
+            for seed, scores in sorted(self.scores[arm].items())
+            if seed in base
+        }
 
 
 def compare(runs: Sequence[Run], *, baseline: str = "grpo", arm_fields: Sequence[str] = ("algo",)) -> Comparison:
     """Return each arm's macro-averages over its seeds with 95 % t intervals, and paired differences from ``baseline``.
 
-    Without a run of the baseline there are no differences.
+    Fewer than `metrics.ENOUGH` seeds give no interval; without a run of the baseline there are no differences.
 
     Args:
         arm_fields: the fields that the runs were read with.
@@ -61,7 +71,7 @@ def compare(runs: Sequence[Run], *, baseline: str = "grpo", arm_fields: Sequence
             base = {seed: scores[name] for seed, scores in by_arm.get(baseline, {}).items()}
             difference = None if arm == baseline else metrics.paired_difference(values, base)
             rows.append(Row(arm, name, len(values), metrics.t_interval(list(values.values())), difference))
-    return Comparison(list(by_arm), names, baseline, rows, _differing(runs, {"seed", *arm_fields}))
+    return Comparison(list(by_arm), names, baseline, rows, _differing(runs, {"seed", *arm_fields}), by_arm)
 
 
 def run_scores(run: Run) -> dict[str, float]:

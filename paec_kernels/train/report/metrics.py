@@ -12,6 +12,7 @@ import numpy as np
 from scipy import stats  # type: ignore[import-untyped]
 
 CONFIDENCE = 0.95  # of every interval
+ENOUGH = 5  # values for a t interval; with two it is 18 times as wide as with many, and tells nothing
 
 Answers = Sequence[Sequence[str | None]]
 
@@ -103,7 +104,7 @@ def t_interval(values: Sequence[float]) -> Estimate:
         mean +- t(n - 1) * s / sqrt(n)
 
     Args:
-        values: n numbers; with one the interval is NaN. A NaN among them makes everything NaN.
+        values: n numbers; with fewer than ENOUGH the interval is NaN. A NaN among them makes everything NaN.
     Raises:
         ValueError: no values.
     """
@@ -111,7 +112,7 @@ def t_interval(values: Sequence[float]) -> Estimate:
     if n == 0:
         raise ValueError("values must hold at least one number, got none")
     mean = float(np.mean(values))
-    if n == 1:
+    if n < ENOUGH:
         return Estimate(mean, np.nan, np.nan)
     half = stats.t.ppf((1 + CONFIDENCE) / 2, n - 1) * np.std(values, ddof=1) / np.sqrt(n)
     return Estimate(mean, mean - half, mean + half)

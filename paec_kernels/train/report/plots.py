@@ -7,12 +7,14 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
+from numpy.typing import ArrayLike
 
 from paec_kernels.saved_state import whole_file
 from paec_kernels.train.report.compare import Comparison, run_scores, sort_arms
 from paec_kernels.train.report.evaluate import pass_ks
-from paec_kernels.train.report.metrics import Estimate, t_interval
+from paec_kernels.train.report.metrics import ENOUGH, Estimate, t_interval
 from paec_kernels.train.report.runs import Run
 
 Style = dict[str, Any]  # matplotlib's options of a line
@@ -41,7 +43,8 @@ OTHERS = ("#3b5b92", "#9c6b4e", "#5f9ea0", "#a0a03c", "#c06080")  # in turn, for
 def save_plots(comparison: Comparison, runs: Sequence[Run], out: Path) -> list[Path]:
     """Draw entropy.png, reward.png, majority_vote.png and pass_at_k.png in ``out``.
 
-    Lines are means over seeds; bands, and the bars of points, 95 % t intervals.
+    Lines are means over seeds; bands, and the bars of points, 95 % t intervals. With fewer than ENOUGH seeds there are
+    none, and each seed has a thin line or a small point of its own. No axis goes beyond what its quantity can be.
     """
     figures = {
         "entropy": entropy_figure(runs),
@@ -62,7 +65,7 @@ def styles(arms: Sequence[str]) -> dict[str, Style]:
 
 
 def mean_with_band(columns: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return mean, low and high at each step, [steps] each, of runs' columns [steps]; one run has NaN for a band."""
+    """Return mean, low and high at each step, [steps] each, of runs' columns [steps]; few runs have NaN for a band."""
     mean, low, high = np.array([t_interval(values) for values in np.array(columns).T]).T
     return mean, low, high
 
@@ -81,6 +84,8 @@ def entropy_figure(runs: Sequence[Run]) -> Figure:
     _over_steps(all_tokens, runs, "entropy")
     _over_steps(selected, runs, "selected_entropy")
     all_tokens.set(title="All tokens, mean entropy", ylabel="nats")
+    for axes in (all_tokens, selected):
+        _within(axes, "y", 0, np.inf)
     title = "Selected positions, mean entropy"
     for arm, style in styles(sort_arms(run.arm for run in runs)).items():
         steps, floors = _aligned([run for run in runs if run.arm == arm], "floor")
@@ -99,6 +104,7 @@ def reward_figure(runs: Sequence[Run]) -> Figure:
     axes = figure.subplots()
     _over_steps(axes, runs, "reward")
     axes.set(title="Reward in training", ylabel="share of sampled answers that are right")
+    _within(axes, "y", 0, 1)
     _legend(figure)
     return figure
 
@@ -111,12 +117,22 @@ def majority_vote_figure(comparison: Comparison, runs: Sequence[Run]) -> Figure:
     panels = figure.subplots(1, 1 + has_differences, sharey=True, squeeze=False)[0]
     for y, (arm, style) in enumerate(styles(comparison.arms).items()):
         single = [100 * run_scores(run)[metric] for run in runs if run.arm == arm]
-        panels[0].plot(single, [y + 0.2] * len(single), "o", color=style["color"], alpha=0.45, ms=4, mew=0)
+        panels[0].plot(
+            single, [y + 0.2] * len(single), "o", color=style["color"], alpha=0.45, ms=4, mew=0, clip_on=False
+        )
     _points(panels[0], comparison.arms, lambda arm: comparison.row(arm, metric).estimate)
     panels[0].set(title=f"{metric}, macro-average; small: single runs", xlabel="per cent")
+    _within(panels[0], "x", 0, 100)
     if has_differences:
+        for y, (arm, style) in enumerate(styles(comparison.arms).items()):
+            single = [100 * scores[metric] for scores in comparison.differences(arm).values()]
+            if arm != comparison.baseline and len(single) < ENOUGH:
+                panels[1].scatter(
+                    single, [y + 0.2] * len(single), color=style["color"], alpha=0.45, s=16, lw=0, clip_on=False
+                )
         _points(panels[1], comparison.arms, lambda arm: comparison.row(arm, metric).difference)
         panels[1].axvline(0, color=STYLES["grpo"]["color"], lw=1)
+        _within(panels[1], "x", -100, 100)
         panels[1].set(title=f"Difference from {comparison.baseline}, paired by seed", xlabel="percentage points")
     return figure
 
@@ -129,11 +145,13 @@ def pass_at_k_figure(comparison: Comparison, runs: Sequence[Run]) -> Figure:
     for arm, style in styles(comparison.arms).items():
         mean, low, high = 100 * np.array([comparison.row(arm, f"pass@{k}").estimate for k in ks]).T
         axes.fill_between(ks, low, high, color=style["color"], alpha=_band_alpha(runs), lw=0)
-        axes.plot(ks, mean, label=arm, marker="o", ms=3.5, **style)
+        _thin_lines(axes, ks, [[100 * s[f"pass@{k}"] for k in ks] for s in comparison.scores[arm].values()], style)
+        axes.plot(ks, mean, label=arm, marker="o", ms=3.5, clip_on=False, **style)
     axes.set_xscale("log", base=2)
     axes.set_xticks(ks, [str(k) for k in ks])
     axes.minorticks_off()
     axes.set(title="pass@k, macro-average", xlabel="k", ylabel="per cent")
+    _within(axes, "y", 0, 100)
     _plain(axes)
     _legend(figure)
     return figure
@@ -152,15 +170,35 @@ def _over_steps(axes: Axes, runs: Sequence[Run], column: str) -> None:
         seen += smoothed
         mean, low, high = mean_with_band(smoothed)
         axes.fill_between(steps, low, high, color=style["color"], alpha=_band_alpha(runs), lw=0)
+        _thin_lines(axes, steps, smoothed, style)
         axes.plot(steps, mean, label=arm, **style)
     if seen:
-        # The axis spans the runs: with two or three seeds a t interval is many times as wide.
+        # The axis spans the runs, however wide the bands are.
         bottom, top = np.nanmin(seen), np.nanmax(seen)
         margin = 0.05 * (top - bottom) or 0.05
         axes.set_ylim(bottom - margin, top + margin)
     axes.margins(x=0)
     axes.set_xlabel("step" if window == 1 else f"step (running mean of {window})")
     _plain(axes)
+
+
+def _small_points(axes: Axes, values: Sequence[float], y: int, style: Style) -> None:
+    """Draw single seeds below their arm's row."""
+    axes.plot(values, [y + 0.2] * len(values), "o", color=style["color"], alpha=0.45, ms=4, mew=0, clip_on=False)
+
+
+def _thin_lines(axes: Axes, x: ArrayLike, rows: Sequence[ArrayLike], style: Style) -> None:
+    """Draw a line for each of several seeds that are too few for a band."""
+    if 1 < len(rows) < ENOUGH:
+        lines = [np.column_stack([x, row]) for row in rows]
+        axes.add_collection(LineCollection(lines, colors=style["color"], linewidths=0.8, alpha=0.5))
+        axes.autoscale_view()
+
+
+def _within(axes: Axes, axis: str, low: float, high: float) -> None:
+    """Cut the axis at the least and the largest value that what it shows can have."""
+    bottom, top = getattr(axes, f"get_{axis}lim")()
+    getattr(axes, f"set_{axis}lim")(max(bottom, low), min(top, high))
 
 
 def _aligned(runs: Sequence[Run], column: str) -> tuple[np.ndarray, np.ndarray]:
@@ -178,7 +216,7 @@ def _points(axes: Axes, arms: Sequence[str], estimate_of: Callable[[str], Estima
         color = style["color"]
         mean, low, high = (100 * value for value in estimate)
         axes.plot([low, high], [y, y], color=color, lw=2)
-        axes.plot([mean], [y], "o", color=color, ms=8, mec="white")
+        axes.plot([mean], [y], "o", color=color, ms=8, mec="white", clip_on=False)
         axes.annotate(f"{mean:.1f}", (mean, y), (0, 6), textcoords="offset points", ha="center", size=8, color=color)
     axes.set_yticks(range(len(arms)), arms)
     axes.set_ylim(len(arms) - 0.5, -0.6)

@@ -8,56 +8,92 @@ from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.markup import escape
 from rich.table import Table
 
 from paec_kernels.saved_state import whole_file, without_nan, write_json
 from paec_kernels.train.report.compare import OF_TRAINING, Comparison, run_scores
 from paec_kernels.train.report.evaluate import Evaluation, mean_scores, summarise
-from paec_kernels.train.report.metrics import Estimate
+from paec_kernels.train.report.metrics import ENOUGH, Estimate
 from paec_kernels.train.report.runs import Run
 
+A_SEED = "· seed "  # begins the line of a seed
+FIRST_COLUMN = 15  # letters that names have at least
 DIGITS = {"length": 0, "distinct": 2, "final entropy": 3}  # after the point; all other metrics are in per cent
 
 
-def format_evaluation(evaluation: Evaluation) -> Table:
+class Fitted:
+    """A table for any width: the columns that do not fit beside the others stand in further tables below.
+
+    Only the first column may fold. A header's spaces, and the cells' line ends, break lines.
+    """
+
+    def __init__(self, title: str, header: Sequence[str]) -> None:
+        self.title = title
+        self.header = [header[0], *(name.replace(" ", "\n") for name in header[1:])]
+        self.rows: list[tuple[Sequence[str], str | None]] = []
+
+    def add_row(self, *cells: str, style: str | None = None) -> None:
+        self.rows.append((cells, style))
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        unbounded = options.update(max_width=10_000)
+        done = 1
+        while done < len(self.header):
+            end = done + 1
+            while end < len(self.header):
+                wider = self._table(range(done, end + 1), options.max_width)
+                if console.measure(wider, options=unbounded).minimum > options.max_width:
+                    break
+                end += 1
+            yield self._table(range(done, end), options.max_width)
+            yield ""
+            done = end
+
+    def _table(self, columns: range, width: int) -> Table:
+        title = self.title if columns.start == 1 else None
+        looks: dict[str, Any] = {"box": SIMPLE_HEAD, "show_edge": False, "pad_edge": False, "padding": (0, 1, 0, 0)}
+        table = Table(title=title, title_justify="left", **looks)
+        longest = max(map(cell_len, (*self.header[0].split(), *(cells[0] for cells, _ in self.rows))))
+        table.add_column(self.header[0], overflow="fold", width=min(longest, max(FIRST_COLUMN, width // 5)))
+        for column in columns:
+            table.add_column(self.header[column], justify="right", no_wrap=True)
+        for cells, style in self.rows:
+            table.add_row(cells[0], *(cells[column] for column in columns), style=style)
+        return table
+
+
+def format_evaluation(evaluation: Evaluation) -> Fitted:
     """Return tasks by metrics with 95 % intervals below the means, the macro-average last."""
     settings = evaluation.settings
     summary = summarise(evaluation)
     shown = _without_passes(list(summary["macro"]))
-    table = _terminal_table(
+    table = Fitted(
         f"{settings.samples} samples a problem at temperature {settings.temperature:g}; "
         "scores in per cent, 95 % intervals over problems",
         ["task", "problems", *shown],
     )
     counts = {task: len(results) for task, results in evaluation.tasks.items()}
+    counts["macro"] = sum(counts.values())
     for task, scores in summary.items():
         cells = [f"{_number(name, scores[name].mean)}\n[dim]{_interval(name, scores[name])}[/]" for name in shown]
-        if task == "macro":
-            table.add_section()
-            table.add_row("macro-average", str(sum(counts.values())), *cells, style="bold")
-        else:
-            table.add_row(task, str(counts[task]), *cells)
+        name, style = ("macro-average", "bold") if task == "macro" else (escape(task), None)
+        table.add_row(name, str(counts[task]), *cells, style=style)
     return table
 
 
-def format_comparison(comparison: Comparison) -> list[Table]:
-    """Return the table of means and, if there is a baseline, that of differences from it."""
+def format_comparison(comparison: Comparison) -> list[Fitted]:
+    """Return the table of means and, if there is a baseline, that of differences from it; intervals below means."""
     tables = []
     for title, header, lines in _tables(comparison):
-        table = _terminal_table(title, header)
+        table = Fitted(title, header)
         for line in lines:
-            table.add_row(line[0], *(cell.replace(" ", "\n", 1) for cell in line[1:]))
+            style = "dim" if line[0].startswith(A_SEED) else None
+            table.add_row(escape(line[0]), *(cell.replace(" ", "\n", 1) for cell in line[1:]), style=style)
         tables.append(table)
     return tables
-
-
-def _terminal_table(title: str, header: Sequence[str]) -> Table:
-    """Return a table whose numbers fit 80 columns: intervals are below means, and only the first column may fold."""
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column(header[0], overflow="fold", min_width=7)
-    for name in header[1:]:
-        table.add_column(name.replace(" ", "\n"), justify="right", no_wrap=True)
-    return table
 
 
 def to_markdown(comparison: Comparison) -> str:
@@ -89,7 +125,9 @@ def save(comparison: Comparison, runs: Sequence[Run], out: Path) -> list[Path]:
             raw += [[run.arm, run.seed, task, name, value] for name, value in scores.items()]
         raw += [[run.arm, run.seed, "", name, run_scores(run)[name]] for name in OF_TRAINING]
     read = [{"folder": str(run.folder), "arm": run.arm, "seed": run.seed} for run in runs]
-    write_json(out / "comparison.json", asdict(comparison) | {"rows": without_nan(rows), "runs": read})
+    document = asdict(comparison) | {"rows": without_nan(rows), "runs": read}
+    del document["scores"]  # they are in runs.csv
+    write_json(out / "comparison.json", document)
     with whole_file(out / "comparison.md") as partial:
         partial.write_text(to_markdown(comparison))
     for name, lines in (("comparison.csv", summary), ("runs.csv", raw)):
@@ -99,20 +137,40 @@ def save(comparison: Comparison, runs: Sequence[Run], out: Path) -> list[Path]:
 
 
 def _tables(comparison: Comparison) -> Iterator[tuple[str, list[str], list[list[str]]]]:
-    """Yield title, header and cells of the table of means and, if there are any, of that of differences."""
+    """Yield title, header and cells of the table of means and, if there are any, of that of differences.
+
+    An arm with several seeds, but fewer than ENOUGH, has a line for each seed below its own.
+    """
     shown = _without_passes(comparison.metrics)
     means = []
     differences = []
     for arm in comparison.arms:
         rows = [comparison.row(arm, name) for name in shown]
         means.append([f"{arm} ({rows[0].seeds})", *(_cell(row.metric, row.estimate) for row in rows)])
+        means += _seeds(comparison.scores[arm], shown)
         if arm != comparison.baseline:
             differences.append([arm, *(_cell(row.metric, row.difference, signed=True) for row in rows)])
-    title = "Macro-averages over tasks with 95 % t intervals over seeds; scores in per cent, entropy in nats"
-    yield title, ["arm (seeds)", *shown], means
+            differences += _seeds(comparison.differences(arm), shown, signed=True)
+    intervals = "95 % t intervals over seeds"
+    if any(line[0].startswith(A_SEED) for line in (*means, *differences)):
+        intervals = f"95 % t intervals over {ENOUGH} seeds or more, else each seed"
+    yield (
+        f"Macro-averages over tasks with {intervals}; scores in per cent, entropy in nats",
+        ["arm (seeds)", *shown],
+        means,
+    )
     if any(row.difference for row in comparison.rows):
-        title = f"Differences from {comparison.baseline}, paired by seed, with 95 % t intervals"
+        title = f"Differences from {comparison.baseline}, paired by seed, with {intervals.removesuffix(' over seeds')}"
         yield title, ["arm", *shown], differences
+
+
+def _seeds(scores: dict[int, dict[str, float]], shown: Sequence[str], signed: bool = False) -> list[list[str]]:
+    if not 1 < len(scores) < ENOUGH:
+        return []
+    return [
+        [f"{A_SEED}{seed}", *(_cell(name, Estimate(values[name], math.nan, math.nan), signed) for name in shown)]
+        for seed, values in sorted(scores.items())
+    ]
 
 
 def _without_passes(names: Sequence[str]) -> list[str]:

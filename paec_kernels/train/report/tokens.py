@@ -24,7 +24,8 @@ VERDICTS = {True: "[green]right[/]", False: "[red]wrong[/]"}
 def show(report: Report, console: Console) -> None:
     """Print the answers, each token on a background that tells its soft mask, then the tables."""
     in_colour = console.color_system is not None and not console.no_color
-    console.rule(Text(f"{report['training']['model']}: sampled answers and their tokens' soft masks"))
+    console.rule()
+    console.print(Text(f"{report['training']['model']}: sampled answers and their tokens' soft masks"))
     console.print(legend(in_colour))
     for group in report["groups"]:
         console.print(Text(f"\n{visible(group['prompt'])}", "bold"))
