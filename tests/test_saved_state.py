@@ -1,8 +1,12 @@
 """Files that are whole or as they were, whoever else writes them, and files that cannot be read, which are named."""
 
+import json
+import math
 import multiprocessing
+import os
 import pickle
 import re
+import resource
 import zipfile
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -10,7 +14,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from paec_kernels.saved_state import UnreadableFileError, differing_fields, load_saved, whole_file
+from paec_kernels.saved_state import (
+    PARTIAL,
+    UnreadableFileError,
+    differing_fields,
+    load_saved,
+    options_as_json,
+    read_json,
+    whole_file,
+    whole_folder,
+    write_json,
+    write_saved,
+)
 
 STATE = {"config": {"seed": 0, "name": "a"}, "weights": torch.arange(1000.0)}
 
@@ -48,6 +63,89 @@ def test_an_error_leaves_the_old_file_alone(tmp_path):
         partial.write_text("ne") / 0
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.fixture
+def full_disk():
+    """No file may grow beyond 10 kB, as on a disk that is nearly full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda path: write_saved(path, {"weights": torch.zeros(10_000)}),
+        lambda path: write_json(path, ["a" * 100] * 200),
+    ],
+    ids=["state", "json"],
+)
+def test_a_full_disk_leaves_the_old_file_and_is_named(tmp_path, full_disk, write):
+    path = tmp_path / "state"
+    path.write_text("old")
+    with pytest.raises(OSError, match=re.escape(f"File too large: '{path}'")):
+        write(path)
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_is_in_place_is_on_the_disk(tmp_path, monkeypatch):
+    """In this order: the content, its name, the list of names."""
+    path, done = tmp_path / "state", []
+
+    def synced(descriptor, was=os.fsync):
+        done.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name.removesuffix(PARTIAL).split(".")[0])
+        was(descriptor)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", lambda *names, was=os.replace: (done.append("replace"), was(*names))[1])
+    write_json(path, 1)
+    assert done == ["state", "replace", tmp_path.name]
+    done.clear()
+    with whole_folder(path.with_name("folder")) as partial:
+        (partial / "part").write_text("new")
+    assert done == ["part", "folder", "replace", tmp_path.name]
+
+
+def test_a_folder_is_whole_or_as_it_was(tmp_path):
+    path = tmp_path / "folder"
+    for content in ("old", "new"):
+        with whole_folder(path) as partial:
+            (partial / content).write_text(content)
+            assert not path.exists() or [part.name for part in path.iterdir()] == ["old"]
+    with pytest.raises(ZeroDivisionError), whole_folder(path) as partial:
+        (partial / "newer").write_text("ne") / 0
+    assert [part.name for part in path.iterdir()] == ["new"]
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        (b"", "it is empty"),
+        (b'{"seed": 1, "st', "it is not JSON"),
+        (bytes(range(256)), "it is not JSON"),
+        (b"[" * 100_000, "it is not JSON"),
+        (b"[1]", "it holds a list"),
+        (b'{"steps": 1}', "it holds no seed"),
+    ],
+)
+def test_json_that_cannot_be_read_is_named(tmp_path, content, found):
+    path = tmp_path / "config.json"
+    path.write_bytes(content)
+    message = re.escape(f"{path} must be a config, but {found}") + r".*\. Write it again\.$"
+    with pytest.raises(UnreadableFileError, match=message):
+        read_json(path, "a config", "Write it again.", ["seed"])
+
+
+def test_options_are_strict_json():
+    options = {"path": Path("a/b"), "names": ("a", "b"), "high": math.inf, "low": -math.inf, "lam": 0.5}
+    written = options_as_json(options)
+    assert written == {"path": "a/b", "names": ["a", "b"], "high": "inf", "low": "-inf", "lam": 0.5}
+    assert options_as_json(written) == written
+    json.dumps(written, allow_nan=False)
 
 
 def test_fields_that_differ_are_named_with_both_values():

@@ -160,7 +160,10 @@ def steps_lost(folder: Path, undisturbed: Path, said: int) -> int:
     """Count the steps up to ``said`` that the folder does not hold, in its checkpoint or in its log."""
     if said == 0:
         return 0
-    done = run_folder.read_checkpoint(folder / run_folder.CHECKPOINT)["steps_done"]
+    try:
+        done = run_folder.read_checkpoint(folder / run_folder.CHECKPOINT)["steps_done"]
+    except (OSError, ValueError):
+        return said
     kept, expected = rows(folder)[:said], rows(undisturbed)[:said]
     alike = [a == b for a, b in zip(kept, expected, strict=False)]
     return max(said - min(done, said), said - sum(alike))
