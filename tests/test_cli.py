@@ -1,12 +1,24 @@
+import errno
+import fcntl
 import json
+import math
 import subprocess
 import sys
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
+from train.made_runs import write_run
 
 pytest.importorskip("tyro", reason="needs the training's packages: pip install 'paec-kernels[train]'")
 from paec_kernels.cli import main
+from paec_kernels.train import commands
 from paec_kernels.train.algorithms import ALGORITHMS
+from paec_kernels.train.config import EvalOptions, TrainConfig
+from paec_kernels.train.models.warm_start import WarmStart
+from paec_kernels.train.out_folder import LOCK
+from paec_kernels.train.report.evaluate import Evaluation, check_names
+from paec_kernels.train.tasks.by_name import load_tasks
 
 TINY = (
     "--warm-start.skill-steps 150 --warm-start.habit-steps 0 --warm-start.batch 32 --tasks parity count "
@@ -90,6 +102,177 @@ def test_compare(tmp_path, cache, capsys):
     tables = (tmp_path / "comparison.csv").read_bytes()
     assert paec("compare", "--out", tmp_path / "again", "--runs", tmp_path / "runs") == 0
     assert (tmp_path / "again" / "comparison.csv").read_bytes() == tables
+
+
+def tasks_file(path, first: int) -> str:
+    path.parent.mkdir(exist_ok=True)
+    rows = [{"prompt": [{"content": f"a1{first + i}+2{i}:"}], "answer": 30 + 2 * i + first} for i in range(5)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+COLLIDING = {
+    "same stem": ("aime24/test.jsonl", "math500/test.jsonl"),
+    "but for case": ("a/Test.jsonl", "b/test.jsonl"),
+    "the averages' name": ("a/Macro.jsonl", "b/test.jsonl"),
+    "one name twice": ("parity", "parity"),
+    "one file twice": ("a/test.jsonl", "a/../a/test.jsonl"),
+    "order of options": ("gym:chain_sum,max_terms=2,max_digits=1", "gym:chain_sum,max_digits=1,max_terms=2"),
+    "value written otherwise": ("gym:chain_sum,max_terms=2", "gym:chain_sum,max_terms=+2"),
+}
+
+
+@pytest.mark.parametrize("command", ["train", "eval", "compare"])
+@pytest.mark.parametrize("name", COLLIDING)
+def test_tasks_whose_results_would_collide_are_refused_before_the_work(name, command, tmp_path, cache, capsys):
+    names = []
+    for number, task in enumerate(COLLIDING[name]):
+        is_file = task.endswith(".jsonl")
+        names.append(tasks_file(tmp_path / task, 0 if "/../" in task else number) if is_file else task)
+    out = ["--out", tmp_path / "out"]
+    if command == "eval":
+        assert paec("eval", *out, "--tasks", *names) == 2
+    else:
+        prefix = "--train." if command == "compare" else "--"
+        assert paec(command, *out, f"{prefix}cache", cache, f"{prefix}eval-tasks", *names) == 2
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1
+    assert "tasks must be at least one, with names that differ and are not 'macro', got [" in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_tasks_that_differ_in_an_option_do_not_collide():
+    tasks, _ = load_tasks(["gym:chain_sum,max_terms=2", "gym:chain_sum,max_terms=3", "gym:chain_sum"])
+    check_names(tasks)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ("train --tasks parity count parity", "tasks must name each once, got parity more than once"),
+        ("compare --arms grpo paec grpo", "arms must name each once, got grpo more than once"),
+        ("compare --arms", "arms must name at least one, got none"),
+    ],
+)
+def test_what_is_named_twice_is_refused(args, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert paec(*args.split()) == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", ["train", "eval", "compare", "inspect"])
+def test_a_folder_that_cannot_be_written_is_named_before_the_work(command, tmp_path, cache, capsys):
+    file = tmp_path / "file"
+    file.write_text("as it was")
+    for out in (file, file / "below", "/proc/nowhere"):
+        assert paec(command, "--out", out) == 2
+        error = capsys.readouterr().err
+        assert f"paec: out must be a folder to write to, got {out}: " in error
+        assert len(error.splitlines()) == 1
+    assert file.read_text() == "as it was"
+
+
+@pytest.mark.parametrize("command", ["train", "eval", "compare", "inspect"])
+def test_a_folder_in_use_is_refused_by_its_holder(command, tmp_path, capsys):
+    with (tmp_path / LOCK).open("w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        other.write("process 1 on another machine")
+        other.flush()
+        assert paec(command, "--out", tmp_path) == 2
+    error = capsys.readouterr().err
+    assert f"{tmp_path} is held by process 1 on another machine" in error
+    assert len(error.splitlines()) == 1
+    assert [path.name for path in tmp_path.iterdir()] == [LOCK]
+
+
+def test_without_a_terminal_lines_tell_and_a_result_without_room_is_printed(tmp_path, cache, capsys, monkeypatch):
+    def full(evaluation, path):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(Evaluation, "save", full)
+    assert paec("train", "--out", tmp_path / "run", "--cache", cache, *TINY) == 2
+    out, error = capsys.readouterr()
+    lines = out.splitlines()
+    assert any(line.startswith("train 1/2, 0:00:") and "reward 0." in line for line in lines)
+    assert any(line.startswith("train 2/2, 0:00:") for line in lines)
+    assert f"saved step 2 in {tmp_path}/run/checkpoint.pt" in lines
+    assert any(line.startswith("macro-average") for line in lines)
+    assert error == f"paec: [Errno 28] No space left on device: '{tmp_path}/run/eval.json'\n"
+
+
+def test_damaged_files_of_a_run_are_named(tmp_path, cache, capsys):
+    run = tmp_path / "run"
+    assert paec("train", "--out", run, "--cache", cache, *TINY) == 0
+    for name, readers in (("checkpoint.pt", "train eval inspect"), ("config.json", "eval inspect compare")):
+        path = run / name
+        whole = path.read_bytes()
+        for content in (b"", whole[: len(whole) // 2], bytes(range(256))):
+            path.write_bytes(content)
+            for command in readers.split():
+                args = {
+                    "train": ("--out", run, "--cache", cache, *TINY),
+                    "compare": ("--runs", run, "--out", tmp_path / "compare"),
+                }.get(command, ("--run", run, "--out", tmp_path / command))
+                capsys.readouterr()
+                assert paec(command, *args) == 2
+                error = capsys.readouterr().err
+                assert f"paec: {path} must be a" in error
+                assert len(error.splitlines()) == 1
+        path.write_bytes(whole)
+    log = run / "log.jsonl"
+    log.write_bytes(log.read_bytes()[:-5])
+    assert paec("train", "--out", run, "--cache", cache, *TINY) == 2
+    assert (
+        f"{log} must be the log of the 2 steps that are in checkpoint.pt, but it ends after 1"
+        in capsys.readouterr().err
+    )
+    assert {path.name for path in run.iterdir()} == {
+        "checkpoint.pt", "config.json", "eval.json", "log.jsonl", "tensorboard"
+    }  # fmt: skip
+
+
+def test_infinite_options_are_compared(tmp_path, capsys):
+    runs = [tmp_path / name for name in "ab"]
+    for seed, (run, high) in enumerate(zip(runs, (math.inf, 3.0), strict=True)):
+        write_run(run, "cispo", seed, method={"clip_high": high})  # as earlier versions wrote it: Infinity
+    assert paec("compare", "--out", tmp_path / "out", "--runs", *runs) == 0
+
+    def refuse(name):
+        raise AssertionError(f"{name} is no JSON")
+
+    document = json.loads((tmp_path / "out" / "comparison.json").read_text(), parse_constant=refuse)
+    assert document["differing"] == {"method.clip_high": ["inf", 3.0]}
+    assert "`method.clip_high` (inf, 3.0)" in (tmp_path / "out" / "comparison.md").read_text()
+
+
+def test_a_comparison_evaluates_again_what_was_evaluated_otherwise(tmp_path, cache):
+    config = TrainConfig(
+        out=tmp_path,
+        cache=Path(cache),
+        warm_start=WarmStart(skill_steps=150, habit_steps=0, batch=32),
+        tasks=("parity",),
+        **{"steps": 1, "prompts": 2, "answers": 2, "max_new_tokens": 4, "evaluate": EvalOptions(5, 4)},
+    )
+    for changed in ({}, {"evaluate": EvalOptions(5, 2)}, {"eval_tasks": ("count",)}, {"steps": 2}):
+        config = replace(config, **changed)
+        assert commands._train_one(config, 1)
+        time = (tmp_path / "eval.json").stat().st_mtime_ns
+        found = Evaluation.load(tmp_path / "eval.json")
+        assert found.settings.samples == config.evaluate.samples
+        assert list(found.tasks) == list(config.eval_tasks or config.tasks)
+        assert commands._train_one(config, 1)  # nothing has changed
+        assert (tmp_path / "eval.json").stat().st_mtime_ns == time
+    assert list(Evaluation.load(tmp_path / "eval-1.json").tasks) == ["count"]
+
+
+def test_the_tiny_model_is_not_exported(tmp_path, cache, capsys):
+    assert paec("train", "--out", tmp_path, "--cache", cache, *TINY) == 0
+    assert not (tmp_path / "model").exists()
+    assert paec("export", "--run", tmp_path) == 2
+    assert "run must be of a Hugging Face model" in capsys.readouterr().err
+    assert paec("export", "--run", tmp_path / "nowhere") == 2
+    assert "nowhere" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("algo", ALGORITHMS)

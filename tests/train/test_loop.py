@@ -1,7 +1,9 @@
 """The loop on a hardly trained tiny model: what a step does, and that a run may be stopped at any moment."""
 
+import fcntl
 import os
 import pickle
+import resource
 import signal
 import subprocess
 import sys
@@ -13,10 +15,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from paec_kernels.saved_state import UnreadableFileError
 from paec_kernels.train import loop
 from paec_kernels.train.algorithms import ALGORITHMS
 from paec_kernels.train.config import TrainConfig
 from paec_kernels.train.models.warm_start import WarmStart
+from paec_kernels.train.out_folder import LOCK, FolderInUseError
 from paec_kernels.train.policies import starting_policy
 from paec_kernels.train.presets import with_algo
 from paec_kernels.train.run_folder import OtherConfigError, read_checkpoint, read_rows
@@ -172,22 +176,6 @@ def test_an_interrupted_run_goes_on_to_the_bit(config):
         assert {**whole, **dict.fromkeys(TIMES)} == {**resumed, **dict.fromkeys(TIMES)}
 
 
-def test_a_killed_run_goes_on_to_the_bit(config):
-    config = replace(config, steps=8)
-    finish(start(replace(config, out=config.out / "whole")))
-    killed = replace(config, out=config.out / "killed")
-    for kill_at in (3, 6):  # beyond a checkpoint, whose rows of the log are made again
-        process = start(killed)
-        for line in process.stdout:
-            if line == f"step {kill_at}\n":
-                break
-        process.kill()
-        process.communicate()
-    finish(start(killed))
-    assert_same_bits(weights(config.out / "whole"), weights(killed.out))
-    assert [row["step"] for row in read_rows(killed.out)] == list(range(1, 9))
-
-
 def test_killed_while_it_writes_a_checkpoint(config, monkeypatch):
     loop.train(replace(config, steps=2))
     old = (config.out / "checkpoint.pt").read_bytes()
@@ -199,6 +187,112 @@ def test_killed_while_it_writes_a_checkpoint(config, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         loop.train(config)
     assert (config.out / "checkpoint.pt").read_bytes() == old
+
+
+def damage_checkpoint(path: Path, how: str) -> None:
+    content, state = path.read_bytes(), read_checkpoint(path)
+    if how == "empty":
+        path.write_bytes(b"")
+    elif how == "cut":
+        path.write_bytes(content[: len(content) // 2])
+    elif how == "bit":
+        middle = len(content) // 2
+        path.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
+    elif how == "code":
+        torch.save({"config": ALGORITHMS["paec"]()}, path)
+    elif how == "start":  # another file of ours
+        torch.save(state["model"], path)
+    elif how == "no optimiser":
+        del state["optimizer"]
+        torch.save(state, path)
+    elif how == "other weights":
+        state["model"].popitem()
+        torch.save(state, path)
+    elif how == "other algorithm":
+        state["algorithm"]["_extra_state"]["clip_high"] = 3.0
+        torch.save(state, path)
+    elif how == "other steps":
+        torch.save(state | {"steps_done": "2"}, path)
+
+
+DAMAGES = ("empty", "cut", "bit", "code", "start", "no optimiser", "other weights", "other algorithm", "other steps")
+
+
+def test_a_damaged_checkpoint_is_named_and_nothing_is_lost(config):
+    loop.train(replace(config, steps=2))
+    path = config.out / "checkpoint.pt"
+    whole = path.read_bytes()
+    for how in DAMAGES:
+        path.write_bytes(whole)
+        damage_checkpoint(path, how)
+        files = {path: path.read_bytes() for path in config.out.iterdir() if path.is_file()}
+        with pytest.raises(
+            UnreadableFileError, match=f"^{path} must be a checkpoint of paec train, but it .*Put a copy"
+        ):
+            loop.train(config)
+        assert files == {path: path.read_bytes() for path in config.out.iterdir() if path.is_file()}, how
+    path.write_bytes(whole)
+    loop.train(config)
+    loop.train(replace(config, out=config.out / "undisturbed"))
+    assert_same_bits(weights(config.out), weights(config.out / "undisturbed"))
+
+
+def test_fewer_steps_than_are_done_are_refused(config):
+    loop.train(replace(config, steps=2))
+    before = (config.out / "config.json").read_bytes()
+    with pytest.raises(ValueError, match=r"steps must be >= 2, which .*checkpoint.pt has done, got 1"):
+        loop.train(replace(config, steps=1))
+    assert (config.out / "config.json").read_bytes() == before
+
+
+def test_an_evaluation_of_earlier_weights_is_set_aside(config):
+    loop.train(replace(config, steps=1))
+    (config.out / "eval.json").write_text("of one step")
+    loop.train(replace(config, steps=1))
+    assert (config.out / "eval.json").exists()
+    loop.train(replace(config, steps=2))
+    assert not (config.out / "eval.json").exists()
+    assert (config.out / "eval-1.json").read_text() == "of one step"
+
+
+def test_steps_are_said_to_be_saved_once_they_are(config):
+    said = []
+
+    def check(steps_done):
+        said.append(steps_done)
+        assert read_checkpoint(config.out / "checkpoint.pt")["steps_done"] == steps_done
+        assert len(read_rows(config.out)) == steps_done
+
+    loop.train(config, on_saved=check)
+    assert said == [2, 4, 5]
+
+
+def test_a_full_disk_stops_the_run_and_its_checkpoint_stands(config, monkeypatch):
+    loop.train(replace(config, steps=2))
+    saved = weights(config.out)
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        with pytest.raises(OSError, match=f"File too large: '{config.out}/checkpoint.pt'"):
+            # The rows still find room.
+            loop.train(config, lambda row: resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limit[1])))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert_same_bits(saved, weights(config.out))
+    assert not list(config.out.glob("*.partial"))
+    loop.train(config)
+    loop.train(replace(config, out=config.out / "undisturbed"))
+    assert_same_bits(weights(config.out), weights(config.out / "undisturbed"))
+
+
+def test_a_folder_that_another_process_trains_in_is_refused(config):
+    config.out.mkdir()
+    with (config.out / LOCK).open("w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        other.write("process 1 on another machine")
+        other.flush()
+        with pytest.raises(FolderInUseError, match=f"{config.out} is held by process 1 on another machine"):
+            loop.train(config)
+    assert [path.name for path in config.out.iterdir()] == [LOCK]
 
 
 def test_another_config_is_refused(config):
@@ -219,9 +313,22 @@ def test_a_gradient_that_is_not_finite_stops_the_run(config, monkeypatch):
     saved = weights(config.out)
     advantages = loop.pk.group_advantages
     monkeypatch.setattr(loop.pk, "group_advantages", lambda rewards: advantages(rewards) * float("inf"))
-    with pytest.raises(FloatingPointError, match="step 3"):
+    with pytest.raises(FloatingPointError, match=r"norm is nan in step 3, where .*policy_loss is nan.*was not taken"):
         loop.train(config)
     assert_same_bits(saved, weights(config.out))
+
+
+@pytest.mark.parametrize("algo", ALGORITHMS)
+def test_a_step_that_is_not_taken_changes_nothing(config, algo, monkeypatch):
+    """Neither weights, nor the optimiser, nor anchors and coefficients."""
+    run = loop.new_run(with_algo(config, algo), starting_policy(config, torch.device("cpu")))
+    tasks, _ = config.load_tasks()
+    loop.train_step(run, tasks, 0, 1)
+    before = pickle.dumps(run.state_dict())
+    monkeypatch.setattr(loop.nn.utils, "clip_grad_norm_", lambda *args: torch.tensor(float("inf")))
+    with pytest.raises(FloatingPointError, match="norm is inf in step 2"):
+        loop.train_step(run, tasks, 0, 1)
+    assert pickle.dumps(run.state_dict()) == before
 
 
 @pytest.mark.slow

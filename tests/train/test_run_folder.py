@@ -2,7 +2,11 @@
 
 import json
 import math
+import os
+import resource
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +18,9 @@ from paec_kernels.train.run_folder import (
     OtherConfigError,
     RunLog,
     load_checkpoint,
+    read_config,
     read_rows,
+    refuse_full_disk,
     save_checkpoint,
 )
 
@@ -47,6 +53,99 @@ def test_an_option_may_be_infinite(tmp_path: Path) -> None:
     config = plain(TrainConfig(algo="cispo", method=CISPOOptions(clip_high=math.inf)))
     RunLog(tmp_path, config, 0).close()
     assert json.loads((tmp_path / "config.json").read_text()) == config
+
+
+def test_an_infinite_option_is_strict_json(tmp_path: Path) -> None:
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is no JSON")
+
+    RunLog(tmp_path, plain(TrainConfig(algo="cispo", method=CISPOOptions(clip_high=math.inf))), 0).close()
+    config = json.loads((tmp_path / "config.json").read_text(), parse_constant=refuse)
+    assert config["method"]["clip_high"] == "inf"
+    (tmp_path / "config.json").write_text(json.dumps({"clip_high": math.inf}))  # as earlier versions wrote it
+    assert read_config(tmp_path, ["clip_high"]) == {"clip_high": "inf"}
+
+
+def test_a_checkpoint_with_an_infinite_option_comes_back(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint.pt"
+    for saved in (math.inf, "inf"):  # by an earlier version, and by this one
+        save_checkpoint({"config": {"clip_high": saved}}, path)
+        assert load_checkpoint(path, {"clip_high": "inf"})["config"]["clip_high"] == saved
+
+
+def test_rows_are_written_before_the_checkpoint_that_follows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced = []
+    monkeypatch.setattr(
+        os, "fsync", lambda file, was=os.fsync: (synced.append(os.readlink(f"/proc/self/fd/{file}")), was(file))
+    )
+    log = RunLog(tmp_path, {"seed": 0}, 0)
+    log.write({"step": 1, "reward": 0.5})
+    synced.clear()
+    log.sync()
+    assert synced == [str(tmp_path / "log.jsonl")]
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()  # while the writer still holds it
+    assert [event.step for event in board.Scalars("reward")] == [1]
+    log.close()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "log.jsonl must be the log of the 3 steps that are in checkpoint.pt, but it ends after 0"),
+        (b"", "log.jsonl must be the log of the 3 steps that are in checkpoint.pt, but it ends after 0"),
+        (b'{"step": 1}\n{"step": 2}\n{"st', "log.jsonl must be .*, but it ends after 2"),
+        (b'{"step": 1}\n{"st\n{"step": 3}\n', "log.jsonl must hold a JSON object a line, but line 2 is none"),
+        (b'{"step": 1}\n{"step": 3}\n', "log.jsonl must hold .*, of step 1, 2, ..., but line 2 is {'step': 3}"),
+        (b'{"step": 1}\n{"step": 1}\n', "log.jsonl must hold .*, of step 1, 2, ..., but line 2 is {'step': 1}"),
+        (b"[1]\n", "log.jsonl must hold a JSON object a line, .* but line 1 is"),
+        (bytes(range(256)), "log.jsonl must hold a JSON object a line, but line 1 is none"),
+    ],
+)
+def test_a_log_without_the_checkpoints_steps_is_refused(tmp_path: Path, content: bytes | None, message: str) -> None:
+    (tmp_path / "config.json").write_text("as it was")
+    if content is not None:
+        (tmp_path / "log.jsonl").write_bytes(content)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match=f"{tmp_path}/{message}"):
+        RunLog(tmp_path, {"seed": 0}, 3)
+    assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+
+def test_what_comes_after_the_checkpoint_may_be_damaged(tmp_path: Path) -> None:
+    write(tmp_path, 0, [1, 2])
+    with (tmp_path / "log.jsonl").open("ab") as file:
+        file.write(b"\0\0\n{}\n")
+    write(tmp_path, 2, [3])
+    assert [row["step"] for row in read_rows(tmp_path)] == [1, 2, 3]
+    (tmp_path / "log.jsonl").write_bytes(b"\0\n")
+    write(tmp_path, 0, [1])
+    assert [row["step"] for row in read_rows(tmp_path)] == [1]
+
+
+def test_a_full_disk_is_named_and_the_cut_row_made_again(tmp_path: Path) -> None:
+    log = RunLog(tmp_path, {"seed": 0}, 0)
+    log.write({"step": 1, "reward": 0.5})
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    room = (tmp_path / "log.jsonl").stat().st_size + 5
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
+    try:
+        with pytest.raises(OSError, match=f"File too large: '{tmp_path}/log.jsonl'"):
+            log.write({"step": 2, "reward": 0.5})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert (tmp_path / "log.jsonl").stat().st_size == room
+    log.close()
+    write(tmp_path, 1, [2, 3])
+    assert [row["step"] for row in read_rows(tmp_path)] == [1, 2, 3]
+
+
+def test_a_disk_without_room_for_a_checkpoint_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = torch.nn.Linear(100, 100, bias=False)  # 40,000 bytes
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=119_999))
+    with pytest.raises(OSError, match=rf"needs 120,000 bytes, and the disk has 119,999: '{tmp_path}/checkpoint.pt'"):
+        refuse_full_disk(module, tmp_path / "checkpoint.pt")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=120_000))
+    refuse_full_disk(module, tmp_path / "checkpoint.pt")
 
 
 def test_rows_after_the_checkpoint_are_made_again(tmp_path: Path) -> None:
