@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import re
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -277,11 +278,22 @@ def made_up(trained) -> dict:
     return report | {"groups": groups, "logp_change": {"rewarded": 0.25, "others": math.nan}}
 
 
-def printed(report: dict, **options) -> str:
-    console = Console(width=80, force_terminal=True, highlight=False, **options)
+def printed(report: dict, width: int = 80, **options) -> str:
+    console = Console(width=width, force_terminal=True, highlight=False, **options)
     with console.capture() as capture:
         show(report, console)
     return capture.get()
+
+
+@pytest.mark.parametrize("width", [80, 60])
+def test_nothing_is_cut(made_up: dict, width: int) -> None:
+    made_up["training"]["model"] = "a/model-whose-name-is-as-long-as-such-names-are"
+    shown = printed(made_up, width, color_system=None)
+    assert all(len(line) <= width for line in shown.splitlines())
+    assert "…" not in shown
+    whole = printed(made_up, 200, color_system=None)
+    assert set(re.findall(r"[-+]?\d+\.\d{3,}", whole)) == set(re.findall(r"[-+]?\d+\.\d{3,}", shown))
+    assert "soft masks" in " ".join(shown.split())
 
 
 @pytest.mark.parametrize("options", [{"color_system": None}, {"color_system": "truecolor", "no_color": True}])

@@ -117,9 +117,7 @@ def majority_vote_figure(comparison: Comparison, runs: Sequence[Run]) -> Figure:
     panels = figure.subplots(1, 1 + has_differences, sharey=True, squeeze=False)[0]
     for y, (arm, style) in enumerate(styles(comparison.arms).items()):
         single = [100 * run_scores(run)[metric] for run in runs if run.arm == arm]
-        panels[0].plot(
-            single, [y + 0.2] * len(single), "o", color=style["color"], alpha=0.45, ms=4, mew=0, clip_on=False
-        )
+        _small_points(panels[0], single, y, style)
     _points(panels[0], comparison.arms, lambda arm: comparison.row(arm, metric).estimate)
     panels[0].set(title=f"{metric}, macro-average; small: single runs", xlabel="per cent")
     _within(panels[0], "x", 0, 100)
@@ -127,9 +125,7 @@ def majority_vote_figure(comparison: Comparison, runs: Sequence[Run]) -> Figure:
         for y, (arm, style) in enumerate(styles(comparison.arms).items()):
             single = [100 * scores[metric] for scores in comparison.differences(arm).values()]
             if arm != comparison.baseline and len(single) < ENOUGH:
-                panels[1].scatter(
-                    single, [y + 0.2] * len(single), color=style["color"], alpha=0.45, s=16, lw=0, clip_on=False
-                )
+                _small_points(panels[1], single, y, style)
         _points(panels[1], comparison.arms, lambda arm: comparison.row(arm, metric).difference)
         panels[1].axvline(0, color=STYLES["grpo"]["color"], lw=1)
         _within(panels[1], "x", -100, 100)

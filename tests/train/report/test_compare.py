@@ -16,6 +16,14 @@ from paec_kernels.train.report.runs import Run, find_runs, read_run
 from paec_kernels.train.report.tables import format_comparison, save, to_markdown
 
 
+def many_seeds(folder: Path) -> list[Run]:
+    """Five of each arm. mean@4: PAEC 0.625, 0.625, 0.5, 0.5, 0; GRPO 0.375 in each."""
+    for seed, right in enumerate([(0.75, 0.5), (0.75, 0.5), (0.5, 0.5), (0.5, 0.5), (0.0, 0.0)]):
+        write_run(folder / f"p{seed}", "paec", seed, right=right)
+        write_run(folder / f"g{seed}", "grpo", seed, right=(0.5, 0.25))
+    return [read_run(found) for found in find_runs([folder])]
+
+
 @pytest.fixture
 def runs(tmp_path: Path) -> list[Run]:
     """mean@4: PAEC 0.625 and 0.625, GRPO 0.375 and 0.5; a third seed of PAEC has no GRPO beside it."""
@@ -40,8 +48,14 @@ def test_means_and_paired_differences(runs: list[Run]) -> None:
     assert paec.estimate.mean == pytest.approx((0.625 + 0.625 + 0) / 3)
     assert grpo.difference is None
     assert paec.difference is not None
-    # Differences 0.25 and 0.125: mean 0.1875, s / sqrt(2) = 0.0625, t of 0.975 at one degree of freedom 12.706.
-    assert paec.difference == pytest.approx((0.1875, 0.1875 - 12.706 * 0.0625, 0.1875 + 12.706 * 0.0625), rel=1e-4)
+    assert paec.difference == pytest.approx((0.1875, math.nan, math.nan), nan_ok=True)  # two seeds, no interval
+    assert [scores["mean@4"] for scores in found.differences("paec").values()] == pytest.approx([0.25, 0.125])
+
+
+def test_intervals(tmp_path: Path) -> None:
+    difference = compare(many_seeds(tmp_path)).row("paec", "mean@4").difference
+    # 0.25, 0.25, 0.125, 0.125, -0.375: mean 0.075, s / sqrt(5) = 0.11592, t of 0.975 at four degrees of freedom 2.776.
+    assert difference == pytest.approx((0.075, 0.075 - 2.776 * 0.11592, 0.075 + 2.776 * 0.11592), rel=1e-3)
 
 
 def test_what_the_log_gives(runs: list[Run]) -> None:
@@ -119,34 +133,41 @@ def test_tables(runs: list[Run]) -> None:
     lines = to_markdown(compare(runs)).splitlines()
     header = "| arm (seeds) | greedy | mean@4 | maj@4 | pass@4 | distinct | length | training reward | final entropy |"
     assert lines[2] == header
-    paec = next(line for line in lines if line.startswith("| paec (3) |"))
-    assert "| 41.7 ± 89.6 |" in paec  # 4.303 * 0.3608 / sqrt(3)
-    assert "| 0.300 ± 0.000 |" in paec
-    assert "| +18.8 ± 79.4 |" in lines[-1]
-
-    assert [line.split()[1] for line in lines[8:] if line.startswith("| ")] == ["arm", "---", "paec"]
-
-    console = Console(width=100)
-    with console.capture() as capture:
-        console.print(*format_comparison(compare(runs)))
-    assert "± 89.6" in capture.get()
-    assert "+18.8" in capture.get()
+    assert [line.split(" | ")[0] for line in lines if line.startswith("| ")] == [
+        *("| arm (seeds)", "| ---", "| grpo (2)", "| · seed 0", "| · seed 1"),
+        *("| paec (3)", "| · seed 0", "| · seed 1", "| · seed 2"),
+        *("| arm", "| ---", "| paec", "| · seed 0", "| · seed 1"),  # the third seed of PAEC has no GRPO beside it
+    ]
+    of_seed_1 = [line for line in lines if line.startswith("| · seed 1 |")]
+    assert [line.split(" | ")[2] for line in of_seed_1] == ["50.0", "62.5", "+12.5"]
+    assert "±" not in "".join(lines)
 
 
-def test_eighty_columns_hold_every_number(tmp_path: Path) -> None:
-    for seed in (0, 1):
+def test_tables_of_enough_seeds(tmp_path: Path) -> None:
+    text = to_markdown(compare(many_seeds(tmp_path)))
+    paec = next(line for line in text.splitlines() if line.startswith("| paec (5) |"))
+    assert "| 45.0 ± 32.2 |" in paec  # 2.776 * 0.2592 / sqrt(5)
+    assert "| +7.5 ± 32.2 |" in text
+    assert "seed 0" not in text
+
+
+@pytest.mark.parametrize("width", [80, 60, 30])
+@pytest.mark.parametrize("seeds", [1, 2, 5])
+def test_every_number_fits(tmp_path: Path, width: int, seeds: int) -> None:
+    for seed in range(seeds):
         write_run(tmp_path / f"g{seed}", "grpo", seed, evaluated=evaluation((1.0, 1.0), samples=16), entropy=[0.5])
-        write_run(tmp_path / f"p{seed}", "paec-no-penalty", seed, evaluated=evaluation((0.5 * seed, 0), samples=16))
+        write_run(tmp_path / f"p{seed}", "paec-no-penalty", seed, evaluated=evaluation((seed % 2, 0), samples=16))
     found = compare([read_run(folder) for folder in find_runs([tmp_path])])
-    console = Console(width=80)
+    console = Console(width=width)
     with console.capture() as capture:
         console.print(*format_comparison(found))
-    printed = capture.get().split()
-    markdown = to_markdown(found)
-    cells = [cell.split() for line in markdown.splitlines() for cell in line.strip("| ").split(" | ")[1:]]
+    printed = capture.get()
+    assert all(len(line) <= width for line in printed.splitlines())
+    assert "…" not in printed
+    cells = [cell.split() for line in to_markdown(found).splitlines() for cell in line.strip("| ").split(" | ")[1:]]
     numbers = [number for cell in cells for number in cell if number[-1:].isdigit() and "@" not in number]
-    assert len(numbers) == 2 * 2 * 8 + 2 * 8
-    assert [number for number in numbers if number not in printed] == []
+    lines = {1: 3, 2: 6 + 3, 5: 3}[seeds]  # of arms and seeds; five seeds have intervals, each another number
+    assert len([number for number in numbers if number in printed.split()]) == len(numbers) >= 8 * lines
 
 
 def test_runs_that_cannot_be_compared(tmp_path: Path, runs: list[Run]) -> None:

@@ -113,7 +113,8 @@ def test_what_is_saved_comes_back(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", ["{", "{}", "[]", '{"settings": {}, "tasks": []}', '{"settings": {}, "tasks": {"a": [{"prompt": "1"}]}}']
+    "content",
+    ["", "{", "\0", "{}", "[]", '{"settings": {}, "tasks": []}', '{"settings": {}, "tasks": {"a": [{"prompt": "1"}]}}'],
 )
 def test_another_file_is_refused(tmp_path: Path, content: str) -> None:
     path = tmp_path / "eval.json"
@@ -135,6 +136,27 @@ def test_the_table_shows_each_task_and_the_average() -> None:
     assert row.split() == ["macro-average", "5", "100.0", "33.3", "50.0", "100.0", "2.00", "2"]
 
 
+@pytest.mark.parametrize("width", [80, 60, 30])
+def test_the_table_fits_whatever_its_names_and_numbers(width: int) -> None:
+    names = ["gym:basic_arithmetic,max_terms=2,max_digits=1", "gym:chain_sum[1]", "b"]
+    found = run(Rote(), *(Counting(name, 10**place, 9) for place, name in enumerate(names)))
+    long = {
+        task: [replace(r, lengths=[1024 * (i + 1)] * 6) for i, r in enumerate(rs)] for task, rs in found.tasks.items()
+    }
+    console = Console(width=width)
+    with console.capture() as capture:
+        console.print(format_evaluation(replace(found, tasks=long)))
+    printed = capture.get()
+    assert all(len(line) <= width for line in printed.splitlines())
+    assert "…" not in printed
+    for name in (*names, "macro-average"):
+        assert name[:15] in printed
+        folded = [name[start : start + 15] for start in range(0, len(name), 15)]
+        assert width != 60 or all(part in printed for part in folded)
+    for number in ("2048", "1024-3072", "2.00-2.00", "33.3", "pass@6", "distinct"):
+        assert number in printed.split()
+
+
 def test_pass_ks() -> None:
     assert [pass_ks(samples) for samples in (1, 4, 6)] == [[1], [1, 2, 4], [1, 2, 4, 6]]
 
@@ -148,7 +170,7 @@ def test_bad_numbers_are_refused_by_name(name: str, value: float) -> None:
         run(Rote(), Counting("a", 10, 2), **{name: value})
 
 
-@pytest.mark.parametrize("names", [(), ("a", "a"), ("macro",)])
+@pytest.mark.parametrize("names", [(), ("a", "a"), ("macro",), ("a", "A"), ("Macro",), ("g,a=1,b=2", "g,b=2,a=1")])
 def test_tasks_need_names_of_their_own(names: tuple[str, ...]) -> None:
     with pytest.raises(ValueError, match="tasks must be at least one, with names that differ"):
         run(Rote(), *(Counting(name, 10, 2) for name in names))

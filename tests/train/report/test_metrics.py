@@ -92,13 +92,20 @@ def test_t_interval() -> None:
     mean, low, high = metrics.t_interval([1.0, 2.0, 3.0, 4.0, 5.0])
     assert mean == 3.0
     assert (low, high) == pytest.approx((3 - 2.776 * math.sqrt(0.5), 3 + 2.776 * math.sqrt(0.5)), rel=1e-3)
-    assert metrics.t_interval([2.0]) == pytest.approx((2.0, math.nan, math.nan), nan_ok=True)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4])
+def test_fewer_than_five_values_give_no_interval(n: int) -> None:
+    assert metrics.t_interval([2.0, 3.0, 4.0, 5.0][:n]) == pytest.approx(
+        (2 + (n - 1) / 2, math.nan, math.nan), nan_ok=True
+    )
 
 
 def test_differences_are_paired_by_seed() -> None:
-    values, baseline = {1: 5.0, 2: 15.0, 3: 25.0, 9: 100.0}, {3: 24.0, 2: 14.0, 1: 4.0}
+    values = {1: 5.0, 2: 15.0, 3: 25.0, 4: 35.0, 5: 45.0, 9: 100.0}
+    baseline = {5: 44.0, 4: 34.0, 3: 24.0, 2: 14.0, 1: 4.0}
     assert metrics.paired_difference(values, baseline) == (1.0, 1.0, 1.0)
-    assert metrics.paired_difference({4: 1.0}, baseline) is None
+    assert metrics.paired_difference({7: 1.0}, baseline) is None
 
 
 @pytest.mark.parametrize("correct", [np.zeros((2, 3)), [[True]]])

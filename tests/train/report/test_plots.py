@@ -5,10 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.collections import LineCollection
+from matplotlib.colors import to_rgb
 from train.made_runs import write_run
 
 from paec_kernels.train.report import plots
-from paec_kernels.train.report.compare import compare
+from paec_kernels.train.report.compare import compare, run_scores
 from paec_kernels.train.report.runs import Run, read_run
 
 NAN = math.nan
@@ -59,10 +61,69 @@ def test_the_axis_spans_the_runs_however_wide_the_bands(runs: list[Run]) -> None
 
 
 def test_bands_are_t_intervals() -> None:
-    mean, low, high = plots.mean_with_band([np.array([1.0, 2.0]), np.array([3.0, 2.0])])
+    mean, low, high = plots.mean_with_band([np.array([x, 2.0]) for x in (0.0, 1.0, 2.0, 3.0, 4.0)])
     assert mean.tolist() == [2.0, 2.0]
-    assert (high - low).tolist() == pytest.approx([2 * 12.706, 0.0], rel=1e-4)
-    assert np.isnan(plots.mean_with_band([np.array([1.0, 2.0])])[1]).all()
+    assert (high - low).tolist() == pytest.approx([2 * 2.776 / math.sqrt(2), 0.0], rel=1e-3)
+    assert np.isnan(plots.mean_with_band([np.array([1.0, 2.0])] * 4)[1]).all()
+
+
+def thin(axes, arm: str) -> list[list[list[float]]]:
+    """Return the points of each seed's line in the arm's colour."""
+    color = to_rgb(plots.STYLES[arm]["color"])
+    of_arm = [
+        found
+        for found in axes.collections
+        if isinstance(found, LineCollection) and to_rgb(found.get_color()[0]) == color
+    ]
+    return [segment.tolist() for found in of_arm for segment in found.get_segments()]
+
+
+def test_few_seeds_are_each_shown(runs: list[Run]) -> None:
+    found = compare(runs)
+    all_tokens, _ = plots.entropy_figure(runs).axes
+    assert thin(all_tokens, "grpo") == [[[1, 0.5], [2, 0.2], [3, 0.1]], [[1, 0.5], [2, 0.4], [3, 0.3]]]
+    (reward,) = plots.reward_figure(runs).axes
+    assert len(thin(reward, "paec")) == 2
+    (passes,) = plots.pass_at_k_figure(found, runs).axes
+    for line, run in zip(thin(passes, "paec"), runs[2:], strict=True):
+        assert [y for _, y in line] == [pytest.approx(100 * run_scores(run)[f"pass@{k}"]) for k in (1, 2, 4)]
+    _, differences = plots.majority_vote_figure(found, runs).axes
+    single, _, mean = drawn(differences, "paec")
+    assert len(single[0]) == 2
+    assert np.mean(single[0]) == pytest.approx(mean[0][0])
+    assert not thin(plots.reward_figure(runs[:1]).axes[0], "grpo")  # one seed is its own mean
+
+
+def test_enough_seeds_have_bands_instead(tmp_path: Path) -> None:
+    runs = [read_run(write_run(tmp_path / str(seed), "paec", seed)) for seed in range(5)]
+    for figure in (plots.entropy_figure(runs), plots.reward_figure(runs), plots.pass_at_k_figure(compare(runs), runs)):
+        assert not thin(figure.axes[0], "paec")
+        assert figure.axes[0].collections
+
+
+def test_axes_stay_within_what_can_be(tmp_path: Path) -> None:
+    """Scores near both ends, with few seeds and with wide intervals."""
+    runs = []
+    for seed in range(6):
+        for arm, right in (("grpo", (0.0, 0.0)), ("paec", (1.0, float(seed > 0)))):
+            runs.append(read_run(write_run(tmp_path / f"{arm}{seed}", arm, seed, right=right, entropy=(0.0, 0.01))))
+            runs[-1].log["reward"][:] = right
+    for chosen in (runs[:4], runs):
+        found = compare(chosen)
+        for figure in (
+            plots.entropy_figure(chosen),
+            plots.reward_figure(chosen),
+            plots.pass_at_k_figure(found, chosen),
+        ):
+            top = {"nats": math.inf, "per cent": 100.0}.get(figure.axes[0].get_ylabel(), 1.0)
+            for axes in figure.axes:
+                bottom_of_axes, top_of_axes = axes.get_ylim()
+                assert 0 <= bottom_of_axes < top_of_axes <= top
+        votes, differences = plots.majority_vote_figure(found, chosen).axes
+        assert votes.get_xlim()[0] >= 0
+        assert votes.get_xlim()[1] <= 100
+        assert differences.get_xlim()[0] >= -100
+        assert differences.get_xlim()[1] <= 100
 
 
 def test_the_vote_is_that_of_the_comparison(runs: list[Run]) -> None:
@@ -70,7 +131,7 @@ def test_the_vote_is_that_of_the_comparison(runs: list[Run]) -> None:
     single, interval, mean = drawn(votes, "paec")
     found = compare(runs).row("paec", "maj@4")
     assert mean[0] == [pytest.approx(100 * found.estimate.mean)]
-    assert interval[0] == pytest.approx([100 * found.estimate.low, 100 * found.estimate.high])
+    assert np.isnan(interval[0]).all()
     assert np.mean(single[0]) == pytest.approx(mean[0][0])
     assert drawn(differences, "paec")[-1][0] == [pytest.approx(100 * found.difference.mean)]
     assert len(plots.majority_vote_figure(compare(runs[2:]), runs[2:]).axes) == 1  # no baseline, no differences
