@@ -20,7 +20,10 @@ class UnreadableFileError(ValueError):
     """A saved file is empty, cut off, damaged or something else; the message names it and says what to do."""
 
     def __init__(self, path: str | Path, what: str, found: str, remedy: str) -> None:
-        super().__init__(f"{path} must be {what}, but {found}. {remedy}")
+        super().__init__(path, what, found, remedy)  # as they came: it is pickled on its way to another process
+
+    def __str__(self) -> str:
+        return "{} must be {}, but {}. {}".format(*self.args)
 
 
 @contextmanager

@@ -2,17 +2,20 @@ import errno
 import fcntl
 import json
 import math
+import os
+import signal
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from train.made_runs import write_run
 
 pytest.importorskip("tyro", reason="needs the training's packages: pip install 'paec-kernels[train]'")
 from paec_kernels.cli import main
-from paec_kernels.train import commands
+from paec_kernels.train import commands, loop
 from paec_kernels.train.algorithms import ALGORITHMS
 from paec_kernels.train.config import EvalOptions, TrainConfig
 from paec_kernels.train.models.warm_start import WarmStart
@@ -230,6 +233,31 @@ def test_damaged_files_of_a_run_are_named(tmp_path, cache, capsys):
     assert {path.name for path in run.iterdir()} == {
         "checkpoint.pt", "config.json", "eval.json", "log.jsonl", "tensorboard"
     }  # fmt: skip
+
+
+def die(config, threads):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_comparison_names_what_stopped_one_of_its_runs(tmp_path, cache, capsys, monkeypatch):
+    options = [f"--train.{option[2:]}" if option.startswith("--") else option for option in TINY]
+    command = ["compare", "--out", tmp_path, "--seeds", 1, "--arms", "grpo", "--train.cache", cache, *options]
+    checkpoint = tmp_path / "runs" / "grpo" / "0" / "checkpoint.pt"
+    checkpoint.parent.mkdir(parents=True)
+    checkpoint.write_bytes(b"")
+    assert paec(*command) == 2
+    assert f"paec: {checkpoint} must be a checkpoint of paec train, but it is empty" in capsys.readouterr().err
+    monkeypatch.setattr(commands, "_train_one", die)
+    assert paec(*command) == 2
+    assert "the process of a run was killed; the same command goes on" in capsys.readouterr().err
+
+
+def test_a_gradient_that_is_not_finite_is_one_line(tmp_path, cache, capsys, monkeypatch):
+    monkeypatch.setattr(loop.nn.utils, "clip_grad_norm_", lambda *args: torch.tensor(float("inf")))
+    assert paec("train", "--out", tmp_path, "--cache", cache, *TINY) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("paec: the gradient's norm is inf in step 1")
+    assert len(error.splitlines()) == 1
 
 
 def test_infinite_options_are_compared(tmp_path, capsys):

@@ -206,6 +206,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path, name, capsys):
     with pytest.raises(UnreadableFileError, match=message) as refused:
         load_saved(path, "a state", "Make it again.", ["config", "weights"])
     assert "\n" not in str(refused.value)
+    assert str(pickle.loads(pickle.dumps(refused.value))) == str(refused.value)
     assert path.read_bytes() == before
     assert capsys.readouterr().out == ""
 

@@ -3,6 +3,7 @@
 import multiprocessing
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -155,14 +156,19 @@ def _train_all(runs: list[TrainConfig], jobs: int, console: Console) -> bool:
         steps = shown.add_task(f"steps of {len(runs)} runs", total=sum(run.steps for run in runs))
         finished = shown.add_task("runs", total=len(runs))
         waiting = {pool.submit(_train_one, run, threads) for run in runs}
-        while waiting:
-            done, waiting = wait(waiting, timeout=SECONDS_BETWEEN_LOOKS, return_when=FIRST_COMPLETED)
-            for one in done:
-                if not one.result():
-                    pool.shutdown(cancel_futures=True)
-                    return False
-                shown.advance(finished)
-            shown.update(steps, completed=sum(count_rows(run.out) for run in runs))
+        try:
+            while waiting:
+                done, waiting = wait(waiting, timeout=SECONDS_BETWEEN_LOOKS, return_when=FIRST_COMPLETED)
+                for one in done:
+                    if not one.result():
+                        return False
+                    shown.advance(finished)
+                shown.update(steps, completed=sum(count_rows(run.out) for run in runs))
+        except BrokenProcessPool as error:
+            message = "the process of a run was killed; the same command goes on from the checkpoints"
+            raise ChildProcessError(message) from error
+        finally:
+            pool.shutdown(cancel_futures=True)
     return True
 
 

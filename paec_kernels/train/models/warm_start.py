@@ -73,6 +73,7 @@ def warm_start(
         remedy = "Move it away: it is made again."
         model.load_state_dict(load_saved(path, "the tiny model's start", remedy, list(model.state_dict())))
         return model
+    folder.mkdir(parents=True, exist_ok=True)  # before the work, for which there must be a place
     families = list(FAMILIES.values())
     optimizer = torch.optim.AdamW(model.parameters(), lr=options.learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
     for step in range(options.skill_steps + options.habit_steps):

@@ -3,6 +3,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from paec_kernels.saved_state import UnreadableFileError
 from paec_kernels.train.models.tiny import TinyPolicy
 from paec_kernels.train.models.warm_start import WarmStart, warm_start
 from paec_kernels.train.tasks.families import FAMILIES, Habits
@@ -34,6 +35,21 @@ def test_other_options_are_another_file(tmp_path):
     assert not same(model, warm_start(replace(OPTIONS, seed=1), tmp_path))
     assert not same(model, warm_start(replace(OPTIONS, habits=Habits(careful=0.9)), tmp_path))
     assert len(list(tmp_path.iterdir())) == 3
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\3\4", bytes(range(256))])
+def test_a_damaged_file_is_named(tmp_path, content):
+    warm_start(OPTIONS, tmp_path)
+    (path,) = tmp_path.iterdir()
+    path.write_bytes(content)
+    with pytest.raises(UnreadableFileError, match=f"^{path} must be the tiny model's start, but it is .* Move it away"):
+        warm_start(OPTIONS, tmp_path)
+
+
+def test_a_folder_that_cannot_be_made_is_named_before_the_work(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match=f"{tmp_path}/file"):
+        warm_start(OPTIONS, tmp_path / "file" / "below", lambda step, loss: pytest.fail("made"))
 
 
 def test_the_habit_is_learned_last(tmp_path):
