@@ -292,6 +292,7 @@ def test_a_comparison_evaluates_again_what_was_evaluated_otherwise(tmp_path, cac
         assert commands._train_one(config, 1)  # nothing has changed
         assert (tmp_path / "eval.json").stat().st_mtime_ns == time
     assert list(Evaluation.load(tmp_path / "eval-1.json").tasks) == ["count"]
+    assert not (tmp_path / "model").exists()
 
 
 def test_the_tiny_model_is_not_exported(tmp_path, cache, capsys):

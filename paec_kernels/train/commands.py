@@ -27,7 +27,7 @@ from paec_kernels.train.report.evaluate import Evaluation, Settings, check_names
 from paec_kernels.train.report.evaluate import evaluate as evaluate_policy
 from paec_kernels.train.report.runs import find_runs, read_run
 from paec_kernels.train.report.tokens import show
-from paec_kernels.train.run_folder import CHECKPOINT, count_rows, read_config
+from paec_kernels.train.run_folder import CHECKPOINT, MODEL, count_rows, read_config
 from paec_kernels.train.tasks.by_name import load_tasks
 from paec_kernels.train.tasks.task import Task
 
@@ -58,7 +58,8 @@ def train(config: TrainConfig) -> int:
         except loop.Interrupted as stopped:
             console.print(f"{stopped}; the same command goes on from there ({config.out / CHECKPOINT})")
             return INTERRUPTED
-        _finish(config, run.policy, eval_tasks, console)
+        _evaluate(run.policy, eval_tasks, _settings(config), config.out, console)
+        _export(run.policy, config.out, console)
     return 0
 
 
@@ -183,15 +184,19 @@ def _make_start(config: TrainConfig, shown: Progress) -> None:
 
 
 def _train_one(config: TrainConfig, threads: int) -> bool:
+    """Train, evaluate and export, but for what is there already; return False after SIGINT."""
     torch.set_num_threads(threads)
+    quiet = Console(quiet=True)
     try:
         tasks, eval_tasks = _load_tasks(config)
-        run = loop.train(config, tasks=tasks)
+        with held(config.out):
+            run = loop.train(config, tasks=tasks)
+            if not _is_evaluated(config, eval_tasks):
+                _evaluate(run.policy, eval_tasks, _settings(config), config.out, quiet)
+            if not (config.out / MODEL).exists():
+                _export(run.policy, config.out, quiet)
     except (loop.Interrupted, KeyboardInterrupt):
         return False
-    with held(config.out):
-        if not _is_evaluated(config, eval_tasks):
-            _finish(config, run.policy, eval_tasks, Console(quiet=True))
     return True
 
 
@@ -201,12 +206,6 @@ def _is_evaluated(config: TrainConfig, tasks: Sequence[Task]) -> bool:
         return False
     found = Evaluation.load(path)
     return found.settings == _settings(config) and list(found.tasks) == [task.name for task in tasks]
-
-
-def _finish(config: TrainConfig, policy: Policy, tasks: Sequence[Task], console: Console) -> None:
-    _evaluate(policy, tasks, _settings(config), config.out, console)
-    if _is_first_process():
-        _export(policy, config.out, console)
 
 
 def _settings(config: TrainConfig) -> Settings:
@@ -227,9 +226,10 @@ def _evaluate(policy: Policy, tasks: Sequence[Task], settings: Settings, out: Pa
 
 
 def _export(policy: Policy, run: Path, console: Console) -> bool:
-    written = save_pretrained(policy, run / "model")
+    """Write the model, by the first process; return False for the tiny one, of which there is nothing to write."""
+    written = not _is_first_process() or save_pretrained(policy, run / MODEL)
     if written:
-        console.print(f"wrote {run / 'model'}", soft_wrap=True)
+        console.print(f"wrote {run / MODEL}", soft_wrap=True)
     return written
 
 

@@ -38,7 +38,7 @@ from paec_kernels.train.run_folder import (
     load_checkpoint,
     refuse_full_disk,
     save_checkpoint,
-    set_evaluation_aside,
+    set_results_aside,
 )
 from paec_kernels.train.tasks.task import Problem, Task
 
@@ -151,7 +151,7 @@ def _train(
         refuse_full_disk(run.policy.module, path)
         log = RunLog(config.out, plain(config), run.steps_done)
         if run.steps_done < config.steps:
-            set_evaluation_aside(config.out, run.steps_done)
+            set_results_aside(config.out, run.steps_done)
 
     with _sigint_after_step() as interrupted, closing(log) if log else nullcontext():
         while run.steps_done < config.steps:

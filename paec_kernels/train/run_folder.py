@@ -1,4 +1,5 @@
-"""A run's folder on disk: config.json, log.jsonl with an object a step, checkpoint.pt, eval.json, TensorBoard's events.
+"""A run's folder on disk: config.json, log.jsonl with an object a step, checkpoint.pt, eval.json, TensorBoard's events,
+and a Hugging Face model as such.
 
 A run may be killed at any moment. Each file is therefore either whole or as it was, except the log, whose last line may
 be cut off and whose rows after the checkpoint are made again. What a checkpoint's steps wrote is on the disk before it.
@@ -30,6 +31,7 @@ from paec_kernels.saved_state import (
 )
 
 CHECKPOINT = "checkpoint.pt"
+MODEL = "model"  # the folder of a Hugging Face model as it was trained
 A_CHECKPOINT = "a checkpoint of paec train"
 REMEDY = "Put a copy of it back, or move it away: without it the run starts again from its first step."
 
@@ -122,10 +124,11 @@ def save_checkpoint(state: dict[str, Any], path: Path) -> None:
     write_saved(path, state)
 
 
-def set_evaluation_aside(folder: Path, steps_done: int) -> None:
-    """Rename eval.json, since the weights after these steps will not be those of the run's end."""
-    if (folder / "eval.json").exists():
-        os.replace(folder / "eval.json", folder / f"eval-{steps_done}.json")
+def set_results_aside(folder: Path, steps_done: int) -> None:
+    """Rename what was made of the weights after these steps, since they will not be those of the run's end."""
+    for name, aside in (("eval.json", f"eval-{steps_done}.json"), (MODEL, f"{MODEL}-{steps_done}")):
+        if (folder / name).exists():
+            os.replace(folder / name, folder / aside)
 
 
 def refuse_full_disk(module: nn.Module, path: Path) -> None:

@@ -61,11 +61,16 @@ def test_it_is_written_at_the_end_and_on_request(config: TrainConfig, capsys: py
     assert any(not torch.equal(start[name], trained[name]) for name in start)
 
     commands.loop.train(replace(config, steps=2))  # the command's end is still to come
+    assert not (run / "model").exists()
+    assert (run / "model-1" / "model.safetensors").exists()
     assert commands.export(ExportConfig(run)) == 0
     assert_is_the_checkpoint(run)
     again = read_checkpoint(run / "checkpoint.pt")["model"]
     assert any(not torch.equal(again[name], trained[name]) for name in trained)
     assert not list(run.glob("*.partial"))
+    (run / "model" / "model.safetensors").unlink()
+    commands.export(ExportConfig(run))  # in place of one that is there
+    assert_is_the_checkpoint(run)
 
 
 def test_a_model_that_is_not_whole_is_not_there(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
