@@ -1,5 +1,6 @@
 """How far long work is: bars in a terminal, and where there is none (a log file, CI) a line now and then."""
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -43,7 +44,7 @@ class Lines(Progress):
 
     def __init__(self, console: Console) -> None:
         super().__init__(console=console, disable=True)
-        self._said: dict[TaskID, float] = {}
+        self._next: dict[TaskID, float] = {}  # when the next line is due
 
     def add_task(self, description: str, *args: Any, **options: Any) -> TaskID:
         if options.get("total", 100) is None:
@@ -60,9 +61,9 @@ class Lines(Progress):
 
     def _say(self, task_id: TaskID) -> None:
         task, now = self._tasks[task_id], self.get_time()
-        if not task.finished and now < self._said.get(task_id, -SECONDS) + SECONDS:
+        if now < self._next.get(task_id, 0.0) and not (task.finished and self._next[task_id] < math.inf):
             return
-        self._said[task_id] = now
+        self._next[task_id] = math.inf if task.finished else now + SECONDS
         elapsed = TimeElapsedColumn().render(task)
         line = f"{task.description} {MofNCompleteColumn().render(task)}, {elapsed}  {task.fields.get('figures', '')}"
         self.console.print(line.rstrip(), soft_wrap=True, markup=False)

@@ -23,6 +23,9 @@ def test_lines_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
         for step in range(1, 101):
             now[0] += 1.0
             shown.update(bar, completed=step, figures=f"reward [b]{step / 100}")
+        for _ in range(9):  # the end is told once, however often
+            now[0] += 10.0
+            shown.update(bar, completed=100)
     lines = out.getvalue().splitlines()
     assert lines[0] == "load a model"
     assert lines[1] == "train   1/100, 0:00:01  reward [b]0.01"  # whole, though wider than 30

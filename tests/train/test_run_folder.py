@@ -74,15 +74,14 @@ def test_a_checkpoint_with_an_infinite_option_comes_back(tmp_path: Path) -> None
 
 
 def test_rows_are_written_before_the_checkpoint_that_follows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    synced = []
-    monkeypatch.setattr(
-        os, "fsync", lambda file, was=os.fsync: (synced.append(os.readlink(f"/proc/self/fd/{file}")), was(file))
-    )
     log = RunLog(tmp_path, {"seed": 0}, 0)
     log.write({"step": 1, "reward": 0.5})
-    synced.clear()
-    log.sync()
-    assert synced == [str(tmp_path / "log.jsonl")]
+    synced = []
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", lambda file: synced.append(os.readlink(f"/proc/self/fd/{file}")))
+        patch.setattr(log._board, "flush", lambda was=log._board.flush: (synced.append("TensorBoard"), was()))
+        log.sync()
+    assert synced == [str(tmp_path / "log.jsonl"), "TensorBoard"]
     board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()  # while the writer still holds it
     assert [event.step for event in board.Scalars("reward")] == [1]
     log.close()
