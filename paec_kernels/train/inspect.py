@@ -128,6 +128,9 @@ class OwnPrompt:
     def reward(self, problem: Problem, text: str) -> float:
         return 0.0
 
+    def same(self, one: str, other: str) -> bool:
+        return one == other
+
 
 def make_report(config: InspectConfig, progress: Progress) -> Report:
     """Sample answers, look at them, take the optimiser step, and look again.

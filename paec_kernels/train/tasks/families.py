@@ -131,6 +131,9 @@ class Family:
     def reward(self, problem: Problem, text: str) -> float:
         return float(self.extract(text) == problem.answer)
 
+    def same(self, one: str, other: str) -> bool:
+        return one == other
+
     def solution(self, problem: Problem, habits: Habits, rng: random.Random) -> str:
         """Return a worked solution as the model first learns them, without its end token."""
         work = self.work(problem.prompt)

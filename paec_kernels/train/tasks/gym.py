@@ -9,6 +9,7 @@ from reasoning_gym.factory import DATASETS  # type: ignore[import-untyped]
 from reasoning_gym.utils import extract_answer  # type: ignore[import-untyped]
 
 from paec_kernels import checks
+from paec_kernels.train.tasks.grader import LENGTH, TEXT, GaveUp, Grader
 from paec_kernels.train.tasks.task import Problem
 
 INSTRUCTION = "Provide your final answer between <answer> and </answer> tags."
@@ -16,6 +17,8 @@ EVAL_POOL = 128  # problems kept for evaluation; generated with seeds from 0 on
 CHUNK = 1024  # problems that one dataset object generates: those of its seed, seed + 1, ...
 TRAIN_SEEDS = range(2**20, 2**32 - CHUNK)  # all seeds that every generator takes, but for those of evaluation
 ATTEMPTS = 64  # problems tried in place of one that is kept for evaluation
+
+GRADER = Grader("gym")
 
 NUMBER = re.compile(r"(?:(?<![\w)])[-+])?\d+(?:,\d{3})*(?:\.\d+)?(?!\d)")  # in "20-15" the minus is no sign
 
@@ -42,6 +45,7 @@ class GymTask:
     def __init__(self, dataset: str, **config: Any) -> None:
         checks.one_of("dataset", dataset, sorted(DATASETS))
         self.name = ",".join([f"gym:{dataset}", *(f"{field}={value}" for field, value in config.items())])
+        self._dataset, self._config = dataset, config
         self._chunk = lru_cache(maxsize=4)(
             lambda seed: reasoning_gym.create_dataset(dataset, seed=seed, size=CHUNK, **config)
         )
@@ -71,6 +75,7 @@ class GymTask:
         return list(self._eval_pool.values())[:count]
 
     def extract(self, text: str) -> str | None:
+        text = text[-TEXT:]
         answer = extract_answer(text)
         if not self._has_numbers:
             return answer or None  # unchanged: in a grid, lines and spaces count
@@ -78,9 +83,23 @@ class GymTask:
         return _plain_number(numbers[-1]) if numbers else answer
 
     def reward(self, problem: Problem, text: str) -> float:
-        """Return 1.0 if the library gives the extracted answer its full score, else 0.0."""
+        """Return 1.0 if the library gives the extracted answer its full score, else 0.0.
+
+        An answer that its scorer cannot grade, in `grader.SECONDS` or for its length of more than `grader.LENGTH`, is
+        wrong, and counted in ``GRADER.given_up``.
+        """
         assert isinstance(problem, GymProblem)  # made here
-        return float(self._chunk(0).score_answer(self.extract(text), problem.entry) >= 1.0)
+        answer = self.extract(text)
+        try:
+            if answer is not None and len(answer) > LENGTH:
+                raise GaveUp(f"longer than {LENGTH:,} characters")
+            return float(GRADER("is_right", self._dataset, self._config, problem.entry, answer))
+        except GaveUp as why:
+            GRADER.give_up(answer, why)
+            return 0.0
+
+    def same(self, one: str, other: str) -> bool:
+        return one == other
 
     @cached_property
     def _eval_pool(self) -> dict[str, Problem]:

@@ -1,27 +1,36 @@
 """Tasks from JSONL files of questions and answers, as DAPO-Math-17K, AIME, MATH500 and AMC23 come.
 
-Each line is an object. Names are read in any case, and the first of these that a line has counts:
+Each line is an object, in UTF-8 and of at most LINE bytes; blank ones are passed over. Names are read in any case, and
+the first of these that a line has counts:
 
-- the question: ``problem``, ``question`` or ``prompt``; a string, or a chat as DAPO's (a list of objects with
-  ``content``, whose texts are joined). A chat is taken as it is, as it brings its own instruction; a string gets one.
-- the answer: ``answer`` or ``reward_model.ground_truth``; a string or a number.
+- the question: ``problem``, ``question`` or ``prompt``; a string, or a chat as DAPO's, whose texts are joined: a list
+  of objects with a ``role``, system or user, and a ``content``, a string or a list of parts of ``type`` text. A chat
+  is taken as it is, as it brings its own instruction; a string gets one.
+- the answer: ``answer`` or ``reward_model.ground_truth``; a number, which counts as it is written, or a string in
+  LaTeX; of at most `grader.LENGTH` characters.
 """
 
 import hashlib
 import json
+import os
 import random
+import stat
 from collections.abc import Iterator, Sequence
+from decimal import Decimal
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from paec_kernels import checks
 from paec_kernels.train.tasks import math_answers
+from paec_kernels.train.tasks.grader import LENGTH
 from paec_kernels.train.tasks.task import Problem
 
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
 QUESTION_FIELDS = ("problem", "question", "prompt")
 ANSWER_FIELDS = ("answer", "reward_model.ground_truth")
+ROLES = ("system", "user")  # of a chat's turns, which become one text
+LINE = 2**20  # bytes
 HELD_OUT = 10  # a file for both uses keeps every tenth question, by its hash, for evaluation
 SPECIFIC = 30  # characters of a question that is long enough to be told inside another
 
@@ -75,6 +84,9 @@ class JsonlTask:
     def reward(self, problem: Problem, text: str) -> float:
         return float(math_answers.is_right(problem.answer, text))
 
+    def same(self, one: str, other: str) -> bool | None:
+        return math_answers.same(one, other)
+
     def _shuffled(self, epoch: int) -> list[int]:
         order = list(range(len(self._train)))
         random.Random(epoch).shuffle(order)
@@ -87,7 +99,7 @@ def load(train: Sequence[str | Path], evaluation: Sequence[str | Path]) -> tuple
     Raises:
         ValueError: as JsonlTask; or a question is in a training and in an evaluation file.
     """
-    trained, evaluated = ([Path(path).resolve() for path in paths] for paths in (train, evaluation))
+    trained, evaluated = ([os.path.realpath(path) for path in paths] for paths in (train, evaluation))
     paths = dict(zip((*trained, *evaluated), (*train, *evaluation), strict=True))
     tasks = {
         file: JsonlTask(path, "train" if file not in evaluated else "eval" if file not in trained else "both")
@@ -116,21 +128,12 @@ def refuse_overlap(train: Sequence[JsonlTask], evaluation: Sequence[JsonlTask]) 
 
 
 def _read(path: Path, task: str) -> Iterator[_Line]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"path must be a JSONL file in UTF-8, got {path}: {error}") from error
     seen = set()
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
+    for number, line in _lines(path):
+        if not line:
             continue
         where = f"{path}, line {number}"
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{where}: must be a JSON object, got {line[:60]!r}: {error}") from error
-        if not isinstance(row, dict):
-            raise ValueError(f"{where}: must be a JSON object, got {line[:60]!r}")
+        row = _object(line, where)
         prompt, answer = _question(row, where), _answer(row, where)
         key = " ".join(prompt.removesuffix(INSTRUCTION).split())
         if key not in seen:
@@ -138,29 +141,110 @@ def _read(path: Path, task: str) -> Iterator[_Line]:
             yield _Line(number, key, Problem(task, prompt, answer))
 
 
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield a file's lines with their numbers, without byte order marks and spaces around them."""
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):  # to open a pipe would wait for ever
+            raise ValueError("it is a folder" if path.is_dir() else "it is no regular file")
+        with path.open("rb") as file:
+            number = 0
+            while line := file.readline(LINE + 1):
+                number += 1
+                if number == 1 and line.startswith((b"\xff\xfe", b"\xfe\xff")):
+                    raise ValueError("it is in UTF-16 or UTF-32")
+                if len(line.rstrip(b"\r\n")) > LINE:
+                    raise ValueError(f"line {number} is longer than {LINE:,} bytes")
+                try:
+                    yield number, line.decode("utf-8").removeprefix("\ufeff").strip()
+                except UnicodeDecodeError as error:
+                    raise ValueError(f"line {number}: {error}") from error
+    except (OSError, ValueError) as error:
+        raise ValueError(f"path must be a JSONL file in UTF-8, got {path}: {error}") from error
+
+
+def _object(line: str, where: str) -> dict[str, Any]:
+    """Return a line's object. Its numbers are exact and of any size: decimals, but for ints that Python can write."""
+    try:
+        row = json.loads(line, parse_float=Decimal, parse_int=_integer, parse_constant=_refuse_constant)
+    except (ValueError, ArithmeticError, RecursionError) as error:
+        raise ValueError(f"{where}: must be a JSON object, got {line[:60]!r}: {error}") from error
+    if not isinstance(row, dict):
+        raise ValueError(f"{where}: must be a JSON object, got {line[:60]!r}")
+    return row
+
+
+def _integer(digits: str) -> int | Decimal:
+    return int(digits) if len(digits) < 1000 else Decimal(digits)
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")
+
+
 def _question(row: dict[str, Any], where: str) -> str:
     name, value = _first(row, QUESTION_FIELDS, "question", where)
     if isinstance(value, str) and value.strip():
         return f"{value.strip()}\n\n{INSTRUCTION}"
-    if isinstance(value, list):
-        texts = [str(turn["content"]).strip() for turn in value if isinstance(turn, dict) and turn.get("content")]
-        if texts and len(texts) == len(value):
-            return "\n\n".join(texts)
-    raise ValueError(f"{where}: {name} must be a text or a list of turns with content, got {str(value)[:60]!r}")
+    try:
+        if not isinstance(value, list) or not value:
+            raise ValueError("a chat has at least one turn" if value == [] else "it is neither")
+        return "\n\n".join(_turn(turn, f"{name}[{place}]") for place, turn in enumerate(value))
+    except ValueError as why:
+        raise ValueError(
+            f"{where}: {name} must be a text or a list of turns with content, got {_shown(value)}: {why}"
+        ) from why
+
+
+def _turn(turn: Any, where: str) -> str:
+    """Return the text of a chat's turn. Whatever else it holds would be lost without a word, so it is refused."""
+    if not isinstance(turn, dict):
+        raise ValueError(f"{where} must be an object, got {_shown(turn)}")
+    if turn.get("role") not in ROLES:
+        raise ValueError(f"{where}.role must be {' or '.join(ROLES)}, got {_shown(turn.get('role'))}")
+    if calls := [name for name in ("tool_calls", "function_call") if turn.get(name)]:
+        raise ValueError(f"{where}.{calls[0]} must not be there")
+    content = turn.get("content")
+    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    if not isinstance(parts, list):
+        raise ValueError(f"{where}.content must be a text or a list of parts, got {_shown(content)}")
+    for place, part in enumerate(parts):
+        is_text = isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
+        if not is_text:
+            raise ValueError(f"{where}.content[{place}] must be a part of type text with a text, got {_shown(part)}")
+    text = "".join(part["text"] for part in parts).strip()
+    if not text:
+        raise ValueError(f"{where}.content must hold a text, got {_shown(content)}")
+    return text
 
 
 def _answer(row: dict[str, Any], where: str) -> str:
     name, value = _first(row, ANSWER_FIELDS, "answer", where)
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)  # AMC23 writes 27.0
-    if isinstance(value, int) and not isinstance(value, bool):
-        return str(value)
-    if not isinstance(value, float | str):
-        raise ValueError(f"{where}: {name} must be a text or a number, got {str(value)[:60]!r}")
-    answer = str(value).strip()
-    if not answer.isdecimal() and not math_answers.parse_expected(answer):
+    if isinstance(value, Decimal | int) and not isinstance(value, bool):
+        value = Decimal(value)
+        answer = _number(value) if abs(value.adjusted()) < LENGTH else str(value)
+        if len(answer) > LENGTH or "E" in answer:
+            raise ValueError(f"{where}: {name} must have at most {LENGTH:,} digits, got {answer[:60]}")
+        return answer
+    if not isinstance(value, str):
+        raise ValueError(f"{where}: {name} must be a text or a number, got {_shown(value)}")
+    answer = value.strip()
+    if len(answer) > LENGTH:
+        raise ValueError(f"{where}: {name} must have at most {LENGTH:,} characters, got {len(answer):,}")
+    if not math_answers.is_readable(answer):
         raise ValueError(f"{where}: {name} must be an answer that math-verify can read, got {answer[:60]!r}")
     return answer
+
+
+def _number(value: Decimal) -> str:
+    """Write a number without an exponent, in whose place math-verify reads Euler's e; a whole one without a point."""
+    digits = f"{value:f}"
+    if value == value.to_integral_value():  # AMC23 writes 27.0
+        digits = digits.split(".")[0]
+    return digits.removeprefix("-") if value.is_zero() else digits
+
+
+def _shown(value: Any) -> str:
+    return repr(str(value)[:60])
 
 
 def _first(row: dict[str, Any], names: Sequence[str], what: str, where: str) -> tuple[str, Any]:

@@ -1,79 +1,92 @@
-"""Final answers of mathematical responses: found and graded by math-verify, never by rules of our own."""
+r"""Final answers of mathematical responses: graded by math-verify, never by rules of our own.
 
+A response's answer is what stands in its last ``\boxed{}``; math-verify would join all that a response tried on its way
+into a set. Without a box it is what math-verify finds. A number as programs write it, ``2e-5`` without spaces, is that
+number; math-verify would read Euler's e.
+"""
+
+import re
 from functools import lru_cache
-from typing import Any
 
-import sympy  # type: ignore[import-untyped]
-from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify  # type: ignore[import-untyped]
-from math_verify.errors import TimeoutException  # type: ignore[import-untyped]
-from math_verify.utils import timeout  # type: ignore[import-untyped]
+from paec_kernels.train.tasks.boxes import boxed, is_blank, without_punctuation
+from paec_kernels.train.tasks.grader import LENGTH, TEXT, GaveUp, Grader
 
-SECONDS = 5  # for each answer, as math-verify has it; its timeout needs the main thread
-DIGITS = 12  # math-verify compares numbers to 15, which rounding may not leave
-LARGEST_EXACT = 10**100  # larger numbers are not written out: 2^(10^10) has three thousand million digits
+GRADER = Grader("math")
 
-_EXTRACTION = (LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig())
+_SCIENTIFIC = re.compile(r"([-+]?(?:\d+\.?\d*|\.\d+))[eE]([-+]?\d+)")
 
 
-@lru_cache(maxsize=4096)
-def parse_response(text: str) -> list[Any]:
-    """Return what math-verify finds: the answer as sympy has it, then as it was written; nothing if there is none.
-
-    Only the last ``\\boxed{}`` counts; math-verify would join all that a response tried on its way into a set.
-    """
-    return parse(text[max(0, text.rfind("\\boxed")) :], _EXTRACTION, parsing_timeout=SECONDS)
-
-
-@lru_cache(maxsize=4096)
-def parse_expected(answer: str) -> list[Any]:
-    """Parse a data set's answer, which is LaTeX without its dollars."""
-    return parse_response(f"${answer}$")
+def final_answer(text: str) -> str | None:
+    """Return the final answer in ``text`` as it is written there, or None without one."""
+    text = text[-TEXT:]
+    found = boxed(text)
+    return _found_without_box(text) if found is None else found
 
 
 def is_right(expected: str, text: str) -> bool:
-    """Return math-verify's verdict on the final answer in ``text``."""
-    return bool(verify(parse_expected(expected), parse_response(text), timeout_seconds=SECONDS))
+    """Return math-verify's verdict on the final answer in ``text``.
+
+    An answer that it cannot grade, in `grader.SECONDS` or for its length of more than `grader.LENGTH`, is wrong, and
+    counted in ``GRADER.given_up``.
+    """
+    text = text[-TEXT:]
+    found = boxed(text)
+    verdict, why = _verdict(_latex(expected), text if found is None else _latex(found))
+    if verdict is None:
+        GRADER.give_up(found or text, why)
+    return bool(verdict)
+
+
+def same(one: str, other: str) -> bool | None:
+    """Return whether math-verify holds two final answers equal, whichever is the expected one; None if it cannot tell.
+
+    An answer that it cannot grade at all is equal to none but itself.
+    """
+    if one == other:
+        return True
+    if not (_can_be_graded(one) and _can_be_graded(other)):
+        return False
+    return _are_same(*sorted((_latex(one), _latex(other))))
+
+
+def is_readable(answer: str) -> bool:
+    """Return whether a data set's answer, which is LaTeX with or without dollars, is one that can be graded."""
+    return not is_blank(answer) and (answer.isdecimal() or _can_be_graded(answer))
+
+
+def _latex(answer: str) -> str:
+    answer = without_punctuation(answer)
+    if number := _SCIENTIFIC.fullmatch(answer):
+        answer = rf"{number[1]} \times 10^{{{int(number[2])}}}"
+    return rf"\boxed{{{answer}}}"
+
+
+def _can_be_graded(answer: str) -> bool:
+    return _verdict(r"\boxed{0}", _latex(answer))[0] is not None
+
+
+@lru_cache(maxsize=512)
+def _verdict(expected: str, text: str) -> tuple[bool | None, str]:
+    """Return None where the verifier cannot tell, and why."""
+    if len(text) > LENGTH and text.startswith(r"\boxed"):
+        return None, f"longer than {LENGTH:,} characters"
+    try:
+        return GRADER("is_right", expected, text), ""
+    except GaveUp as why:
+        return None, str(why)
+
+
+@lru_cache(maxsize=512)
+def _found_without_box(text: str) -> str | None:
+    try:
+        return GRADER("written", text)
+    except GaveUp:  # counted where it is graded
+        return None
 
 
 @lru_cache(maxsize=4096)
-def final_answer(text: str) -> str | None:
-    """Return the final answer in ``text``, in a form that equal answers share, so that they vote together.
-
-    Numbers are evaluated to DIGITS digits, so 1/2 is 0.5; expressions are expanded; an equation counts by its
-    right-hand side; sets are sorted. What sympy cannot do in time stays as it was written.
-    """
-    parsed = parse_response(text)
-    if not parsed:
-        return None
+def _are_same(one: str, other: str) -> bool | None:
     try:
-        return timeout(SECONDS)(_canonical)(parsed[0])
-    except (TimeoutException, ArithmeticError, AttributeError, TypeError, ValueError, RecursionError):
-        return str(parsed[-1])
-
-
-def _canonical(value: Any) -> str:
-    if isinstance(value, sympy.Equality):
-        value = value.rhs
-    if isinstance(value, sympy.FiniteSet):
-        return "{" + ", ".join(sorted(map(_canonical, value.args))) + "}"
-    if isinstance(value, sympy.Interval):
-        left, right = "(" if value.left_open else "[", ")" if value.right_open else "]"
-        return f"{left}{_canonical(value.start)}, {_canonical(value.end)}{right}"
-    if isinstance(value, sympy.MatrixBase):
-        return str([[_canonical(entry) for entry in row] for row in value.tolist()])
-    if isinstance(value, sympy.Tuple):
-        return f"({', '.join(map(_canonical, value.args))})"
-    if not isinstance(value, sympy.Expr):
-        return str(value)
-    return _number(value) if value.is_number else str(sympy.expand(value))
-
-
-def _number(value: Any) -> str:
-    number = sympy.N(value, DIGITS)
-    if number.is_Float and abs(number) > LARGEST_EXACT:
-        return str(number)
-    value = value.doit()  # what math-verify parses is not evaluated yet
-    if value.is_Integer:
-        return str(value)
-    number = sympy.N(value, DIGITS)
-    return f"{float(number):.{DIGITS}g}" if number.is_Float else str(number)  # 2.0 as 2; complex numbers as they are
+        return GRADER("same", one, other)
+    except GaveUp:
+        return None

@@ -26,9 +26,13 @@ class Task(Protocol):
         ...
 
     def extract(self, text: str) -> str | None:
-        """Return a response's final answer in a canonical form that majority voting may compare; None without one."""
+        """Return a response's final answer, None without one."""
         ...
 
     def reward(self, problem: Problem, text: str) -> float:
         """Return 1.0 if the response's final answer is right, else 0.0."""
+        ...
+
+    def same(self, one: str, other: str) -> bool | None:
+        """Return whether the verifier holds two final answers equal; None if it cannot tell in time."""
         ...

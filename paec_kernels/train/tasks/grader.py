@@ -1,0 +1,129 @@
+"""Verifiers in a process of their own, so that no answer can hang, bloat or end the training.
+
+Works in any thread, where the timeouts of signals do not. A grading process starts with its first answer, and ends with
+the process that uses it.
+"""
+
+import atexit
+import json
+import os
+import pickle
+import subprocess
+import sys
+import threading
+import warnings
+from collections.abc import Hashable
+from pathlib import Path
+from typing import Any, Literal
+
+SECONDS = 5.0  # for a call, of which an answer takes one or two
+LENGTH = 10_000  # characters of an answer: a longer one is not graded
+TEXT = 100_000  # characters: of a longer response only the end is read
+
+_SCRIPT = Path(__file__).with_name("grader_process.py")
+
+
+class GaveUp(Exception):
+    """The verifier could not tell."""
+
+
+class Grader:
+    """Calls the functions of a verifier in a process of its own; see `grader_process`.
+
+    A call that takes longer than ``seconds`` or too much memory, or in which the process dies, raises `GaveUp`, and the
+    next gets a new process.
+
+    Args:
+        verifier: ``"math"`` or ``"gym"``.
+        seconds: for each call, of wall-clock time. To start a process takes about one more.
+    """
+
+    def __init__(self, verifier: Literal["math", "gym"], seconds: float = SECONDS) -> None:
+        self._command = [sys.executable, "-P", str(_SCRIPT), verifier, str(seconds)]
+        self._seconds = seconds
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+        self.given_up = 0
+        """How many answers could not be graded."""
+        os.register_at_fork(after_in_child=self._forget)
+        atexit.register(self.close)
+
+    def __call__(self, function: str, *arguments: Any) -> Any:
+        """Return what the function gives.
+
+        Raises:
+            GaveUp: it could not tell.
+            ImportError: the verifier's library is not installed.
+        """
+        with self._lock:
+            try:
+                reply = self._ask((function, arguments))
+            except BaseException:  # interrupted: the reply to this request must not be taken for that to the next
+                self.close()
+                raise
+        if reply["error"] is not None:
+            raise GaveUp(reply["error"])
+        return reply["value"]
+
+    def give_up(self, answer: Hashable, why: object) -> None:
+        """Count an answer that is not graded, and warn at the first, the second, the fourth and so on."""
+        self.given_up += 1
+        if self.given_up & (self.given_up - 1) == 0:
+            warnings.warn(
+                f"answers that could not be graded and count as wrong: {self.given_up} so far in this process; "
+                f"the last, {str(answer)[:60]!r}: {why}",
+                stacklevel=2,
+            )
+
+    def close(self) -> None:
+        """End the process; a later call starts a new one."""
+        process, self._process = self._process, None
+        if process is not None:
+            process.kill()
+            process.communicate()
+
+    def _ask(self, request: Any) -> dict[str, Any]:
+        if self._process is None or self._process.poll() is not None:
+            self.close()
+            self._start()
+        try:
+            self._send(request)
+            return self._receive()
+        except (BrokenPipeError, EOFError):
+            self.close()
+            raise GaveUp(f"not within {self._seconds:g} s, or too much memory") from None
+
+    def _start(self) -> None:
+        # A session of its own: Ctrl-C is the parent's to handle.
+        self._process = subprocess.Popen(
+            self._command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        try:
+            error = self._receive()["error"]
+        except EOFError:
+            error = f"the process ended with {self._process.wait()}: {' '.join(self._command)}"
+        if error is not None:
+            raise ImportError(f"the grading process cannot start: {error}")
+
+    def _send(self, request: Any) -> None:
+        assert self._process is not None
+        assert self._process.stdin is not None
+        pickle.dump(request, self._process.stdin)
+        self._process.stdin.flush()
+
+    def _receive(self) -> dict[str, Any]:
+        assert self._process is not None
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise EOFError
+        return json.loads(line)
+
+    def _forget(self) -> None:
+        """A forked process leaves the grading process, and the lock that a thread may have held, to its parent."""
+        self._lock = threading.Lock()
+        self._inherited, self._process = self._process, None
