@@ -24,7 +24,10 @@ Summary = dict[str, Estimate]  # by metric; see `summarise`
 
 @dataclass(frozen=True)
 class ProblemResult:
-    """A problem's responses: their canonical final answers (None without one), verdicts, and lengths in tokens."""
+    """A problem's responses: their final answers, verdicts, and lengths in tokens.
+
+    Answers that the verifier holds equal are the same string, which one of them is; None is a response without one.
+    """
 
     prompt: str
     answer: str  # what the verifier expects
@@ -194,12 +197,12 @@ def _batches(task: Task, settings: Settings, size: int) -> Iterator[_Batch]:
 def _results(policy: Policy, batch: _Batch, settings: Settings) -> list[ProblemResult]:
     greedy = _respond(policy, batch, 1, settings.max_new_tokens, 0.0)
     sampled = _respond(policy, batch, settings.samples, settings.max_new_tokens, settings.temperature)
-    results = []
+    task, results = batch.task, []
     for problem, (greedy_texts, greedy_lengths), (texts, lengths) in zip(batch.problems, greedy, sampled, strict=True):
-        task = batch.task
-        judged = {text: (task.extract(text), task.reward(problem, text) == 1.0) for text in {*greedy_texts, *texts}}
-        answers, correct = map(list, zip(*(judged[text] for text in texts), strict=True))
-        greedy_answer, greedy_correct = judged[greedy_texts[0]]
+        said = [*greedy_texts, *texts]
+        judged = {text: (task.extract(text), task.reward(problem, text) == 1.0) for text in dict.fromkeys(said)}
+        greedy_answer, *answers = metrics.vote_classes([judged[text][0] for text in said], task.same)
+        greedy_correct, *correct = [judged[text][1] for text in said]
         result = ProblemResult(
             problem.prompt, problem.answer, greedy_answer, greedy_correct, greedy_lengths[0], answers, correct, lengths
         )

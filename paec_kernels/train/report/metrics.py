@@ -1,11 +1,12 @@
 """Scores of sampled answers, a value for each problem, and the intervals that go with their means.
 
-``correct`` is bool ``[problems, k]``; ``answers`` is ``[problems][k]``, each a canonical string, or None for a
-response without an answer.
+``correct`` is bool ``[problems, k]``; ``answers`` is ``[problems][k]``, each a string that equal answers share (see
+`vote_classes`), or None for a response without an answer.
 """
 
+import itertools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -13,6 +14,7 @@ from scipy import stats  # type: ignore[import-untyped]
 
 CONFIDENCE = 0.95  # of every interval
 ENOUGH = 5  # values for a t interval; with two it is 18 times as wide as with many, and tells nothing
+UNDECIDED = 3  # pairs of a problem's answers, after which no more are compared: each takes seconds
 
 Answers = Sequence[Sequence[str | None]]
 
@@ -64,6 +66,29 @@ def majority_vote(correct: np.ndarray, answers: Answers) -> np.ndarray:
         winners = [r for answer, r in zip(row, right, strict=True) if answer is not None and votes[answer] == most]
         scores.append(float(np.mean(winners)) if winners else 0.0)
     return np.array(scores)
+
+
+def vote_classes(answers: Sequence[str | None], same: Callable[[str, str], bool | None]) -> list[str | None]:
+    """Return for each of a problem's answers the name of its class, under which it votes.
+
+    Answers are in one class if the verifier holds them equal, or each equal to one between them, as 1/3 and 0.333333
+    may be to 0.3333. The classes do not depend on the answers' order. The one that most responses give names its class.
+
+    Args:
+        same: the verifier, of two different answers in any order. Those of which it cannot tell (None) are not equal;
+            after UNDECIDED such pairs no more are compared.
+    """
+    votes = Counter(answer for answer in answers if answer is not None)
+    names = {answer: answer for answer in sorted(votes, key=lambda answer: (-votes[answer], len(answer), answer))}
+    undecided = 0
+    for one, other in itertools.combinations(names, 2):
+        if names[one] != names[other] and undecided < UNDECIDED:
+            verdict = same(one, other)
+            undecided += verdict is None
+            if verdict:
+                first, second = sorted((names[one], names[other]), key=list(names).index)
+                names = {answer: first if name == second else name for answer, name in names.items()}
+    return [None if answer is None else names[answer] for answer in answers]
 
 
 def distinct_answers(answers: Answers) -> np.ndarray:

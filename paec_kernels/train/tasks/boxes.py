@@ -5,13 +5,11 @@ import re
 from paec_kernels.train.tasks.grader import LENGTH
 
 _TOKEN = re.compile(r"(\\{1,2}(?:boxed|fbox)(?![A-Za-z])\s*)(\{?)|\\.|[{}]", re.DOTALL)
-# Without a brace TeX takes what comes next; only what cannot be a word of prose is an answer: "marked with \boxed as asked".
+# Without a brace TeX takes what comes next, which is an answer where it is no word of prose: "with \boxed as asked".
 _UNBRACED = re.compile(r"(?:[-+]?[\d.]|\\[A-Za-z])(?:\{[^{}\n]*\}|[^\s$])*|[A-Za-z](?=\s*\$)")
 _UNCLOSED = re.compile(r"\s*((?:(?!\\(?:boxed|fbox))[^$\n])*)")
-_BLANK = re.compile(
-    r"\\(?:[,;:! ]|(?:q?quad|[lc]?dots|text[a-z]*|math[a-z]+|boxed|fbox)(?![A-Za-z]))|[\s~{}$.,;:?_…]"
-)
-_TRAILING = re.compile(r"(?:\\[,;:! \\]|\\q?quad|(?<!\\right)[.]|[\s,;:~])+\Z")
+_BLANK = re.compile(r"\\(?:[,;:! ]|(?:q?quad|[lc]?dots|text[a-z]*|math[a-z]+|boxed|fbox)(?![A-Za-z]))|[\s~{}$.,;:?_…]")
+_MARKS = (r"\,", r"\;", r"\:", r"\!", r"\ ", r"\\", r"\quad", r"\qquad", ".", ",", ";", ":", "~", " ", "\n", "\t", "\r")
 
 
 def boxed(text: str) -> str | None:
@@ -52,4 +50,10 @@ def without_punctuation(answer: str) -> str:
     answer = answer.strip()
     if len(answer) > 1 and answer[0] == answer[-1] == "$":
         answer = answer.strip("$")
-    return _TRAILING.sub("", answer).strip()
+    end = len(answer)
+    while not answer.endswith(r"\right.", 0, end):
+        mark = next((mark for mark in _MARKS if answer.endswith(mark, 0, end)), None)
+        if mark is None:
+            break
+        end -= len(mark)
+    return answer[:end]

@@ -12,7 +12,6 @@ import subprocess
 import sys
 import threading
 import warnings
-from collections.abc import Hashable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -65,14 +64,16 @@ class Grader:
             raise GaveUp(reply["error"])
         return reply["value"]
 
-    def give_up(self, answer: Hashable, why: object) -> None:
+    def give_up(self, answer: str | None, why: object) -> None:
         """Count an answer that is not graded, and warn at the first, the second, the fourth and so on."""
-        self.given_up += 1
-        if self.given_up & (self.given_up - 1) == 0:
+        with self._lock:
+            self.given_up += 1
+            count = self.given_up
+        if count & (count - 1) == 0:
             warnings.warn(
-                f"answers that could not be graded and count as wrong: {self.given_up} so far in this process; "
-                f"the last, {str(answer)[:60]!r}: {why}",
-                stacklevel=2,
+                f"answers that could not be graded, and count as wrong or as different from others: {count} so far in "
+                f"this process; the last is {str(answer)[:60]!r}: {why}",
+                stacklevel=3,
             )
 
     def close(self) -> None:

@@ -1,6 +1,6 @@
 """What runs in a grading process: math-verify, or the scorers of reasoning-gym. See `grader.Grader`, which starts it.
 
-Run as a script, which imports neither torch nor this package: ``python grader_process.py math SECONDS``. It takes pickled
+Run as a script, ``python grader_process.py math SECONDS``, it imports neither torch nor this package. It takes pickled
 requests ``(function, arguments)`` of its parent, and gives each a line of JSON. No timeout that Python raises as an
 exception reaches an answer like 10^(10^10), which is one operation; so a watchdog ends the whole process.
 """
@@ -28,7 +28,7 @@ def math_verifier() -> dict[str, Callable[..., Any]]:
     from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify  # type: ignore[import-untyped]
     from math_verify.grader import get_pct_val  # type: ignore[import-untyped]
 
-    logging.disable()  # it warns that its own timeouts are off: they are signals, and no exception ends a long operation
+    logging.disable()  # it warns that its own timeouts are off
     extraction = (LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig())
 
     @lru_cache(maxsize=1024)

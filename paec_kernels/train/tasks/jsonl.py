@@ -10,7 +10,9 @@ the first of these that a line has counts:
   LaTeX; of at most `grader.LENGTH` characters.
 """
 
+import codecs
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -19,7 +21,7 @@ from collections.abc import Iterator, Sequence
 from decimal import Decimal
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, BinaryIO, Literal, NamedTuple
 
 from paec_kernels import checks
 from paec_kernels.train.tasks import math_answers
@@ -135,6 +137,10 @@ def _read(path: Path, task: str) -> Iterator[_Line]:
         where = f"{path}, line {number}"
         row = _object(line, where)
         prompt, answer = _question(row, where), _answer(row, where)
+        try:
+            (prompt + answer).encode()
+        except UnicodeEncodeError as error:  # half a character of UTF-16, which JSON can write
+            raise ValueError(f"{where}: must be of whole characters: {error}") from error
         key = " ".join(prompt.removesuffix(INSTRUCTION).split())
         if key not in seen:
             seen.add(key)
@@ -143,21 +149,28 @@ def _read(path: Path, task: str) -> Iterator[_Line]:
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     """Yield a file's lines with their numbers, without byte order marks and spaces around them."""
+    with _open(path) as file:
+        for number in itertools.count(1):
+            where = f"{path}, line {number}"
+            try:
+                line = file.readline(LINE + 1)
+                if not line:
+                    return
+                if len(line) > LINE:
+                    raise ValueError(f"{where}: must be of at most {LINE:,} bytes, got {line[:60]!r} and more")
+                yield number, line.decode("utf-8").removeprefix("\ufeff").strip()
+            except OSError as error:
+                raise ValueError(f"{where}: cannot be read: {error}") from error
+            except UnicodeDecodeError as error:
+                kind = "UTF-16" if line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "another encoding"
+                raise ValueError(f"{where}: must be in UTF-8, got {kind}: {error}") from error
+
+
+def _open(path: Path) -> BinaryIO:
     try:
         if not stat.S_ISREG(path.stat().st_mode):  # to open a pipe would wait for ever
-            raise ValueError("it is a folder" if path.is_dir() else "it is no regular file")
-        with path.open("rb") as file:
-            number = 0
-            while line := file.readline(LINE + 1):
-                number += 1
-                if number == 1 and line.startswith((b"\xff\xfe", b"\xfe\xff")):
-                    raise ValueError("it is in UTF-16 or UTF-32")
-                if len(line.rstrip(b"\r\n")) > LINE:
-                    raise ValueError(f"line {number} is longer than {LINE:,} bytes")
-                try:
-                    yield number, line.decode("utf-8").removeprefix("\ufeff").strip()
-                except UnicodeDecodeError as error:
-                    raise ValueError(f"line {number}: {error}") from error
+            raise ValueError("a folder" if path.is_dir() else "no regular file")
+        return path.open("rb")
     except (OSError, ValueError) as error:
         raise ValueError(f"path must be a JSONL file in UTF-8, got {path}: {error}") from error
 

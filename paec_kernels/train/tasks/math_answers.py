@@ -46,7 +46,10 @@ def same(one: str, other: str) -> bool | None:
         return True
     if not (_can_be_graded(one) and _can_be_graded(other)):
         return False
-    return _are_same(*sorted((_latex(one), _latex(other))))
+    verdict, why = _are_same(*sorted((_latex(one), _latex(other))))
+    if verdict is None:
+        GRADER.give_up(f"{one} = {other}", why)
+    return verdict
 
 
 def is_readable(answer: str) -> bool:
@@ -70,8 +73,12 @@ def _verdict(expected: str, text: str) -> tuple[bool | None, str]:
     """Return None where the verifier cannot tell, and why."""
     if len(text) > LENGTH and text.startswith(r"\boxed"):
         return None, f"longer than {LENGTH:,} characters"
+    return _ask("is_right", expected, text)
+
+
+def _ask(function: str, *arguments: str) -> tuple[bool | None, str]:
     try:
-        return GRADER("is_right", expected, text), ""
+        return GRADER(function, *arguments), ""
     except GaveUp as why:
         return None, str(why)
 
@@ -85,8 +92,5 @@ def _found_without_box(text: str) -> str | None:
 
 
 @lru_cache(maxsize=4096)
-def _are_same(one: str, other: str) -> bool | None:
-    try:
-        return GRADER("same", one, other)
-    except GaveUp:
-        return None
+def _are_same(one: str, other: str) -> tuple[bool | None, str]:
+    return _ask("same", one, other)
