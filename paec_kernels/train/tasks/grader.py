@@ -15,7 +15,7 @@ import warnings
 from pathlib import Path
 from typing import Any, Literal
 
-SECONDS = 5.0  # for a call, of which an answer takes one or two
+SECONDS = 5.0  # of processor time, and six times as many on the clock, for a call; an answer takes one or two
 LENGTH = 10_000  # characters of an answer: a longer one is not graded
 TEXT = 100_000  # characters: of a longer response only the end is read
 
@@ -34,7 +34,8 @@ class Grader:
 
     Args:
         verifier: ``"math"`` or ``"gym"``.
-        seconds: for each call, of wall-clock time. To start a process takes about one more.
+        seconds: for each call, of processor time, and six times as many on the clock. A new process takes about one
+            more to start.
     """
 
     def __init__(self, verifier: Literal["math", "gym"], seconds: float = SECONDS) -> None:
@@ -92,7 +93,7 @@ class Grader:
             return self._receive()
         except (BrokenPipeError, EOFError):
             self.close()
-            raise GaveUp(f"not within {self._seconds:g} s, or too much memory") from None
+            raise GaveUp(f"it takes more than {self._seconds:g} s or too much memory") from None
 
     def _start(self) -> None:
         # A session of its own: Ctrl-C is the parent's to handle.

@@ -2,7 +2,7 @@
 
 Run as a script, ``python grader_process.py math SECONDS``, it imports neither torch nor this package. It takes pickled
 requests ``(function, arguments)`` of its parent, and gives each a line of JSON. No timeout that Python raises as an
-exception reaches an answer like 10^(10^10), which is one operation; so a watchdog ends the whole process.
+exception reaches an answer like 10^(10^10), which is one operation; so the system ends the whole process.
 """
 
 import ast
@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import pickle
+import signal
 import sys
 from collections.abc import Callable
 from decimal import Decimal
@@ -19,6 +20,7 @@ from functools import lru_cache
 from typing import Any
 
 MEMORY = 4 * 2**30  # bytes of address space, where the system can limit it
+PATIENCE = 6  # seconds on the clock for each of processor time
 DECIMALS = 6  # to which math-verify compares numbers with a decimal point
 
 
@@ -105,18 +107,24 @@ def _is_mathematics(function: ast.expr) -> bool:
 
 
 def serve(functions: dict[str, Callable[..., Any]], seconds: float, requests: Any, reply: Callable[..., None]) -> None:
-    """Answer requests until there are no more; a call that takes longer ends the process."""
+    """Answer requests until there are no more; a call that takes longer ends the process.
+
+    The seconds are of processor time, so that no verdict depends on what else the machine does; PATIENCE times as many
+    on the clock end it too.
+    """
     with open(os.devnull, "w") as nowhere:
         while True:
             try:
                 name, arguments = pickle.load(requests)
             except EOFError:
                 return
-            faulthandler.dump_traceback_later(seconds, exit=True, file=nowhere)
+            faulthandler.dump_traceback_later(PATIENCE * seconds, exit=True, file=nowhere)
+            _processor_timer(seconds)
             try:
                 value, error = functions[name](*arguments), None
             except Exception as raised:  # whatever a library makes of an answer
                 value, error = None, f"{type(raised).__name__}: {raised}"
+            _processor_timer(0)
             faulthandler.cancel_dump_traceback_later()
             reply(value=value, error=error)
 
@@ -139,10 +147,15 @@ def main() -> None:
     serve(functions, float(seconds), sys.stdin.buffer, reply)
 
 
+def _processor_timer(seconds: float) -> None:
+    if hasattr(signal, "setitimer"):  # not on Windows
+        signal.setitimer(signal.ITIMER_PROF, seconds)
+
+
 def _limit_memory() -> None:
     try:
         import resource
-    except ImportError:  # not on Windows
+    except ImportError:  # nor this
         return
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY if hard == resource.RLIM_INFINITY else min(MEMORY, hard), hard))
