@@ -31,7 +31,7 @@ def is_right(expected: str, text: str) -> bool:
     """
     text = text[-TEXT:]
     found = boxed(text)
-    verdict, why = _verdict(_latex(expected), text if found is None else _latex(found))
+    verdict, why = _verdict(_latex(boxed(expected) or expected), text if found is None else _latex(found))
     if verdict is None:
         GRADER.give_up(found or text, why)
     return bool(verdict)
@@ -54,7 +54,9 @@ def same(one: str, other: str) -> bool | None:
 
 def is_readable(answer: str) -> bool:
     """Return whether a data set's answer, which is LaTeX with or without dollars, is one that can be graded."""
-    return not is_blank(answer) and (answer.isdecimal() or _can_be_graded(answer))
+    if is_blank(answer) or len(answer) > LENGTH:
+        return False
+    return answer.isdecimal() or _can_be_graded(boxed(answer) or answer)
 
 
 def _latex(answer: str) -> str:
