@@ -76,7 +76,10 @@ class GymTask:
 
     def extract(self, text: str) -> str | None:
         text = text[-TEXT:]
-        answer = extract_answer(text)
+        # The last pair of tags, which the library's own pattern would take quadratic time to find
+        end = text.rfind("</answer>")
+        start = -1 if end < 0 else text.rfind("<answer>", 0, end)
+        answer = None if start < 0 else extract_answer(text[start : end + len("</answer>")])
         if not self._has_numbers:
             return answer or None  # unchanged: in a grid, lines and spaces count
         numbers = NUMBER.findall(text if answer is None else answer)

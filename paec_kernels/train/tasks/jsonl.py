@@ -10,7 +10,6 @@ the first of these that a line has counts:
   LaTeX; of at most `grader.LENGTH` characters.
 """
 
-import codecs
 import hashlib
 import itertools
 import json
@@ -158,12 +157,13 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
                     return
                 if len(line) > LINE:
                     raise ValueError(f"{where}: must be of at most {LINE:,} bytes, got {line[:60]!r} and more")
+                if b"\0" in line:
+                    raise ValueError(f"{where}: must be in UTF-8, got UTF-16 or no text: {line[:60]!r}")
                 yield number, line.decode("utf-8").removeprefix("\ufeff").strip()
             except OSError as error:
                 raise ValueError(f"{where}: cannot be read: {error}") from error
             except UnicodeDecodeError as error:
-                kind = "UTF-16" if line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "another encoding"
-                raise ValueError(f"{where}: must be in UTF-8, got {kind}: {error}") from error
+                raise ValueError(f"{where}: must be in UTF-8: {error}") from error
 
 
 def _open(path: Path) -> BinaryIO:

@@ -1,6 +1,7 @@
 """Evaluation of a policy that answers by rote: who is asked what, and what is kept of it."""
 
 import json
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -69,6 +70,24 @@ def test_a_problem_is_answered_the_same_whatever_else_is_asked() -> None:
     alone = run(Rote(), Counting("b", 500, 9), problems=2)
     among = run(Rote(), Counting("a", 10, 2), Counting("b", 500, 9), batch_size=1)
     assert among.tasks["b"][:2] == alone.tasks["b"]
+
+
+class Halves(Counting):
+    """Answers are equal if their halves are; one alone is right."""
+
+    def same(self, one: str, other: str) -> bool:
+        return int(one) // 2 == int(other) // 2
+
+
+def test_answers_that_the_verifier_holds_equal_are_one_vote() -> None:
+    together = run(Rote(), Halves("a", 10, 1))  # of six, two say 10 and two 11
+    (result,) = together.tasks["a"]
+    assert Counter(result.answers) in (Counter({"10": 4, None: 2}), Counter({"11": 4, None: 2}))
+    assert result.greedy_answer in result.answers
+    assert sum(result.correct) == 2
+    assert mean_scores(together)["a"]["distinct"] == 1
+    apart = run(Rote(), Halves("a", 11, 1))  # 11 and 12
+    assert Counter(apart.tasks["a"][0].answers) == Counter({"11": 2, "12": 2, None: 2})
 
 
 SHARED = [Counting("a", 10, 3), Counting("b", 500, 2)]

@@ -49,6 +49,51 @@ def test_majority_vote_where_the_verifier_judges_equal_answers_apart() -> None:
     np.testing.assert_allclose(metrics.majority_vote(correct, [["7", "7", "7", "3"]]), [2 / 3])
 
 
+def close(one: str, other: str) -> bool:
+    return abs(int(one) - int(other)) <= 1
+
+
+def test_vote_classes_are_what_the_verifier_joins() -> None:
+    answers = ["12", "7", None, "5", "11", "12", "6", "99"]
+    assert metrics.vote_classes(answers, close) == ["12", "5", None, "5", "12", "12", "5", "99"]
+    assert metrics.vote_classes([], close) == []
+    assert metrics.vote_classes([None], close) == [None]
+
+
+def test_vote_classes_do_not_depend_on_the_order() -> None:
+    answers = ["1", "2", "2", "3", "9", "10", "14"]  # 1 and 3 are equal by way of 2
+    for order in itertools.permutations(range(len(answers))):
+        found = metrics.vote_classes([answers[i] for i in order], close)
+        assert [found[order.index(i)] for i in range(len(answers))] == ["2", "2", "2", "2", "9", "9", "14"]
+
+
+def test_vote_classes_ask_the_verifier_no_more_than_they_need() -> None:
+    asked: list[tuple[str, str]] = []
+
+    def same(one: str, other: str) -> bool:
+        asked.append((one, other))
+        return close(one, other)
+
+    metrics.vote_classes(["5"] * 9 + [None], same)
+    assert asked == []
+    metrics.vote_classes(["1", "2", "3"] * 5, same)
+    assert asked == [("1", "2"), ("1", "3"), ("2", "3")]
+    asked.clear()
+    metrics.vote_classes(["1", "2", "2", "3"], same)  # 1 and 3 are in one class when they would be asked for
+    assert asked == [("2", "1"), ("2", "3")]
+
+
+def test_vote_classes_stop_where_the_verifier_cannot_tell() -> None:
+    asked: list[tuple[str, str]] = []
+
+    def same(one: str, other: str) -> None:
+        asked.append((one, other))
+
+    answers = [str(number) for number in range(10)]
+    assert metrics.vote_classes(answers, same) == answers
+    assert len(asked) == metrics.UNDECIDED
+
+
 def test_distinct_answers() -> None:
     assert metrics.distinct_answers([["7", "7", "3", None], [None, None, None, None]]).tolist() == [2.0, 0.0]
 

@@ -1,8 +1,12 @@
 """Tasks on reasoning-gym: which problems, which answers, and whose verdict."""
 
+from pathlib import Path
+
 import pytest
 
 pytest.importorskip("reasoning_gym", reason="needs the training's packages: pip install 'paec-kernels[train]'")
+from paec_kernels.train.tasks import gym
+from paec_kernels.train.tasks.grader import LENGTH, TEXT, Grader
 from paec_kernels.train.tasks.gym import EVAL_POOL, GymTask
 
 
@@ -104,3 +108,37 @@ def test_bad_names_and_configurations_are_refused() -> None:
             GymTask("chain_sum", **config)
     with pytest.raises(ValueError, match="index must be >= 0, got -1"):
         GymTask("chain_sum").train_problem(-1)
+
+
+EVALUATED = ["countdown", "spiral_matrix", "n_queens", "polynomial_multiplication", "string_insertion"]
+
+
+@pytest.mark.filterwarnings("ignore:answers that could not be graded")
+@pytest.mark.parametrize("dataset", EVALUATED)
+def test_what_a_scorer_evaluates_is_not_run_as_code(dataset: str, tmp_path: Path) -> None:
+    task = GymTask(dataset)
+    problem = task.eval_problems(1)[0]
+    code = f"open('{tmp_path}/run', 'w')"
+    for answer in (code, f"[{code}]", f"exec({code!r})", f"__import__('pathlib').Path('{tmp_path}/run').touch()"):
+        assert task.reward(problem, f"<answer>{answer}</answer>") == 0.0
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_hostile_answer_is_wrong_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    grader = Grader("gym", 0.5)
+    monkeypatch.setattr(gym, "GRADER", grader)
+    task = GymTask("countdown")
+    problem = task.eval_problems(1)[0]
+    with pytest.warns(UserWarning, match=r"could not be graded.*'9\*\*9\*\*9\*\*9': it takes more than 0.5 s"):
+        assert task.reward(problem, "<answer>9**9**9**9</answer>") == 0.0
+    with pytest.warns(UserWarning, match=f"could not be graded.*longer than {LENGTH:,} characters"):
+        assert task.reward(problem, f"<answer>{'1+' * LENGTH}</answer>") == 0.0
+    assert grader.given_up == 2
+    assert task.reward(problem, f"<answer>{problem.answer}</answer>") == 1.0
+
+
+def test_only_the_end_of_a_long_response_is_read() -> None:
+    task = GymTask("chain_sum")
+    problem = task.eval_problems(1)[0]
+    assert task.reward(problem, "<answer>" * 1_000_000 + f"{problem.answer}</answer>") == 1.0
+    assert task.reward(problem, f"<answer>{problem.answer}</answer>" + "<answer>" * TEXT) == 0.0

@@ -1,12 +1,17 @@
 """Files of questions and answers in the formats of the data sets, on a few problems of our own."""
 
+import codecs
 import json
+import os
+import re
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("math_verify", reason="needs the training's packages: pip install 'paec-kernels[train]'")
-from paec_kernels.train.tasks.jsonl import INSTRUCTION, JsonlTask, load, refuse_overlap
+from paec_kernels.train.tasks import math_answers
+from paec_kernels.train.tasks.grader import Grader
+from paec_kernels.train.tasks.jsonl import INSTRUCTION, LINE, JsonlTask, load, refuse_overlap
 
 SAMPLES = Path(__file__).parents[2] / "data" / "math"
 
@@ -182,3 +187,182 @@ def test_questions_are_found_inside_chats_with_instructions(tmp_path: Path, ques
             refuse_overlap(train, evaluation)
     else:
         refuse_overlap(train, evaluation)
+
+
+def read_answer(path: Path, line: str) -> str:
+    (problem,) = JsonlTask(write(path, line), "eval").eval_problems(2)
+    return problem.answer
+
+
+@pytest.mark.parametrize(
+    ("number", "answer"),
+    [
+        ("0.00002", "0.00002"),
+        ("2e-05", "0.00002"),
+        ("2.50", "2.50"),
+        ("27.0", "27"),
+        ("-27.000", "-27"),
+        ("1E2", "100"),
+        ("1.5e+3", "1500"),
+        ("-0.0", "0"),
+        ("-0", "0"),
+        ("0", "0"),
+        ("-7", "-7"),
+        ("0.1234567890123456789012345678901234567890", "0.1234567890123456789012345678901234567890"),
+        ("5e-324", "0." + "0" * 323 + "5"),
+        ("1e400", "1" + "0" * 400),
+        ("1e-400", "0." + "0" * 399 + "1"),
+        ("123456789" * 40, "123456789" * 40),
+        ("7" * 6000, "7" * 6000),
+        ("123456789.0", "123456789"),
+    ],
+)
+def test_a_number_is_the_one_that_is_written(tmp_path: Path, number: str, answer: str) -> None:
+    assert read_answer(tmp_path / "a.jsonl", f'{{"problem": "?", "answer": {number}}}') == answer
+
+
+def test_a_small_number_is_graded_as_such(tmp_path: Path) -> None:
+    task = JsonlTask(write(tmp_path / "a.jsonl", '{"problem": "?", "answer": 0.00002}'), "eval")
+    (problem,) = task.eval_problems(1)
+    verdicts = {text: task.reward(problem, rf"\boxed{{{text}}}") for text in ("0.00002", "2e-05", "0.43656", "0")}
+    assert verdicts == {"0.00002": 1.0, "2e-05": 1.0, "0.43656": 0.0, "0": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        ("NaN", "must be a JSON object, got .*: NaN is no JSON"),
+        ("-Infinity", "must be a JSON object, got .*: -Infinity is no JSON"),
+        ("1e10000", "answer must have at most 10,000 digits, got 1E[+]10000"),
+        ("1e-999999", "answer must have at most 10,000 digits, got 1E-999999"),
+        ("1e" + "9" * 30, "must be a JSON object"),
+        ("9" * 10_001, "answer must have at most 10,000 digits, got 999"),
+        (json.dumps("9" * 10_001), "answer must have at most 10,000 characters, got 10,001"),
+        (json.dumps("10^{10^{10}}"), "answer must be an answer that math-verify can read, got '10"),
+        ("[" * 100_000, "must be a JSON object"),
+        (r'"\ud800"', "must be of whole characters"),
+    ],
+)
+def test_answers_out_of_bounds_are_refused(tmp_path: Path, monkeypatch, answer: str, message: str) -> None:
+    monkeypatch.setattr(math_answers, "GRADER", Grader("math", 0.5) if "^" in answer else math_answers.GRADER)
+    with pytest.raises(ValueError, match=f"a.jsonl, line 1: {message}"):
+        read_answer(tmp_path / "a.jsonl", f'{{"problem": "?", "answer": {answer}}}')
+
+
+def text(*parts: str) -> list[dict]:
+    return [{"type": "text", "text": part} for part in parts]
+
+
+def test_the_parts_of_a_turn_are_joined(tmp_path: Path) -> None:
+    chat = [{"role": "system", "content": text("Add.")}, {"role": "user", "content": text("What is ", "1 + 1?")}]
+    (problem,) = JsonlTask(write(tmp_path / "a.jsonl", {"prompt": chat, "answer": 2}), "eval").eval_problems(1)
+    assert problem.prompt == "Add.\n\nWhat is 1 + 1?"
+
+
+@pytest.mark.parametrize(
+    ("turn", "message"),
+    [
+        ({"role": "user", "content": [{"type": "image", "url": "a.png"}]}, r"prompt\[1\].content\[0\] must be a part"),
+        ({"role": "user", "content": [*text("a"), {"type": "image_url"}]}, r"prompt\[1\].content\[1\] must be a part"),
+        (
+            {"role": "user", "content": [{"type": "text", "text": 1}]},
+            r"content\[0\] must be a part of type text with a t",
+        ),
+        ({"role": "user", "content": [{"text": "a"}]}, r"content\[0\] must be a part of type text"),
+        ({"role": "user", "content": ["a"]}, r"content\[0\] must be a part of type text .* got 'a'"),
+        ({"role": "user", "content": [text("a")]}, r"content\[0\] must be a part of type text"),
+        ({"role": "user", "content": []}, r"prompt\[1\].content must hold a text, got '\[\]'"),
+        ({"role": "user", "content": " "}, r"prompt\[1\].content must hold a text, got ' '"),
+        ({"role": "user", "content": text("", " ")}, r"prompt\[1\].content must hold a text"),
+        ({"role": "user", "content": None}, r"prompt\[1\].content must be a text or a list of parts, got 'None'"),
+        ({"role": "user", "content": {"text": "a"}}, r"prompt\[1\].content must be a text or a list of parts"),
+        ({"role": "user", "content": 5}, r"prompt\[1\].content must be a text or a list of parts, got '5'"),
+        ({"role": "user"}, r"prompt\[1\].content must be a text or a list of parts, got 'None'"),
+        ({"content": "a"}, r"prompt\[1\].role must be system or user, got 'None'"),
+        ({"role": "assistant", "content": "a"}, r"prompt\[1\].role must be system or user, got 'assistant'"),
+        ({"role": "tool", "content": "a"}, r"prompt\[1\].role must be system or user, got 'tool'"),
+        ({"role": ["user"], "content": "a"}, r"prompt\[1\].role must be system or user"),
+        ({"role": "user", "content": "a", "tool_calls": [{}]}, r"prompt\[1\].tool_calls must not be there"),
+        ("a", r"prompt\[1\] must be an object, got 'a'"),
+        ([{"role": "user", "content": "a"}], r"prompt\[1\] must be an object"),
+        (None, r"prompt\[1\] must be an object, got 'None'"),
+    ],
+)
+def test_what_is_no_text_of_a_chat_is_refused(tmp_path: Path, turn: object, message: str) -> None:
+    path = write(tmp_path / "a.jsonl", {"prompt": [{"role": "user", "content": "?"}, turn], "answer": 2})
+    with pytest.raises(ValueError, match=rf"a.jsonl, line 1: prompt must be a text or a list of turns.*: .*{message}"):
+        JsonlTask(path, "eval")
+
+
+def test_a_chat_without_turns_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"line 1: prompt must be .* got '\[\]': a chat has at least one turn"):
+        JsonlTask(write(tmp_path / "a.jsonl", {"prompt": [], "answer": 2}), "eval")
+
+
+LINES = [json.dumps({"problem": f"{i} + 1? \u00e9", "answer": i + 1}, ensure_ascii=False) for i in range(3)]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        codecs.BOM_UTF8 + "\n".join(LINES).encode(),
+        "\r\n".join(LINES).encode() + b"\r\n",
+        b"\n \n\t\r\n" + "\n\n".join(LINES).encode(),
+        b"\n".join(codecs.BOM_UTF8 + line.encode() for line in LINES),  # files put one after another
+    ],
+    ids=["byte order mark", "CRLF", "blank lines", "byte order marks"],
+)
+def test_what_editors_make_of_a_file_is_read(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(content)
+    problems = JsonlTask(path, "eval").eval_problems(5)
+    assert [problem.prompt.split("\n")[0] for problem in problems] == [f"{i} + 1? \u00e9" for i in range(3)]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("\n".join(LINES).encode("utf-16"), "line 1: must be in UTF-8, got UTF-16 or no text: "),
+        ("\n".join(LINES).encode("utf-16-be"), "line 1: must be in UTF-8, got UTF-16 or no text: "),
+        (
+            f"{LINES[0]}\n{LINES[1]}\n".encode() + LINES[2].encode("latin-1"),
+            "line 3: must be in UTF-8: ",
+        ),
+        (LINES[0].encode() + b"\n\0\0\0\n", "line 2: must be in UTF-8, got UTF-16 or no text: "),
+        (LINES[0].encode() + b"\n" + LINES[1].encode()[:-9], "line 2: must be a JSON object"),
+        (LINES[0].encode() + b"\n" + b" " * (LINE + 1), "line 2: must be of at most 1,048,576 bytes, got b'   "),
+    ],
+)
+def test_a_bad_line_is_named(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"a.jsonl, {message}") as raised:
+        JsonlTask(path, "eval")
+    assert "\n" not in str(raised.value)
+
+
+def test_the_longest_line_is_read(tmp_path: Path) -> None:
+    line = LINES[0].encode()
+    (tmp_path / "a.jsonl").write_bytes(b" " * (LINE - len(line) - 1) + line + b"\n")
+    assert len(JsonlTask(tmp_path / "a.jsonl", "eval").eval_problems(2)) == 1
+
+
+@pytest.mark.parametrize("kind", ["folder", "missing", "loop", "fifo", "device", "long"])
+def test_a_path_of_no_file_is_refused_in_one_line(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "a.jsonl"
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "loop":
+        path.symlink_to(path)
+    elif kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    elif kind == "long":
+        path = tmp_path / ("a" * 300 + ".jsonl")
+    for read in (lambda: JsonlTask(path, "eval"), lambda: load([path], [path])):
+        with pytest.raises(
+            ValueError, match=rf"path must be a JSONL file in UTF-8, got {re.escape(str(path))}: ."
+        ) as e:
+            read()
+        assert "\n" not in str(e.value)
