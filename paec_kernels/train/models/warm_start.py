@@ -64,6 +64,8 @@ def warm_start(
 
     Args:
         on_step: called with each step's number from 0, and its loss in nats.
+    Raises:
+        ValueError: the file that should hold the start is damaged; the message names it.
     """
     torch.manual_seed(options.seed)
     model = TinyModel()
