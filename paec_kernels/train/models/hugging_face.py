@@ -201,8 +201,8 @@ def _from_pretrained(name: str) -> tuple[PreTrainedTokenizerBase, PreTrainedMode
         raise ValueError(
             f"model must be the id or the folder of a causal language model, got {name!r}: {_one_line(error)}"
         ) from error
-    if missing := sorted({*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])}):
-        raise ValueError(  # else these would be random
+    if missing := sorted(found["missing_keys"]):  # they would be random
+        raise ValueError(
             f"model must come with all its weights, got {name!r} without {len(missing)} of them: "
             f"{', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}"
         )
@@ -219,14 +219,14 @@ def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, n_token
     Raises:
         ValueError: there is none, so that no answer could end.
     """
-    found = {*_ids(tokenizer.eos_token_id), *_ids(model.generation_config.eos_token_id)}
-    known = sorted(i for i in found or _ids(model.config.eos_token_id) if 0 <= i < n_tokens)
-    if not known:
-        raise ValueError(
-            "model or tokenizer must name a token of the model's that ends an answer, eos_token_id, "
-            f"got {sorted(found) or None} of {n_tokens} tokens"
-        )
-    return known
+    named = [*_ids(tokenizer.eos_token_id), *_ids(model.generation_config.eos_token_id)]
+    for ids in (named, _ids(model.config.eos_token_id)):
+        if known := {i for i in ids if 0 <= i < n_tokens}:
+            return sorted(known)
+    raise ValueError(
+        f"model or tokenizer must name a token that ends an answer, eos_token_id, among the model's {n_tokens}, "
+        f"got {named or None}"
+    )
 
 
 def _pad_id(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, end_ids: list[int], n_tokens: int) -> int:

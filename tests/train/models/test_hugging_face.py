@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 
@@ -271,6 +272,153 @@ def test_a_name_of_nothing_is_refused(tmp_path: Path) -> None:
     missing = str(tmp_path / "missing")
     with pytest.raises(ValueError, match=f"model must be the id or the folder .* got '{missing}'"):
         load(missing, torch.device("cpu"))
+
+
+def without(*names: str) -> transformers.PreTrainedTokenizerFast:
+    tokenizer = make_tokenizer()
+    for name in names:
+        setattr(tokenizer, name, None)
+    return tokenizer
+
+
+def make_model_naming(generation: object = None, config: object = None) -> transformers.PreTrainedModel:
+    """A model whose generation settings and whose config name these tokens to end an answer."""
+    model = make_model(eos_token_id=config, pad_token_id=None)
+    model.generation_config = transformers.GenerationConfig(eos_token_id=generation)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("generation", "config", "end_ids"),
+    [(END, None, [END]), ([END, 7], None, [END, 7]), (None, END, [END]), (None, [END, 7], [END, 7]), (7, END, [7])],
+)
+def test_a_tokenizer_without_special_tokens_takes_the_models(generation, config, end_ids: list[int]) -> None:
+    tokenizer = without("pad_token", "eos_token", "bos_token")
+    policy = HFPolicy(make_model_naming(generation, config), tokenizer)
+    rollout = draw(policy, answers=20)
+    assert {answer[-1] for answer in rollout.answers() if len(answer) < 8} <= set(end_ids)
+    assert any(answer[-1] in end_ids for answer in rollout.answers())
+    assert (rollout.token_ids[~rollout.valid] == end_ids[0]).all()
+    again = HFPolicy(policy.module.model, tokenizer)  # what it needs is kept
+    assert draw(again, answers=20).sequences.equal(rollout.sequences)
+
+
+@pytest.mark.parametrize("named", [None, -1, len(WORDS), [len(WORDS), -1]])
+def test_a_model_whose_answers_cannot_end_is_refused(named) -> None:
+    with pytest.raises(ValueError, match=r"must name a token that ends an answer, .* among the model's 20, got "):
+        HFPolicy(make_model_naming(named), without("pad_token", "eos_token"))
+
+
+def test_a_pad_token_that_the_model_does_not_have_is_not_used() -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    assert tokenizer.pad_token_id == len(WORDS)
+    rollout = draw(HFPolicy(make_model(), tokenizer))
+    assert rollout.sequences.max() < len(WORDS)
+
+
+def test_the_tokenizers_side_of_padding_does_not_matter() -> None:
+    model, tokenizer = make_model(), make_tokenizer()
+    left = draw(HFPolicy(model, tokenizer))
+    tokenizer.padding_side = "right"
+    assert draw(HFPolicy(model, tokenizer)).sequences.equal(left.sequences)
+
+
+def test_prompts_without_tokens_or_with_unknown_ones_are_refused() -> None:
+    tokenizer = make_tokenizer()
+    policy = HFPolicy(make_model(), tokenizer, chat=False)
+    tokenizer.add_tokens(["z"])
+    with pytest.raises(ValueError, match=r"ids below the 20 that the model knows, got 'az' with \[1, 4, 20\]"):
+        draw(policy, ["az"], seeds=[1])
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A", special_tokens=[])
+    with pytest.raises(ValueError, match=r"prompts must have tokens, .*, got '' with \[\]"):
+        draw(policy, ["a", ""], seeds=[1, 2])
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ raise_exception('no\nsystem turn') }}", "its template fails with TemplateError: no system turn"),
+        ("{{ messages[0].content.nothing.more }}", "its template fails with UndefinedError"),
+        ("{% for m in messages %}", "its template fails with TemplateSyntaxError"),
+        ("{% for m in messages %}{% for p in m.content %}{{ p.text }}{% endfor %}{% endfor %}", "makes of .* ''"),
+        ("<turn>", "its template makes of 'What is 2 [+] 2[?]' '<turn>'"),
+    ],
+)
+def test_a_chat_template_that_fails_is_refused_at_once(template: str, message: str) -> None:
+    model = make_model().train()
+    settings = model.generation_config
+    with pytest.raises(ValueError, match=f"^tokenizer must have a chat template that .* {message}") as raised:
+        HFPolicy(model, make_tokenizer(template))
+    assert "\n" not in str(raised.value)
+    assert model.training
+    assert model.generation_config is settings
+    HFPolicy(model, make_tokenizer(template), chat=False)
+
+
+def test_a_chat_template_that_fails_on_a_prompt_says_so() -> None:
+    template = "{% if 'x' in messages[0].content %}{{ raise_exception('x!') }}{% endif %}{{ messages[0].content }}"
+    policy = HFPolicy(make_model(), make_tokenizer(template))
+    with pytest.raises(ValueError, match="its template fails with TemplateError: x!"):
+        draw(policy, ["abxc"], seeds=[1])
+
+
+class Touch:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def pickled(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    torch.save({"lm_head.weight": Touch(folder / "run")}, folder / "pytorch_model.bin")
+
+
+def remote_code(folder: Path) -> None:
+    change(folder, model_type="own", auto_map={"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"})
+    (folder / "own.py").write_text(f"open({str(folder / 'run')!r}, 'w')\n")
+
+
+def change(folder: Path, **fields) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (pickled, "UnpicklingError: Weights only load failed"),
+        (remote_code, "contains custom code which must be executed"),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b""), "SafetensorError"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "OSError"),
+        (lambda folder: (folder / "config.json").write_text("{"), "OSError"),
+        (lambda folder: (folder / "tokenizer.json").write_text("{"), "JSONDecodeError"),
+        (lambda folder: change(folder, model_type="nonsense"), "nonsense"),
+        (lambda folder: change(folder, hidden_size=64), "RuntimeError"),
+    ],
+)
+def test_a_model_that_cannot_be_loaded_is_refused_in_one_line(tmp_path: Path, damage, message: str) -> None:
+    make_model().save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    damage(tmp_path)
+    with pytest.raises(ValueError, match=rf"model must be the id or the folder .* got '{tmp_path}': .*{message}") as e:
+        load(str(tmp_path), torch.device("cpu"))
+    assert "\n" not in str(e.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_weights_that_would_be_random_are_refused(tmp_path: Path) -> None:
+    make_model().save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["lm_head.weight"]
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=rf"all its weights, got '{tmp_path}' without 1 of them: lm_head.weight$"):
+        load(str(tmp_path), torch.device("cpu"))
 
 
 @pytest.mark.slow
