@@ -4,8 +4,8 @@ Each line is an object, in UTF-8 and of at most LINE bytes; blank ones are passe
 the first of these that a line has counts:
 
 - the question: ``problem``, ``question`` or ``prompt``; a string, or a chat as DAPO's, whose texts are joined: a list
-  of objects with a ``role``, system or user, and a ``content``, a string or a list of parts of ``type`` text. A chat
-  is taken as it is, as it brings its own instruction; a string gets one.
+  of objects with ``content``, a string or a list of parts of ``type`` text, and with the ``role`` system or user, which
+  is user where it is left out. A chat is taken as it is, as it brings its own instruction; a string gets one.
 - the answer: ``answer`` or ``reward_model.ground_truth``; a number, which counts as it is written, or a string in
   LaTeX; of at most `grader.LENGTH` characters.
 """
@@ -212,8 +212,8 @@ def _turn(turn: Any, where: str) -> str:
     """Return the text of a chat's turn. Whatever else it holds would be lost without a word, so it is refused."""
     if not isinstance(turn, dict):
         raise ValueError(f"{where} must be an object, got {_shown(turn)}")
-    if turn.get("role") not in ROLES:
-        raise ValueError(f"{where}.role must be {' or '.join(ROLES)}, got {_shown(turn.get('role'))}")
+    if turn.get("role", "user") not in ROLES:
+        raise ValueError(f"{where}.role must be {' or '.join(ROLES)}, got {_shown(turn['role'])}")
     if calls := [name for name in ("tool_calls", "function_call") if turn.get(name)]:
         raise ValueError(f"{where}.{calls[0]} must not be there")
     content = turn.get("content")

@@ -254,7 +254,7 @@ def text(*parts: str) -> list[dict]:
 
 
 def test_the_parts_of_a_turn_are_joined(tmp_path: Path) -> None:
-    chat = [{"role": "system", "content": text("Add.")}, {"role": "user", "content": text("What is ", "1 + 1?")}]
+    chat = [{"role": "system", "content": text("Add.")}, {"content": text("What is ", "1 + 1?")}]
     (problem,) = JsonlTask(write(tmp_path / "a.jsonl", {"prompt": chat, "answer": 2}), "eval").eval_problems(1)
     assert problem.prompt == "Add.\n\nWhat is 1 + 1?"
 
@@ -278,7 +278,7 @@ def test_the_parts_of_a_turn_are_joined(tmp_path: Path) -> None:
         ({"role": "user", "content": {"text": "a"}}, r"prompt\[1\].content must be a text or a list of parts"),
         ({"role": "user", "content": 5}, r"prompt\[1\].content must be a text or a list of parts, got '5'"),
         ({"role": "user"}, r"prompt\[1\].content must be a text or a list of parts, got 'None'"),
-        ({"content": "a"}, r"prompt\[1\].role must be system or user, got 'None'"),
+        ({"role": None, "content": "a"}, r"prompt\[1\].role must be system or user, got 'None'"),
         ({"role": "assistant", "content": "a"}, r"prompt\[1\].role must be system or user, got 'assistant'"),
         ({"role": "tool", "content": "a"}, r"prompt\[1\].role must be system or user, got 'tool'"),
         ({"role": ["user"], "content": "a"}, r"prompt\[1\].role must be system or user"),
