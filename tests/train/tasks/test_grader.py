@@ -18,7 +18,7 @@ from paec_kernels.train.tasks.grader import GaveUp, Grader
 ONE = r"\boxed{1}"
 SECONDS = 0.5
 SLACK = 30.0  # seconds to start a process on a busy machine
-SLOW = ["9**9**9**9", r"\boxed{1000000000!}", r"\boxed{\prod_{i=1}^{10^9} i}", rf"\boxed{{{'1+' * 20_000}1}}"]
+SLOW = [r"\boxed{1000000000!}", rf"\boxed{{{'1+' * 20_000}1}}"]
 TASKS = Path(grader_process.__file__).parent
 
 
@@ -129,13 +129,13 @@ def test_it_ends_with_its_parent(end: str) -> None:
     script = (
         "import os, threading\n"
         "from grader import Grader\n"
-        "grader, timer = Grader('math', 2), threading.Timer(0.5, os._exit, (0,))\n"
+        "grader, timer = Grader('math', 0.5), threading.Timer(0.5, os._exit, (0,))\n"
         f"grader('is_right', {ONE!r}, {ONE!r})\n"
         "print(grader._process.pid, flush=True)\n"
     )
     done = run([sys.executable, "-c", script + end], cwd=TASKS, capture_output=True, text=True, timeout=60)
     assert done.stderr == ""
-    pid, deadline = int(done.stdout), time.perf_counter() + 10
+    pid, deadline = int(done.stdout), time.perf_counter() + 60
     while _is_alive(pid) and time.perf_counter() < deadline:
         time.sleep(0.05)
     assert not _is_alive(pid)
