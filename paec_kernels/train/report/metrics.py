@@ -62,7 +62,7 @@ def majority_vote(correct: np.ndarray, answers: Answers) -> np.ndarray:
     for row, right in zip(answers, correct, strict=True):
         votes = Counter(answer for answer in row if answer is not None)
         most = max(votes.values(), default=0)
-        # All votes for winners, which have equally many; a verifier may judge two with the same canonical answer apart.
+        # All votes for winners, which have equally many; a verifier may judge two of the same class apart.
         winners = [r for answer, r in zip(row, right, strict=True) if answer is not None and votes[answer] == most]
         scores.append(float(np.mean(winners)) if winners else 0.0)
     return np.array(scores)

@@ -8,6 +8,7 @@ import ast
 from collections.abc import Sequence
 from typing import Any
 
+from paec_kernels.train.tasks import jsonl
 from paec_kernels.train.tasks.families import FAMILIES
 from paec_kernels.train.tasks.task import Task
 
@@ -25,9 +26,6 @@ def load_tasks(train: Sequence[str], evaluation: Sequence[str] | None = None) ->
     names = dict.fromkeys((*train, *evaluation))
     tasks: dict[str, Task] = {name: _generated(name) for name in names if not name.endswith(".jsonl")}
     if trained or evaluated:
-        # Imported where it is needed, as reasoning-gym below: math-verify and it take seconds, and families need none.
-        from paec_kernels.train.tasks import jsonl
-
         to_train, to_evaluate = jsonl.load(trained, evaluated)
         tasks |= zip((*trained, *evaluated), (*to_train, *to_evaluate), strict=True)
     return [tasks[name] for name in train], [tasks[name] for name in evaluation]
@@ -37,6 +35,7 @@ def _generated(name: str) -> Task:
     if name in FAMILIES:
         return FAMILIES[name]
     if name.startswith("gym:"):
+        # Imported where it is needed: reasoning-gym takes seconds.
         from paec_kernels.train.tasks.gym import GymTask
 
         dataset, *fields = name.removeprefix("gym:").split(",")

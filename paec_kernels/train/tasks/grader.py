@@ -45,7 +45,8 @@ class Grader:
         self._process: subprocess.Popen[bytes] | None = None
         self.given_up = 0
         """How many answers could not be graded."""
-        os.register_at_fork(after_in_child=self._forget)
+        if hasattr(os, "register_at_fork"):  # not on Windows
+            os.register_at_fork(after_in_child=self._forget)
         atexit.register(self.close)
 
     def __call__(self, function: str, *arguments: Any) -> Any:
@@ -64,6 +65,11 @@ class Grader:
         if reply["error"] is not None:
             raise GaveUp(reply["error"])
         return reply["value"]
+
+    def start(self) -> None:
+        """Start the process unless it runs; ImportError as a call."""
+        with self._lock:
+            self._make_sure_it_runs()
 
     def give_up(self, answer: str | None, why: object) -> None:
         """Count an answer that is not graded, and warn at the first, the second, the fourth and so on."""
@@ -85,9 +91,7 @@ class Grader:
             process.communicate()
 
     def _ask(self, request: Any) -> dict[str, Any]:
-        if self._process is None or self._process.poll() is not None:
-            self.close()
-            self._start()
+        self._make_sure_it_runs()
         try:
             self._send(request)
             return self._receive()
@@ -95,7 +99,10 @@ class Grader:
             self.close()
             raise GaveUp(f"it takes more than {self._seconds:g} s or too much memory") from None
 
-    def _start(self) -> None:
+    def _make_sure_it_runs(self) -> None:
+        if self._process is not None and self._process.poll() is None:
+            return
+        self.close()
         # A session of its own: Ctrl-C is the parent's to handle.
         self._process = subprocess.Popen(
             self._command,

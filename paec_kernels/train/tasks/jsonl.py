@@ -66,6 +66,7 @@ class JsonlTask:
             if use in (part, "both") and not lines:
                 raise ValueError(f"{self.path} must hold problems for use {use!r}, got none to {part}")
         self._order = lru_cache(maxsize=2)(self._shuffled)
+        math_answers.GRADER.start()  # a library that is missing is found before anything is made
 
     def train_problem(self, index: int) -> Problem:
         if not self._train:

@@ -189,6 +189,14 @@ def test_questions_are_found_inside_chats_with_instructions(tmp_path: Path, ques
         refuse_overlap(train, evaluation)
 
 
+def test_a_missing_library_is_found_with_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "math_verify.py").write_text("raise ModuleNotFoundError('no math-verify here')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(math_answers, "GRADER", Grader("math"))
+    with pytest.raises(ImportError, match="no math-verify here"):
+        JsonlTask(numbered(tmp_path / "a.jsonl", range(2)), "eval")
+
+
 def read_answer(path: Path, line: str) -> str:
     (problem,) = JsonlTask(write(path, line), "eval").eval_problems(2)
     return problem.answer
