@@ -63,15 +63,3 @@ def test_the_habit_is_learned_last(tmp_path):
         )
         texts = policy.texts(rollout)
         assert sum(text == route for text in texts) > 0.9 * len(texts)
-
-
-def test_a_damaged_file_is_named(tmp_path):
-    warm_start(OPTIONS, tmp_path)
-    (path,) = tmp_path.iterdir()
-    whole = path.read_bytes()
-    for damaged in (b"", whole[:1000], b"nonsense"):
-        path.write_bytes(damaged)
-        with pytest.raises(
-            ValueError, match=f"^{path} must be a start that was kept here: delete it to make it again$"
-        ):
-            warm_start(OPTIONS, tmp_path)
