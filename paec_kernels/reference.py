@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from paec_kernels.types import IGNORE_INDEX, TokenStats
+from paec_kernels.types import IGNORE_INDEX, MAX_LOG_RATIO, TokenStats
 
 
 def scaled_logits(z: Tensor, temperature: float | Tensor = 1.0, softcap: float | None = None) -> Tensor:
@@ -191,11 +191,18 @@ def grpo_loss(
     """Token-level GRPO with clip-higher (DAPO, arXiv 2503.14476) and the k3 estimator of the KL, 0-d.
 
     L = -mean over valid tokens of min(r A, clip(r, 1 - clip_low, 1 + clip_high) A) - kl_coef * KL,
-    r = exp(logp - old_logp),  KL = exp(ref - logp) - (ref - logp) - 1.
+    r = exp(logp - old_logp),  KL = exp(ref - logp) - (ref - logp) - 1; a log-ratio above 20 counts as 20.
     """
-    ratio = torch.exp(logp - old_logp)
+    full = torch.promote_types(logp.dtype, torch.float32)  # 16 bits do not hold exp(20)
+    logp, old_logp, advantages = (torch.where(valid, x.to(full), 0.0) for x in (logp, old_logp, advantages))
+    ratio = torch.exp(bounded(logp - old_logp))
     objective = torch.minimum(ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages)
     if ref_logp is not None:
-        log_ratio = ref_logp - logp
+        log_ratio = bounded(torch.where(valid, ref_logp.to(full), 0.0) - logp)
         objective = objective - kl_coef * (log_ratio.exp() - log_ratio - 1)
     return -torch.where(valid, objective, 0.0).sum() / valid.sum().clamp(min=1)
+
+
+def bounded(log_ratio: Tensor) -> Tensor:
+    """min(log_ratio, 20), NaN where it is not finite."""
+    return log_ratio.clamp(max=MAX_LOG_RATIO) + 0 * log_ratio

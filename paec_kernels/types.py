@@ -5,6 +5,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 IGNORE_INDEX = -100
+MAX_LOG_RATIO = 20.0  # verl's; the exponential of more overflows, and infinity times advantage 0 is NaN
 
 
 class TokenStats(NamedTuple):

@@ -11,7 +11,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from paec_kernels import checks
-from paec_kernels.losses.policy import check_numbers, check_tokens, mean_over, silenced_by_clipping, where_valid
+from paec_kernels.losses.policy import (
+    check_numbers,
+    check_tokens,
+    full_precision,
+    mean_over,
+    silenced_by_clipping,
+    where_valid,
+)
 from paec_kernels.losses.ranks import gather_columns, rank_and_world
 
 
@@ -114,7 +121,7 @@ class _StepTokens:
         columns = []
         for i, v in enumerate(valid):
             rows = [logp[i], advantages[i].expand(v.shape), torch.zeros_like(logp[i]) if extra is None else extra[i]]
-            columns.append(torch.stack([torch.where(v, row, math.inf).flatten() for row in rows]))
+            columns.append(torch.stack([torch.where(v, full_precision(row), math.inf).flatten() for row in rows]))
         log_p, a, self.extra = gather_columns(torch.cat(columns, dim=1), process_group)
         self.valid = self.extra != math.inf
         self.cov = (log_p - mean_over(log_p, self.valid)) * (a - mean_over(a, self.valid))

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from paec_kernels import checks
+from paec_kernels.types import MAX_LOG_RATIO
 
 STD_EPSILON = 1e-4  # TRL's; keeps a group of equal rewards at advantage 0
-MAX_LOG_RATIO = 20.0  # verl's; the exponential of more overflows, and infinity times advantage 0 is NaN
 
 
 def group_advantages(rewards: Tensor) -> Tensor:
@@ -53,9 +53,10 @@ def grpo_loss(
         L = -sum over valid tokens of [min(r A, clip(r, 1 - clip_low, 1 + clip_high) A) - kl_coef KL]
             / normalizer,  r = exp(logp - old_logp),  KL = exp(ref - logp) - (ref - logp) - 1  (k3)
 
-    A log-ratio above 20 counts as 20. Every token weighs the same, whatever the length of its answer. What stands at
-    an invalid position, NaN and infinities included, reaches neither loss nor gradient; with no valid token both
-    are 0.
+    A log-ratio above 20 counts as 20, that of the KL too, so finite arguments give a finite loss and gradient; NaN or
+    an infinity at a valid position makes the loss NaN or infinite. Every token weighs the same, whatever the length of
+    its answer. What stands at an invalid position, NaN and infinities included, reaches neither loss nor gradient;
+    with no valid token both are 0. 16-bit arguments are computed in float32.
 
     Args:
         logp: ``[...]``, the only argument that receives a gradient.
@@ -83,7 +84,7 @@ def grpo_loss(
     objective = _clipped_surrogate(log_ratio, advantages, clip_low, clip_high)
     metrics = _ratio_metrics(log_ratio.detach(), advantages, valid, clip_low, clip_high)
     if ref_logp is not None:
-        kl = _k3(torch.where(valid, ref_logp.detach(), 0.0) - logp)
+        kl = _k3(_bounded(_zero_elsewhere(ref_logp.detach(), valid) - logp))
         if kl_coef > 0:
             objective = objective - kl_coef * kl
         metrics["ref_kl"] = mean_over(kl.detach(), valid)
@@ -157,7 +158,7 @@ def clip_cov_loss(
     check_tokens(logp=logp, old_logp=old_logp, advantages=advantages, valid=valid, removed=removed)
     check_numbers(clip_low, clip_high, normalizer)
     _, log_ratio, advantages = where_valid(logp, old_logp, advantages, valid)
-    objective = torch.where(removed, 0.0, _clipped_surrogate(log_ratio, advantages, clip_low, clip_high))
+    objective = _clipped_surrogate(log_ratio, advantages, clip_low, clip_high) * ~removed
     metrics = _ratio_metrics(log_ratio.detach(), advantages, valid, clip_low, clip_high)
     metrics["selected_fraction"] = mean_over(removed, valid)
     return _negative_mean(objective, valid, normalizer), metrics
@@ -203,10 +204,23 @@ def kl_cov_loss(
 
 def where_valid(logp: Tensor, old_logp: Tensor, advantages: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return logp, log-ratio and advantages ``[...]``, 0 at invalid positions; only logp keeps its gradient."""
-    logp = torch.where(valid, logp, 0.0)
-    old_logp = torch.where(valid, old_logp.detach(), 0.0)
-    advantages = torch.where(valid, advantages.detach(), 0.0)
-    return logp, (logp - old_logp).clamp(max=MAX_LOG_RATIO), advantages
+    logp = _zero_elsewhere(logp, valid)
+    log_ratio = _bounded(logp - _zero_elsewhere(old_logp.detach(), valid))
+    return logp, log_ratio, _zero_elsewhere(advantages.detach(), valid)
+
+
+def full_precision(x: Tensor) -> Tensor:
+    """Return a tensor of 16 bits in float32, any other as it is."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _zero_elsewhere(x: Tensor, valid: Tensor) -> Tensor:
+    return torch.where(valid, full_precision(x), 0.0)
+
+
+def _bounded(log_ratio: Tensor) -> Tensor:
+    """Bound what an exponential takes. 0 times NaN or an infinity is NaN: they stay visible, in the gradient too."""
+    return log_ratio.clamp(max=MAX_LOG_RATIO) + 0 * log_ratio
 
 
 def _clipped_surrogate(log_ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float) -> Tensor:
