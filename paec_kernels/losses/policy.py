@@ -24,16 +24,22 @@ def group_advantages(rewards: Tensor) -> Tensor:
     Args:
         rewards: floating ``[groups, samples]``: the samples of one prompt in a row.
     Returns:
-        ``[groups, samples]``, std with Bessel's correction as TRL and verl take it; 0 for a single sample.
+        ``[groups, samples]``, std with Bessel's correction as TRL and verl take it; exactly 0 for a single sample and
+        for equal rewards. A group with a reward that is not finite is NaN.
     Raises:
         TypeError, ValueError: rewards of another type or number of dimensions.
     """
     checks.tensor("rewards", rewards, kind="floating")
     if rewards.dim() != 2:
         raise ValueError(f"rewards must be [groups, samples], got shape {tuple(rewards.shape)}")
-    centred = rewards - rewards.mean(dim=1, keepdim=True)
-    std = rewards.std(dim=1, keepdim=True, correction=min(1, rewards.shape[1] - 1))
-    return centred / (std + STD_EPSILON)
+    # Relative to the first and in units of their spread: a mean of equal rewards rounds, and squares of large ones
+    # overflow; a difference of near ones is exact.
+    shifted = full_precision(rewards) - full_precision(rewards[:, :1])
+    spread = shifted.abs().sum(dim=1, keepdim=True)
+    scaled = shifted / spread
+    centred = scaled - scaled.mean(dim=1, keepdim=True)
+    std = scaled.std(dim=1, keepdim=True, correction=min(1, rewards.shape[1] - 1))
+    return torch.where(spread == 0, 0.0, centred / (std + STD_EPSILON / spread)).to(rewards.dtype)
 
 
 def grpo_loss(

@@ -193,7 +193,7 @@ def train_step(run: Run, tasks: Sequence[Task], rank: int, world: int) -> Row:
     lengths = rollout.valid.sum(1).float()
     sampled = {
         "reward": rewards.mean(),
-        "mixed_groups": (rewards.std(1) > 0).float().mean(),  # the share of prompts with an advantage
+        "mixed_groups": (rewards != rewards[:, :1]).any(1).float().mean(),  # the share of prompts with an advantage
         "response_length": lengths.mean(),
         "truncated": (lengths == config.max_new_tokens).float().mean(),
     }

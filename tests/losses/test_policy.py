@@ -229,6 +229,52 @@ def test_group_advantages():
     assert torch.equal(group_advantages(torch.tensor([[3.0]])), torch.zeros(1, 1))
 
 
+EQUAL = (0.1, 1000.1, -3.3, 1 / 3, 1e-3, 6e4, 1e30, 1e-40, 5e-324, 1e300)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_a_group_of_equal_rewards_has_advantage_exactly_0(dtype):
+    values = torch.tensor(EQUAL, dtype=torch.float64).to(dtype)
+    for n_samples in (1, 2, 3, 5, 7, 8, 9, 13, 64, 100, 257):
+        rewards = values[values.isfinite()][:, None].expand(-1, n_samples)
+        advantages = group_advantages(rewards)
+        assert advantages.dtype == dtype
+        assert (advantages == 0).all()
+
+
+@pytest.mark.parametrize("level", [0.0, 1000.1, -1e6, 1e30])
+def test_nearly_equal_rewards_are_told_apart_to_the_last_bit(level):
+    """One reward of each group is the next float: its advantage is that of one right answer among wrong ones."""
+    for n_samples in (2, 7, 8, 13):
+        rewards = torch.full((1, n_samples), level, dtype=torch.float32)
+        rewards[0, -1] = torch.nextafter(rewards[0, -1], torch.tensor(torch.inf))
+        exact = rewards.double()
+        centred = exact - exact.mean()
+        expected = centred / (exact.std() + 1e-4)
+        torch.testing.assert_close(group_advantages(rewards), expected.float(), rtol=1e-4, atol=1e-12)
+
+
+def test_rewards_of_any_size():
+    pattern = torch.tensor([[1.0, 0.0, 0.0, 1.0, 0.5]], dtype=torch.float64)
+    unscaled = (pattern - pattern.mean()) / pattern.std()
+    for size in (1e37, 1e30, 1e10, 1.0, 1e-3, 1e-20, 1e-40):
+        expected = unscaled * pattern.std() / (pattern.std() + 1e-4 / size)
+        advantages = group_advantages((pattern * size).float())
+        torch.testing.assert_close(advantages, expected.float(), rtol=1e-5, atol=2e-7)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_reward_that_is_not_finite_shows_in_its_group_alone(bad):
+    advantages = group_advantages(torch.tensor([[1.0, bad, 0.0], [bad, bad, bad], [1.0, 0.0, 0.0]]))
+    assert advantages[:2].isnan().all()
+    assert advantages[2].isfinite().all()
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (3, 0), (0, 0)])
+def test_no_reward(shape):
+    assert group_advantages(torch.zeros(shape)).shape == shape
+
+
 def test_group_advantages_of_bad_input():
     with pytest.raises(ValueError, match=r"rewards must be \[groups, samples\], got shape \(3,\)"):
         group_advantages(torch.zeros(3))
