@@ -13,13 +13,17 @@ from torch import Tensor
 from paec_kernels.types import IGNORE_INDEX, MAX_LOG_RATIO, TokenStats
 
 
-def scaled_logits(z: Tensor, temperature: float | Tensor = 1.0, softcap: float | None = None) -> Tensor:
-    """x = z / T, or softcap * tanh(z / softcap) / T. ``temperature`` is a float or a tensor ``z.shape[:-1]``."""
+def scaled_logits(z: Tensor, temperature: float | Tensor = 1.0, softcap: float | None = None) -> tuple[Tensor, Tensor]:
+    """x = z / T, or softcap * tanh(z / softcap) / T, as x - max(x) and max(x) ``[..., 1]``, a constant.
+
+    Their sum would lose the digits in which large logits differ. ``temperature`` is a float or ``z.shape[:-1]``.
+    """
     if softcap is not None:
         z = torch.where(z == -math.inf, z, softcap * torch.tanh(z / softcap))  # a masked token stays masked
     if isinstance(temperature, Tensor):
-        temperature = temperature.to(z.dtype)[..., None]
-    return z / temperature
+        temperature = temperature.detach().to(z.dtype)[..., None]
+    top = z.detach().amax(-1, keepdim=True)
+    return (z - top) / temperature, top / temperature
 
 
 def nucleus_weights(z: Tensor, p: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
@@ -77,10 +81,10 @@ def token_stats(
     z = torch.where(row_valid[..., None], z, 0.0)
     broken = ~((z < math.inf).all(-1) & (z > -math.inf).any(-1))
 
-    x = scaled_logits(z, temperature, softcap)
+    x, top = scaled_logits(z, temperature, softcap)
     x = x + torch.where(broken, math.nan, 0.0).to(x.dtype)[..., None]
-    lse = x.logsumexp(-1)
-    log_p = x - lse[..., None]
+    log_total = x.logsumexp(-1)
+    log_p = x - log_total[..., None]
     p = log_p.exp()
     log_p_finite = torch.where(p == 0, 0.0, log_p)  # 0 log 0 = 0, in the gradient too
 
@@ -110,7 +114,7 @@ def token_stats(
         torch.where(row_valid, entropy, zero),
         torch.where(row_valid, nucleus_entropy, zero),
         torch.where(row_valid, margin, zero),
-        torch.where(row_valid, lse.detach(), zero),
+        torch.where(row_valid, top.squeeze(-1) + log_total.detach(), zero),
         torch.where(row_valid & ~broken, size, 0).int(),
     )
 

@@ -8,6 +8,9 @@ import torch
 from paec_kernels import PAECConfig, reference
 
 
+FLOATS = (torch.float32, torch.float64)
+
+
 def test_hand_computed():
     # p = (1/2, 1/4, 1/8, 1/8)
     logits = torch.tensor([[2.0, 1.0, 0.0, 0.0]], dtype=torch.float64) * math.log(2)
@@ -72,6 +75,38 @@ def test_gradient_formulas():
     for name, gradient in expected.items():
         (got,) = torch.autograd.grad(getattr(stats, name).sum(), logits, retain_graph=True)
         assert torch.allclose(got, gradient, atol=1e-12), name
+
+
+LEVELS = [(dtype, getattr(torch.finfo(torch.float32), end)) for dtype in FLOATS for end in ("min", "max")]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5, 1e-6, torch.tensor([0.5])])
+@pytest.mark.parametrize(("dtype", "level"), [*LEVELS, (torch.float64, 1e300), (torch.float64, -1e308)])
+def test_equal_logits_are_uniform_at_any_level(dtype, level, temperature):
+    logits = torch.full((1, 7), level, dtype=dtype).requires_grad_()
+    token_ids = torch.tensor([3])
+    stats = reference.token_stats(logits, token_ids, top_p=0.5, temperature=temperature)
+    (gradient,) = torch.autograd.grad((stats.logp + stats.entropy + stats.nucleus_entropy).sum(), logits)
+    assert stats.logp.item() == pytest.approx(-math.log(7))
+    assert stats.entropy.item() == pytest.approx(math.log(7))
+    assert stats.nucleus_entropy.item() == pytest.approx(math.log(4))
+    assert stats.margin == 0
+    assert stats.nucleus_size == 4
+    temperature = float(temperature)
+    expected = (torch.eye(7)[3] - 1 / 7) / temperature
+    torch.testing.assert_close(gradient[0], expected.to(dtype), rtol=1e-5, atol=1e-5 / temperature)
+
+
+def test_logits_beyond_float32_keep_their_digits():
+    near = torch.randn(4, 30, dtype=torch.float64).requires_grad_()
+    far = (near.detach() * 2.0**1000).requires_grad_()
+    results = []
+    for logits, temperature in ((near, 1.0), (far, 2.0**1000)):
+        stats = reference.token_stats(logits, torch.arange(4), temperature=temperature)
+        loss = (stats.logp + stats.entropy * stats.nucleus_entropy).sum()
+        results.append((*(x.detach() for x in stats), torch.autograd.grad(loss, logits)[0] * temperature))
+    for value, expected in zip(*results, strict=True):
+        assert torch.equal(value, expected)
 
 
 def test_linear_is_token_stats_of_the_product():

@@ -97,7 +97,7 @@ class PAEC(EntropyTerm):
         _, (mask_sum, masked_entropy) = soft_mask(score, entropy, threshold, self.config.tau_m, self.backend)
         empty = mask_sum == 0
         mean_entropy = torch.where(empty, 0.0, masked_entropy / mask_sum)
-        anchor = self.anchor.to(score.dtype)
+        anchor = self.anchor.to(score)
         floor = torch.where(anchor.isnan(), 0.0, self.config.rho_min * anchor)
         penalty = torch.where(empty, 0.0, (floor - mean_entropy).clamp(min=0).square())
         plan = Plan(mean_entropy, floor, penalty, threshold, mask_sum, anchor)

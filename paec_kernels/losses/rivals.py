@@ -14,7 +14,7 @@ from torch import Tensor
 from paec_kernels import checks
 from paec_kernels.losses.entropy_term import EntropyTerm
 from paec_kernels.losses.quantile import as_fraction, quantile
-from paec_kernels.losses.ranks import mean_over_ranks
+from paec_kernels.losses.ranks import gather_columns, world_size
 from paec_kernels.types import TokenStats
 
 
@@ -43,8 +43,9 @@ class MeanEntropyTerm(EntropyTerm):
         return torch.stack(self._sum_and_count(stats, valid))
 
     def _plan(self, observed: list[Tensor]) -> tuple[EntropyPlan, Tensor]:
-        sums = torch.stack(observed).sum(0) if observed else self.anchor_sum.new_zeros(2)
-        total, items = mean_over_ranks(sums, self.process_group).unbind()
+        columns = torch.stack(observed, dim=1) if observed else self.anchor_sum.new_empty(2, 0)
+        gathered = gather_columns(columns, self.process_group, fill=0.0)
+        total, items = (gathered.sum(1) / world_size(self.process_group)).unbind()
         mean = total / (items + (items == 0))
         plan = EntropyPlan(mean, items, *(x.to(mean) for x in self._coefficient_and_target(mean)))
         return plan, torch.where(items == 0, torch.nan, mean)

@@ -40,6 +40,11 @@ def hard_rows() -> dict[str, Tensor]:
         "all but one masked": torch.full((width,), -INF).index_fill(0, torch.tensor([3000]), 2.0),
         "masked with the lowest float": torch.cat([torch.full((2100,), torch.finfo(torch.float32).min), noise[2100:]]),
         "one at the largest float": noise.index_fill(0, torch.tensor([4500]), 3e38),
+        "all at the lowest float": torch.full((width,), torch.finfo(torch.float32).min),
+        "all at the largest float": torch.full((width,), torch.finfo(torch.float32).max),
+        "from the lowest to the largest float": torch.full((width,), torch.finfo(torch.float32).min).index_fill(
+            0, torch.arange(2050, 2080), torch.finfo(torch.float32).max
+        ),
         "all minus zero": torch.full((width,), -0.0),
         "zeros of both signs on top": (-noise.abs())
         .index_fill(0, torch.arange(0, 900, 2), 0.0)
