@@ -7,7 +7,6 @@ import torch
 
 from paec_kernels import PAECConfig, reference
 
-
 FLOATS = (torch.float32, torch.float64)
 
 
