@@ -6,6 +6,7 @@ summaries of its text, [ours] this package's documented choice.
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -101,7 +102,7 @@ def token_stats(
     margin = best[..., 0] - best[..., 1] if best.shape[-1] == 2 else torch.full_like(best[..., 0], math.inf)
     margin = torch.where(broken, math.nan, margin)
 
-    logp = None
+    logp: Any = None
     if token_ids is not None:
         targeted = (token_ids != IGNORE_INDEX) & row_valid
         index = torch.where(targeted, token_ids, 0).long()

@@ -13,9 +13,11 @@ class TokenStats(NamedTuple):
 
     ``logp`` (None without ``token_ids``), ``entropy`` and ``nucleus_entropy`` are float32, in nats, and
     differentiable; ``margin`` and ``lse`` are float32 without a gradient; ``nucleus_size`` is int32.
+
+    To a type checker ``logp`` is a tensor: whoever reads it gave token ids, and would otherwise have to say so again.
     """
 
-    logp: Tensor | None
+    logp: Tensor
     entropy: Tensor
     nucleus_entropy: Tensor
     margin: Tensor

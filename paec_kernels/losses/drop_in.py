@@ -96,7 +96,6 @@ class PAECLoss(nn.Module):
             inplace_backward=self.inplace_backward,
             backend=self.backend,
         )
-        assert stats.logp is not None
         policy_loss, metrics = grpo_loss(
             stats.logp,
             old_logp,

@@ -244,7 +244,8 @@ def as_token_stats(table: tuple[Tensor, Tensor, Tensor], shape: torch.Size, has_
     logp, entropy, nucleus_entropy, margin, lse, nucleus_size = (
         row.view(shape) for row in (*rows, rest[layout.MARGIN], rest[layout.LSE], sizes)
     )
-    return TokenStats(logp if has_tokens else None, entropy, nucleus_entropy, margin, lse, nucleus_size)
+    log_probs: Any = logp if has_tokens else None
+    return TokenStats(log_probs, entropy, nucleus_entropy, margin, lse, nucleus_size)
 
 
 def token_stats(

@@ -362,7 +362,6 @@ class Algorithm(nn.Module):
 
 
 def _tokens(batch: MicroBatch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    assert batch.stats.logp is not None  # plan() has checked it
     return batch.stats.logp, batch.old_logp, batch.advantages, batch.valid
 
 

@@ -245,7 +245,6 @@ def split(run: Run, rollout: Rollout, rewards: Tensor) -> list[list[MicroBatch]]
         for rows in by_length.split(run.config.micro_batch):
             part = rollout.rows(rows)
             stats = run.look(part)
-            assert stats.logp is not None  # token ids are always given
             micro_batches.append(MicroBatch(part, advantages[rows], accuracy[rows], stats, old_logp=stats.logp))
         updates.append(micro_batches)
     return updates
