@@ -1,18 +1,27 @@
 """Checks of arguments. Every error names the argument, what was expected and what was given."""
 
 import math
-from collections.abc import Collection
+import os
+import types
+from collections.abc import Collection, Sequence
 from numbers import Integral, Real
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
 
-KINDS = {
-    "floating": lambda dtype: dtype.is_floating_point,
-    "integer": lambda dtype: not (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool),
-    "bool": lambda dtype: dtype == torch.bool,
+KINDS: dict[str, tuple[torch.dtype, ...]] = {
+    "floating": (torch.float32, torch.float64, torch.bfloat16, torch.float16),
+    "integer": (
+        *(torch.int64, torch.int32, torch.int16, torch.int8),
+        *(torch.uint64, torch.uint32, torch.uint16, torch.uint8),
+    ),
+    "bool": (torch.bool,),
 }
+# Whatever number a user gives ends in float32: one beyond its range is infinite there, and 1 over one below it.
+LARGEST, SMALLEST = torch.finfo(torch.float32).max, torch.finfo(torch.float32).tiny
+LONGEST = 200  # characters of a value in a message
 
 
 def number(
@@ -20,34 +29,41 @@ def number(
 ) -> float:
     """Return a real number as a float if least <= value, above < value and value <= most, for those that are given.
 
-    Infinity is refused unless it is itself one of the bounds, and NaN always.
+    Infinity is refused unless it is itself one of the bounds, and NaN always. What float32 does not hold counts as
+    infinite, and as not above its bound what float32 does not tell from it.
 
     Raises:
         TypeError: not a number; a bool is none.
         ValueError: out of range.
     """
     if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} must be a number, got {value!r}")
-    x = float(value)
+        raise TypeError(f"{name} must be a number, got {shown(value)}")
+    real: Any = value
+    if abs(real) > LARGEST:  # a comparison, which takes integers that no float holds
+        x = math.inf if real > 0 else -math.inf
+    else:
+        x = float(real)
     allowed = abs(x) < math.inf or x in (least, most)  # a comparison: torch.compile does not trace math.isfinite
-    high_enough = (least is None or x >= least) and (above is None or x > above)
+    high_enough = (least is None or x >= least) and (above is None or x - above >= SMALLEST)
     if not (allowed and high_enough and (most is None or x <= most)):
-        raise ValueError(f"{name} must be {_expected(least, above, most)}, got {value!r}")
+        raise ValueError(f"{name} must be {_expected(least, above, most)}, got {shown(value)}")
     return x
 
 
 def integer(name: str, value: Any, *, least: int | None = None, most: int | None = None) -> int:
-    """Return an integer as an int if least <= value <= most, for those that are given.
+    """Return an integer as an int if least <= value <= most, for those that are given, and 64 bits hold it.
 
     Raises:
         TypeError: not an integer; neither a bool nor 1.0 is one.
         ValueError: out of range.
     """
     if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f"{name} must be an int, got {value!r}")
+        raise TypeError(f"{name} must be an int, got {shown(value)}")
     n = int(value)
     if (least is not None and n < least) or (most is not None and n > most):
-        raise ValueError(f"{name} must be {_expected(least, None, most, finite=True)}, got {value!r}")
+        raise ValueError(f"{name} must be {_expected(least, None, most, finite=True)}, got {shown(value)}")
+    if not -(2**63) <= n < 2**63:
+        raise ValueError(f"{name} must be an int of 64 bits, got {shown(value)}")
     return n
 
 
@@ -63,24 +79,80 @@ def integer_field(config: Any, name: str, *, least: int) -> None:
     object.__setattr__(config, name, value)
 
 
+def fields(config: Any) -> None:
+    """Check each field of a frozen dataclass by its annotation, and keep numbers, paths and tuples as just that.
+
+    Ranges are left to the other checks.
+
+    Raises:
+        TypeError, ValueError: a field of another type; a float that is NaN; a text that is no choice of a Literal.
+    """
+    for name, hint in get_type_hints(type(config)).items():
+        object.__setattr__(config, name, _of_type(name, getattr(config, name), hint))
+
+
+def _of_type(name: str, value: Any, hint: Any) -> Any:
+    kinds = get_args(hint)
+    if get_origin(hint) in (Union, types.UnionType):  # with None, which alone has no type of its own
+        return None if value is None else _of_type(name, value, kinds[0])
+    if get_origin(hint) is Literal:
+        one_of(name, value, kinds)
+    elif get_origin(hint) is tuple:
+        if not isinstance(value, list | tuple):
+            raise TypeError(f"{name} must be a list or tuple, got {shown(value)}")
+        return tuple(_of_type(f"{name}[{i}]", item, kinds[0]) for i, item in enumerate(value))
+    elif hint is float:
+        return number(name, value, least=-math.inf, most=math.inf)
+    elif hint is int:
+        return integer(name, value)
+    elif hint is bool:
+        boolean(name, value)
+    elif hint is Path:
+        if not isinstance(value, str | os.PathLike):
+            raise TypeError(f"{name} must be a path, got {shown(value)}")
+        return Path(value)
+    else:
+        instance(name, value, hint)
+    return value
+
+
 def boolean(name: str, value: Any) -> None:
     """Raise TypeError for anything but True and False."""
     if not isinstance(value, bool):
-        raise TypeError(f"{name} must be a bool, got {value!r}")
+        raise TypeError(f"{name} must be a bool, got {shown(value)}")
 
 
 def one_of(name: str, value: Any, choices: Collection[str]) -> None:
     """Raise TypeError for what is no text, and ValueError for a text that is not among the choices."""
     if not isinstance(value, str):
-        raise TypeError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+        raise TypeError(f"{name} must be one of {', '.join(choices)}, got {shown(value)}")
     if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {shown(value)}")
+
+
+def instance(name: str, value: Any, kind: type) -> None:
+    """Raise TypeError for what is not of a class."""
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} must be of type {kind.__name__}, got {shown(value)}")
+
+
+def tensors(name: str, value: Any) -> None:
+    """Raise for what is no list of tensors, one for each micro-batch; a tensor or a generator is none.
+
+    Raises:
+        TypeError: not a list or tuple.
+        ValueError: empty.
+    """
+    if isinstance(value, Tensor) or not isinstance(value, Sequence) or isinstance(value, str | bytes):
+        raise TypeError(f"{name} must be a list with an item for each micro-batch, got {shown(value)}")
+    if not value:
+        raise ValueError(f"{name} must hold at least one micro-batch, got {shown(value)}")
 
 
 def tensor(
     name: str, value: Any, *, kind: str | None = None, like: tuple[str, Tensor] | None = None, broadcast: bool = False
 ) -> None:
-    """Raise for what is not a tensor of that kind and of the shape and device of another.
+    """Raise for what is not a dense tensor that holds values, of that kind and of the shape and device of another.
 
     Args:
         kind: ``"floating"``, ``"integer"`` or ``"bool"``; any by default.
@@ -89,14 +161,18 @@ def tensor(
             against ``[B, T]`` would broadcast along the wrong dimension where B = T.
 
     Raises:
-        TypeError: not a tensor, or of another kind.
-        ValueError: of another shape or device.
+        TypeError: not a tensor, a sparse, nested or quantised one, or of another kind.
+        ValueError: of another shape or device, or on the meta device.
     """
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {value!r}")
-    if kind is not None and not KINDS[kind](value.dtype):
+        raise TypeError(f"{name} must be a tensor, got {shown(value)}")
+    if value.layout != torch.strided or value.is_nested:
+        raise TypeError(f"{name} must be a dense tensor, got a {'nested' if value.is_nested else value.layout} one")
+    if kind is not None and value.dtype not in KINDS[kind]:
         raise TypeError(f"{name} must be {'an' if kind == 'integer' else 'a'} {kind} tensor, got {value.dtype}")
     if like is None:
+        if value.is_meta:
+            raise ValueError(f"{name} must be on a device that holds values, got {value.device}")
         return
     like_name, other = like
     if value.device != other.device:
@@ -122,3 +198,12 @@ def _expected(least: float | None, above: float | None, most: float | None, fini
     unbounded = any(bound is not None and math.isinf(bound) for bound in (least, most))
     parts += [] if finite or unbounded else ["finite"]
     return " and ".join(parts) or "a number"
+
+
+def shown(value: Any) -> str:
+    """Return a value's repr for a message, cut where it is long; integers of thousands of digits have none."""
+    try:
+        text = repr(value)
+    except Exception:
+        return f"a value of type {type(value).__name__}"
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."

@@ -19,7 +19,7 @@ from paec_kernels.losses.policy import (
     silenced_by_clipping,
     where_valid,
 )
-from paec_kernels.losses.ranks import gather_columns, rank_and_world
+from paec_kernels.losses.ranks import check_group, gather_columns, rank_and_world
 
 
 @torch.no_grad()
@@ -55,15 +55,13 @@ def clip_cov_selection(
     Raises:
         TypeError, ValueError: a wrong type, shape, device or range.
     """
-    _check_selection(fraction, logp=logp, old_logp=old_logp, advantages=advantages, valid=valid)
-    check_numbers(clip_low, clip_high)
-    checks.number("cov_low", cov_low, least=-math.inf, most=math.inf)
-    checks.number("cov_high", cov_high, least=-math.inf, most=math.inf)
-    if not cov_low <= cov_high:
-        raise ValueError(f"cov_low must be <= cov_high = {cov_high!r}, got {cov_low!r}")
+    named = {"logp": logp, "old_logp": old_logp, "advantages": advantages, "valid": valid}
+    fraction = _check_selection(fraction, process_group, **named)
+    seed = checks.integer("seed", seed)
+    clip_low, clip_high, _, _ = check_numbers(clip_low, clip_high)
+    cov_low, cov_high = check_covariances(cov_low, cov_high)
     silenced = []
     for log_p, old, a, v in zip(logp, old_logp, advantages, valid, strict=True):
-        check_tokens(logp=log_p, old_logp=old, advantages=a, valid=v)
         _, log_ratio, a = where_valid(log_p, old, a, v)
         silenced.append(silenced_by_clipping(log_ratio.exp(), a, clip_low, clip_high).any(0))
     step = _StepTokens(logp, advantages, valid, silenced, process_group=process_group)
@@ -96,9 +94,7 @@ def kl_cov_selection(
     Raises:
         TypeError, ValueError: a wrong type, shape, device or range.
     """
-    _check_selection(fraction, logp=logp, advantages=advantages, valid=valid)
-    for log_p, a, v in zip(logp, advantages, valid, strict=True):
-        check_tokens(logp=log_p, advantages=a, valid=v)
+    fraction = _check_selection(fraction, process_group, logp=logp, advantages=advantages, valid=valid)
     step = _StepTokens(logp, advantages, valid, process_group=process_group)
     descending = torch.where(step.valid, step.cov, -math.inf).sort(descending=True, stable=True).indices
     return step.masks(descending[: step.at_least_one(fraction)])
@@ -142,8 +138,23 @@ class _StepTokens:
         return [part.view(shape) for part, shape in zip(parts, self._shapes, strict=True)]
 
 
-def _check_selection(fraction: float, **named: Sequence[Tensor]) -> None:
-    checks.number("fraction", fraction, least=0, most=1)
+def check_covariances(cov_low: float, cov_high: float) -> tuple[float, float]:
+    """Return Clip-Cov's bounds as floats, or refuse those that are no numbers or in the wrong order."""
+    low = checks.number("cov_low", cov_low, least=-math.inf, most=math.inf)
+    high = checks.number("cov_high", cov_high, least=-math.inf, most=math.inf)
+    if low > high:
+        raise ValueError(f"cov_low must be <= cov_high = {high!r}, got {low!r}")
+    return low, high
+
+
+def _check_selection(fraction: float, process_group: dist.ProcessGroup | None, **named: Sequence[Tensor]) -> float:
+    """Check the arguments of a selection before any rank waits for another; return the fraction as a float."""
+    check_group(process_group)
+    for name, tensors in named.items():
+        checks.tensors(name, tensors)
     counts = {name: len(tensors) for name, tensors in named.items()}
-    if len(set(counts.values())) > 1 or not counts["valid"]:
-        raise ValueError(f"{', '.join(counts)} must have one tensor for each micro-batch, at least one, got {counts}")
+    if len(set(counts.values())) > 1:
+        raise ValueError(f"{', '.join(counts)} must have one tensor for each micro-batch, got {counts}")
+    for micro_batch in zip(*named.values(), strict=True):
+        check_tokens(**dict(zip(named, micro_batch, strict=True)))
+    return checks.number("fraction", fraction, least=0, most=1)

@@ -41,7 +41,7 @@ class PAECLoss(nn.Module):
         clip_low: float = 0.2,
         clip_high: float = 0.28,
         kl_coef: float = 0.0,
-        temperature: float = 1.0,
+        temperature: float | Tensor = 1.0,
         softcap: float | None = None,
         vocab_size: int | None = None,
         inplace_backward: bool = False,
@@ -50,15 +50,11 @@ class PAECLoss(nn.Module):
     ) -> None:
         super().__init__()
         self.paec = PAEC(config, process_group, backend=backend)
-        check_numbers(clip_low, clip_high, kl_coef=kl_coef)
-        check_options(config.top_p, temperature, softcap, vocab_size)
+        self.clip_low, self.clip_high, self.kl_coef, _ = check_numbers(clip_low, clip_high, kl_coef)
+        _, self.temperature, self.softcap, self.vocab_size = check_options(
+            config.top_p, temperature, softcap, vocab_size
+        )
         checks.boolean("inplace_backward", inplace_backward)
-        self.clip_low = clip_low
-        self.clip_high = clip_high
-        self.kl_coef = kl_coef
-        self.temperature = temperature
-        self.softcap = softcap
-        self.vocab_size = vocab_size
         self.inplace_backward = inplace_backward
         self.backend = backend
 

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from paec_kernels import checks
-from paec_kernels.losses.ranks import world_size
+from paec_kernels.losses.ranks import check_group, world_size
 from paec_kernels.saved_state import refuse_other_config
 from paec_kernels.types import TokenStats
 
@@ -48,7 +48,7 @@ class EntropyTerm(nn.Module):
     """
 
     CONFIG: ClassVar[type]
-    PLAN: ClassVar[type]
+    PLAN: ClassVar[Any]
     config: Any  # of type CONFIG
     anchor_steps = 1  # the optimiser steps whose mean entropies are averaged into the anchor
     anchor_sum: Tensor
@@ -57,8 +57,8 @@ class EntropyTerm(nn.Module):
 
     def __init__(self, config: Any, process_group: dist.ProcessGroup | None = None) -> None:
         super().__init__()
-        if not isinstance(config, self.CONFIG):
-            raise TypeError(f"config must be of type {self.CONFIG.__name__}, got {config!r}")
+        checks.instance("config", config, self.CONFIG)
+        check_group(process_group)
         self.config = config
         self.process_group = process_group
         self.register_buffer("anchor_sum", torch.zeros((), dtype=torch.float32))
@@ -122,8 +122,14 @@ class EntropyTerm(nn.Module):
             TypeError, ValueError: as ``observe``, and for another plan.
         """
         if not isinstance(plan, self.PLAN):
-            raise TypeError(f"plan must be the {self.PLAN.__name__} that plan() returned for this step, got {plan!r}")
+            raise TypeError(
+                f"plan must be the {self.PLAN.__name__} that plan() returned for this step, got {checks.shown(plan)}"
+            )
         check_stats(stats, valid)
+        for name, value in zip(plan._fields, plan, strict=True):
+            checks.tensor(f"plan.{name}", value, kind="floating")
+            if value.dim() != 0:
+                raise ValueError(f"plan.{name} must be 0-d, got shape {tuple(value.shape)}")
         return self._term(stats, valid, plan, accuracy)
 
     @torch.no_grad()
@@ -200,9 +206,16 @@ def check_stats(stats: TokenStats, valid: Tensor) -> None:
         raise TypeError(f"stats must be a TokenStats, got {type(stats).__name__}")
     checks.tensor("stats.entropy", stats.entropy)
     like = ("stats.entropy", stats.entropy)
-    for name in ("nucleus_entropy", "margin", "nucleus_size"):
-        checks.tensor(f"stats.{name}", getattr(stats, name), like=like)
-    for value in (stats.entropy, stats.nucleus_entropy):
-        if value.dtype not in (torch.float32, torch.float64):
-            raise TypeError(f"stats must be float32 or float64, got {value.dtype}")
+    if stats.entropy.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"stats.entropy must be float32 or float64, got {stats.entropy.dtype}")
+    for name in ("nucleus_entropy", "margin"):
+        value = getattr(stats, name)
+        checks.tensor(f"stats.{name}", value, like=like)
+        if value.dtype != stats.entropy.dtype:
+            raise TypeError(
+                f"stats.{name} must have the dtype of stats.entropy, {stats.entropy.dtype}, got {value.dtype}"
+            )
+    checks.tensor("stats.nucleus_size", stats.nucleus_size, like=like)
+    if stats.nucleus_size.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"stats.nucleus_size must be int32 or int64, got {stats.nucleus_size.dtype}")
     checks.tensor("valid", valid, kind="bool", like=like)

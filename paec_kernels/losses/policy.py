@@ -5,7 +5,7 @@ Marks: [paper] the method's paper says so, [code] the implementation or recipe t
 """
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -81,7 +81,7 @@ def grpo_loss(
         TypeError, ValueError: a wrong type, shape, device or range.
     """
     check_tokens(logp=logp, old_logp=old_logp, advantages=advantages, valid=valid)
-    check_numbers(clip_low, clip_high, normalizer, kl_coef=kl_coef)
+    clip_low, clip_high, kl_coef, normalizer = check_numbers(clip_low, clip_high, kl_coef, normalizer)
     if ref_logp is not None:
         check_tokens(logp=logp, ref_logp=ref_logp)
     elif kl_coef > 0:
@@ -124,7 +124,7 @@ def cispo_loss(
         TypeError, ValueError: a wrong type, shape, device or range.
     """
     check_tokens(logp=logp, old_logp=old_logp, advantages=advantages, valid=valid)
-    check_numbers(clip_low, clip_high, normalizer)
+    clip_low, clip_high, _, normalizer = check_numbers(clip_low, clip_high, normalizer=normalizer)
     logp, log_ratio, advantages = where_valid(logp, old_logp, advantages, valid)
     ratio = log_ratio.detach().exp()
     objective = ratio.clamp(1 - clip_low, 1 + clip_high) * advantages * logp
@@ -162,7 +162,7 @@ def clip_cov_loss(
         TypeError, ValueError: a wrong type, shape, device or range.
     """
     check_tokens(logp=logp, old_logp=old_logp, advantages=advantages, valid=valid, removed=removed)
-    check_numbers(clip_low, clip_high, normalizer)
+    clip_low, clip_high, _, normalizer = check_numbers(clip_low, clip_high, normalizer=normalizer)
     _, log_ratio, advantages = where_valid(logp, old_logp, advantages, valid)
     objective = _clipped_surrogate(log_ratio, advantages, clip_low, clip_high) * ~removed
     metrics = _ratio_metrics(log_ratio.detach(), advantages, valid, clip_low, clip_high)
@@ -199,7 +199,7 @@ def kl_cov_loss(
         TypeError, ValueError: a wrong type, shape, device or range.
     """
     check_tokens(logp=logp, old_logp=old_logp, advantages=advantages, valid=valid, penalised=penalised)
-    check_numbers(normalizer=normalizer, kl_coef=kl_coef)
+    _, _, kl_coef, normalizer = check_numbers(kl_coef=kl_coef, normalizer=normalizer)
     _, log_ratio, advantages = where_valid(logp, old_logp, advantages, valid)
     objective = log_ratio.exp() * advantages - kl_coef * torch.where(penalised, log_ratio.abs(), 0.0)
     metrics = _ratio_metrics(log_ratio.detach(), advantages, valid, 1.0, math.inf)
@@ -285,19 +285,32 @@ def check_tokens(**named: Tensor | None) -> None:
         like = like or (name, value)
 
 
+class Numbers(NamedTuple):
+    """The options of these losses, checked, as Python's numbers or a 0-d tensor without gradient."""
+
+    clip_low: float
+    clip_high: float
+    kl_coef: float
+    normalizer: float | Tensor | None
+
+
 def check_numbers(
     clip_low: float = 0.0,
     clip_high: float = 0.0,
-    normalizer: float | Tensor | None = None,
-    *,
     kl_coef: float = 0.0,
-) -> None:
-    """Refuse options of these losses that are out of range; they are named as there."""
-    checks.number("clip_low", clip_low, least=0, most=1)
-    checks.number("clip_high", clip_high, least=0, most=math.inf)
-    checks.number("kl_coef", kl_coef, least=0, most=math.inf)
+    normalizer: float | Tensor | None = None,
+) -> Numbers:
+    """Return options of these losses, or refuse those that are out of range; they are named as there."""
+    clip_low = checks.number("clip_low", clip_low, least=0, most=1)
+    clip_high = checks.number("clip_high", clip_high, least=0, most=math.inf)
+    kl_coef = checks.number("kl_coef", kl_coef, least=0)
     if isinstance(normalizer, Tensor):
+        checks.tensor("normalizer", normalizer)
+        if normalizer.dtype not in (*checks.KINDS["floating"], *checks.KINDS["integer"]):
+            raise TypeError(f"normalizer must be a number or a 0-d tensor of one, got {normalizer.dtype}")
         if normalizer.dim() != 0:
             raise ValueError(f"normalizer must be a number or 0-d, got shape {tuple(normalizer.shape)}")
+        normalizer = normalizer.detach()
     elif normalizer is not None:
-        checks.number("normalizer", normalizer, least=0, most=math.inf)
+        normalizer = checks.number("normalizer", normalizer, least=0)
+    return Numbers(clip_low, clip_high, kl_coef, normalizer)

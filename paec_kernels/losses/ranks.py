@@ -7,6 +7,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from paec_kernels import checks
+
+
+def check_group(group: dist.ProcessGroup | None) -> None:
+    """Raise TypeError for a ``process_group`` that is neither a group that this rank is in nor None."""
+    if group is not None:
+        checks.instance("process_group", group, dist.ProcessGroup)
+
 
 def rank_and_world(group: dist.ProcessGroup | None = None) -> tuple[int, int]:
     """Return this process' rank in the group, None being all ranks, and how many there are.

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from paec_kernels import checks
 from paec_kernels.ops.layout import Rows
-from paec_kernels.ops.operator import check_options, flat_rows
+from paec_kernels.ops.operator import Scaling, check_options, flat_rows
 
 # 5 % of the logits of 16,384 tokens of a vocabulary of 151,936 in bfloat16.
 DEFAULT_CHUNK_BYTES = 224 << 20
@@ -112,16 +112,16 @@ def prepare(
     softcap: float | None,
     vocab_size: int | None,
     chunk_rows: int | None,
-) -> tuple[Tensor, Tensor, Tensor | None, Rows]:
+) -> tuple[Tensor, Tensor, Tensor | None, Rows, Scaling]:
     """Check the arguments of a linear head's statistics; gather what is sharded, cast under autocast, cut the padding.
 
     Raises:
         TypeError, ValueError: by name.
     """
-    checks.tensor("hidden", hidden)
-    checks.tensor("weight", weight)
+    checks.tensor("hidden", hidden, kind="floating")
+    checks.tensor("weight", weight, kind="floating")
     if bias is not None:
-        checks.tensor("bias", bias)
+        checks.tensor("bias", bias, kind="floating")
     if hidden.dim() == 0 or weight.dim() != 2 or hidden.shape[-1] != weight.shape[1] or 0 in weight.shape:
         raise ValueError(
             "hidden must have shape [..., D] and weight [V, D], D and V at least 1, "
@@ -129,7 +129,7 @@ def prepare(
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias must have shape [V], ({weight.shape[0]},), got {tuple(bias.shape)}")
-    check_options(top_p, temperature, softcap, vocab_size, len(weight))
+    scaling = check_options(top_p, temperature, softcap, vocab_size, len(weight))
     if chunk_rows is not None:
         checks.integer("chunk_rows", chunk_rows, least=1)
     weight, bias = _gathered(weight), None if bias is None else _gathered(bias)
@@ -142,9 +142,10 @@ def prepare(
             raise TypeError(f"{name} must have the dtype of hidden, {hidden.dtype}, got {value.dtype}")
         if value is not None and value.device != hidden.device:
             raise ValueError(f"{name} must be on the device of hidden, {hidden.device}, got {value.device}")
-    if vocab_size not in (None, len(weight)):  # a slice's gradient is copied whole, even where the slice is all
-        weight, bias = weight[:vocab_size], select(bias, slice(vocab_size))
-    return hidden, weight, bias, flat_rows("hidden[..., 0]", hidden[..., 0], token_ids, valid, temperature)
+    rows = flat_rows("hidden[..., 0]", hidden[..., 0], token_ids, valid, scaling.temperature)
+    if scaling.vocab_size not in (None, len(weight)):  # a slice's gradient is copied whole, even if it is all
+        weight, bias = weight[: scaling.vocab_size], select(bias, slice(scaling.vocab_size))
+    return hidden, weight, bias, rows, scaling
 
 
 def _gathered(parameter: Tensor) -> Tensor:

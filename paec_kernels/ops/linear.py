@@ -211,7 +211,7 @@ def linear_token_stats(
     Raises:
         TypeError, ValueError: as `token_stats`, and for hidden, weight, bias or chunk_rows that do not fit.
     """
-    hidden, weight, bias, rows = prepare(
+    hidden, weight, bias, rows, (top_p, temperature, softcap, _) = prepare(
         hidden, weight, bias, token_ids, valid, top_p, temperature, softcap, vocab_size, chunk_rows
     )
     backend = operator.resolve_backend(backend, hidden.device)
@@ -222,7 +222,7 @@ def linear_token_stats(
             hidden, weight, token_ids, bias=bias, valid=valid, top_p=top_p, temperature=temperature, softcap=softcap
         )
     table = linear_token_stats_forward(
-        hidden.reshape(-1, hidden.shape[-1]), weight, bias, *rows, float(top_p), float(softcap or 0.0), chunk_rows or 0,
+        hidden.reshape(-1, hidden.shape[-1]), weight, bias, *rows, top_p, softcap or 0.0, chunk_rows or 0,
         backend,
     )  # fmt: skip
     return operator.as_token_stats(table, hidden.shape[:-1], token_ids is not None)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from paec_kernels import checks
 from paec_kernels.ops import operator
 from paec_kernels.ops.chunks import add_product, choose_chunks, empty_logits, multiply, prepare, spans
 from paec_kernels.ops.layout import Rows
@@ -46,6 +47,7 @@ class _OnePass(torch.autograd.Function):
                 leaf = stats.clone().requires_grad_()  # the loss may write over its rows
                 has_tokens = rows.token_ids is not None
                 chunk = chunk_loss(operator.as_token_stats((leaf, rest, sizes), numbers.shape, has_tokens), numbers)
+            checks.tensor("the result of chunk_loss", chunk, kind="floating", like=("the loss", loss))
             loss += chunk.detach()
             if not any(needs) or not chunk.requires_grad:
                 continue
@@ -114,14 +116,16 @@ def one_pass_loss(
     Raises:
         TypeError, ValueError: as `linear_token_stats`.
     """
-    hidden, weight, bias, rows = prepare(
+    hidden, weight, bias, rows, scaling = prepare(
         hidden, weight, bias, token_ids, valid, top_p, temperature, softcap, vocab_size, chunk_rows
     )
+    if not callable(chunk_loss):
+        raise TypeError(f"chunk_loss must be a function of statistics and rows, got {checks.shown(chunk_loss)}")
     backend = operator.resolve_backend(backend, hidden.device)
     if backend == "reference":
         raise ValueError("backend must be 'auto', 'triton' or 'torch' here, got 'reference'")
     operator.check_dtype("hidden", hidden, backend)
     # Read before apply: inside a Function grad mode is always off.
     needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (hidden, weight, bias)]
-    options = (float(top_p), float(softcap or 0.0), chunk_rows or 0, backend)
+    options = (scaling.top_p, scaling.softcap or 0.0, chunk_rows or 0, backend)
     return _OnePass.apply(hidden.reshape(-1, hidden.shape[-1]), weight, bias, rows, options, chunk_loss, needs)

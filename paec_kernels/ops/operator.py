@@ -57,23 +57,33 @@ def passes_of(backend: str) -> Passes:
     return Passes(torch_backend.forward, torch_backend.backward)
 
 
+class Scaling(NamedTuple):
+    """The options that say what distribution the logits stand for, checked, numbers as Python's."""
+
+    top_p: float
+    temperature: float | Tensor
+    softcap: float | None
+    vocab_size: int | None
+
+
 def check_options(
     top_p: float, temperature: float | Tensor, softcap: float | None, vocab_size: int | None, n_cols: int | None = None
-) -> None:
-    """Raise TypeError or ValueError for options that are out of range whatever the rows hold.
+) -> Scaling:
+    """Return the options, or raise TypeError or ValueError if they are out of range whatever the rows hold.
 
     Args:
         n_cols: how many columns the logits have, where they are known.
     """
-    checks.number("top_p", top_p, above=0, most=1)
+    top_p = checks.number("top_p", top_p, above=0, most=1)
     if isinstance(temperature, Tensor):
         checks.tensor("temperature", temperature, kind="floating")
     else:
-        checks.number("temperature", temperature, above=0)
+        temperature = checks.number("temperature", temperature, above=0)
     if softcap is not None:
-        checks.number("softcap", softcap, above=0)
+        softcap = checks.number("softcap", softcap, above=0)
     if vocab_size is not None:
-        checks.integer("vocab_size", vocab_size, least=1, most=n_cols)
+        vocab_size = checks.integer("vocab_size", vocab_size, least=1, most=n_cols)
+    return Scaling(top_p, temperature, softcap, vocab_size)
 
 
 def check_dtype(name: str, value: Tensor, backend: str) -> None:
@@ -291,10 +301,11 @@ def token_stats(
         raise ValueError(f"logits must have shape [..., V] with V >= 1, got {tuple(logits.shape)}")
     backend = resolve_backend(backend, logits.device)
     check_dtype("logits", logits, backend)
-    check_options(top_p, temperature, softcap, vocab_size, logits.shape[-1])
+    n_cols = logits.shape[-1]
+    top_p, temperature, softcap, vocab_size = check_options(top_p, temperature, softcap, vocab_size, n_cols)
     checks.boolean("inplace_backward", inplace_backward)
     rows = flat_rows("logits[..., 0]", logits[..., 0], token_ids, valid, temperature)
-    n_cols = logits.shape[-1] if vocab_size is None else vocab_size
+    n_cols = vocab_size or n_cols
     if backend == "reference":
         check_values(rows, n_cols, backend)
         return reference.token_stats(
@@ -304,7 +315,7 @@ def token_stats(
         raise ValueError("inplace_backward needs logits of their own memory, got an expanded tensor (stride 0)")
     if inplace_backward and torch.is_grad_enabled() and logits.requires_grad and _is_leaf(logits):
         raise ValueError("inplace_backward needs logits that were computed, got a leaf, whose values would be lost")
-    table = token_stats_forward(logits, *rows, float(top_p), float(softcap or 0.0), n_cols, inplace_backward, backend)
+    table = token_stats_forward(logits, *rows, top_p, softcap or 0.0, n_cols, inplace_backward, backend)
     return as_token_stats(table, logits.shape[:-1], token_ids is not None)
 
 

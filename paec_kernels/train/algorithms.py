@@ -21,12 +21,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from paec_kernels.losses.covariance import clip_cov_selection, kl_cov_selection
+from paec_kernels import checks
+from paec_kernels.losses.covariance import check_covariances, clip_cov_selection, kl_cov_selection
 from paec_kernels.losses.entropy_term import EntropyTerm, check_stats
 from paec_kernels.losses.paec import PAEC
 from paec_kernels.losses.paec import Plan as PAECPlan
 from paec_kernels.losses.paec_config import PAECConfig
-from paec_kernels.losses.policy import check_tokens, cispo_loss, clip_cov_loss, grpo_loss, kl_cov_loss
+from paec_kernels.losses.policy import (
+    check_numbers,
+    check_tokens,
+    cispo_loss,
+    clip_cov_loss,
+    grpo_loss,
+    kl_cov_loss,
+)
 from paec_kernels.losses.ranks import mean_over_ranks
 from paec_kernels.losses.rivals import (
     AER,
@@ -72,7 +80,14 @@ class Plan(NamedTuple):
 
 @dataclass(frozen=True)
 class Method:
-    """What every method answers."""
+    """What every method answers. Its options are checked when it is made."""
+
+    def __post_init__(self) -> None:
+        checks.fields(self)
+        shared = ("clip_low", "clip_high", "kl_coef")
+        check_numbers(**{name: value for name, value in vars(self).items() if name in shared})
+        if hasattr(self, "fraction"):
+            checks.number("fraction", self.fraction, least=0, most=1)
 
     def select(self, micro_batches: Sequence[MicroBatch], seed: int) -> list[Tensor] | None:
         """Choose the tokens of the step that the policy loss treats apart, a bool mask ``[B, T]`` for each."""
@@ -166,6 +181,10 @@ class ClipCovOptions(Method):
     cov_high: float = 5.0
     """Only tokens of a covariance below this [code]."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_covariances(self.cov_low, self.cov_high)
+
     def select(self, micro_batches: Sequence[MicroBatch], seed: int) -> list[Tensor]:
         columns = map(list, zip(*map(_tokens, micro_batches), strict=True))
         return clip_cov_selection(*columns, seed=seed, **asdict(self))
@@ -254,7 +273,8 @@ class Algorithm(nn.Module):
         super().__init__()
         names = [name for name, kind in ALGORITHMS.items() if kind is type(options)]
         if not names:
-            raise TypeError(f"options must be of a type in ALGORITHMS, got {options!r}")
+            raise TypeError(f"options must be of a type in ALGORITHMS, got {checks.shown(options)}")
+        checks.boolean("monitored", monitored)
         self.name = names[0]
         self.options = options
         self.term = options.entropy_term()
@@ -283,6 +303,7 @@ class Algorithm(nn.Module):
             TypeError, ValueError: a micro-batch of wrong types, shapes or devices, or none at all.
         """
         _check(micro_batches)  # all of them, before any is observed
+        seed = checks.integer("seed", seed)
         for batch in micro_batches:
             for module in self._entropy_modules().values():
                 module.observe(batch.stats, batch.valid)
@@ -367,11 +388,10 @@ def _tokens(batch: MicroBatch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def _check(micro_batches: Sequence[MicroBatch]) -> None:
     """Refuse micro-batches that the losses could not take. Reading the accuracies is the one wait for the device."""
-    if not micro_batches:
-        raise ValueError("micro_batches must hold at least one micro-batch on each rank, got none")
+    checks.tensors("micro_batches", micro_batches)
     for batch in micro_batches:
         if not isinstance(batch, MicroBatch):
-            raise TypeError(f"micro_batches must be MicroBatches, got {batch!r}")
+            raise TypeError(f"micro_batches must be MicroBatches, got {checks.shown(batch)}")
         check_stats(batch.stats, batch.valid)
         if batch.valid.dim() != 2:
             raise ValueError(f"valid must be [B, T], a row for each answer, got shape {tuple(batch.valid.shape)}")

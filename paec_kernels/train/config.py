@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from paec_kernels.checks import integer, number
+from paec_kernels.checks import fields, integer, number
 from paec_kernels.saved_state import options_as_json
 from paec_kernels.train.algorithms import ALGORITHMS, Method
 from paec_kernels.train.models.warm_start import WarmStart
@@ -32,6 +32,7 @@ class EvalOptions:
     """Seed of the sampling."""
 
     def __post_init__(self) -> None:
+        fields(self)
         for name, least in (("problems", 1), ("samples", 1), ("seed", 0)):
             integer(name, getattr(self, name), least=least)
 
@@ -95,6 +96,7 @@ class TrainConfig:
     """Folder that keeps the tiny model's start."""
 
     def __post_init__(self) -> None:
+        fields(self)
         for name in "steps prompts answers updates micro_batch max_new_tokens checkpoint_every".split():
             integer(name, getattr(self, name), least=1)
         integer("seed", self.seed, least=0)
@@ -143,6 +145,7 @@ class EvalConfig:
     evaluate: EvalOptions = field(default_factory=EvalOptions)
 
     def __post_init__(self) -> None:
+        fields(self)
         if self.max_new_tokens is not None:
             integer("max_new_tokens", self.max_new_tokens, least=1)
         if self.temperature is not None:
@@ -173,6 +176,7 @@ class CompareConfig:
     """Options of every run, except out, seed, algo and method."""
 
     def __post_init__(self) -> None:
+        fields(self)
         integer("seeds", self.seeds, least=1)
         integer("jobs", self.jobs, least=1)
         for name in ("arms", "arm_fields"):

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
-from paec_kernels.checks import integer, number
+from paec_kernels.checks import fields, integer, number
 from paec_kernels.saved_state import load_saved, write_saved
 from paec_kernels.train.models.tiny import PAD_ID, TinyModel, encode
 from paec_kernels.train.tasks.families import END, FAMILIES, Family, Habits
@@ -34,7 +34,8 @@ class WarmStart:
     """Seed of the weights and of the solutions."""
 
     def __post_init__(self) -> None:
-        for name, least in (("skill_steps", 1), ("habit_steps", 0), ("batch", 1)):
+        fields(self)
+        for name, least in (("skill_steps", 1), ("habit_steps", 0), ("batch", 1), ("seed", 0)):
             integer(name, getattr(self, name), least=least)
         number("learning_rate", self.learning_rate, above=0)
 
