@@ -18,6 +18,8 @@ from paec_kernels.ops.one_pass import one_pass_loss
 from paec_kernels.ops.operator import token_stats
 from paec_kernels.types import TokenStats
 
+__version__ = "0.1.0"
+
 __all__ = [
     "AER",
     "PAEC",
