@@ -136,23 +136,16 @@ def instance(name: str, value: Any, kind: type) -> None:
         raise TypeError(f"{name} must be of type {kind.__name__}, got {shown(value)}")
 
 
-def tensors(name: str, value: Any) -> None:
-    """Raise for what is no list of tensors, one for each micro-batch; a tensor or a generator is none.
-
-    Raises:
-        TypeError: not a list or tuple.
-        ValueError: empty.
-    """
+def micro_batches(name: str, value: Any) -> None:
+    """Raise TypeError for what is no list with an item for each micro-batch; a tensor or a generator is none."""
     if isinstance(value, Tensor) or not isinstance(value, Sequence) or isinstance(value, str | bytes):
         raise TypeError(f"{name} must be a list with an item for each micro-batch, got {shown(value)}")
-    if not value:
-        raise ValueError(f"{name} must hold at least one micro-batch, got {shown(value)}")
 
 
 def tensor(
     name: str, value: Any, *, kind: str | None = None, like: tuple[str, Tensor] | None = None, broadcast: bool = False
 ) -> None:
-    """Raise for what is not a dense tensor that holds values, of that kind and of the shape and device of another.
+    """Raise for what is not a dense tensor of that kind and of the shape and device of another.
 
     Args:
         kind: ``"floating"``, ``"integer"`` or ``"bool"``; any by default.
@@ -162,7 +155,7 @@ def tensor(
 
     Raises:
         TypeError: not a tensor, a sparse, nested or quantised one, or of another kind.
-        ValueError: of another shape or device, or on the meta device.
+        ValueError: of another shape or device.
     """
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {shown(value)}")
@@ -171,8 +164,6 @@ def tensor(
     if kind is not None and value.dtype not in KINDS[kind]:
         raise TypeError(f"{name} must be {'an' if kind == 'integer' else 'a'} {kind} tensor, got {value.dtype}")
     if like is None:
-        if value.is_meta:
-            raise ValueError(f"{name} must be on a device that holds values, got {value.device}")
         return
     like_name, other = like
     if value.device != other.device:

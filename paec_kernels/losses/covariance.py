@@ -151,10 +151,10 @@ def _check_selection(fraction: float, process_group: dist.ProcessGroup | None, *
     """Check the arguments of a selection before any rank waits for another; return the fraction as a float."""
     check_group(process_group)
     for name, tensors in named.items():
-        checks.tensors(name, tensors)
+        checks.micro_batches(name, tensors)
     counts = {name: len(tensors) for name, tensors in named.items()}
-    if len(set(counts.values())) > 1:
-        raise ValueError(f"{', '.join(counts)} must have one tensor for each micro-batch, got {counts}")
+    if len(set(counts.values())) > 1 or not counts["valid"]:
+        raise ValueError(f"{', '.join(counts)} must have one tensor for each micro-batch, at least one, got {counts}")
     for micro_batch in zip(*named.values(), strict=True):
         check_tokens(**dict(zip(named, micro_batch, strict=True)))
     return checks.number("fraction", fraction, least=0, most=1)

@@ -128,8 +128,11 @@ class EntropyTerm(nn.Module):
         check_stats(stats, valid)
         for name, value in zip(plan._fields, plan, strict=True):
             checks.tensor(f"plan.{name}", value, kind="floating")
-            if value.dim() != 0:
-                raise ValueError(f"plan.{name} must be 0-d, got shape {tuple(value.shape)}")
+            if value.dim() != 0 or value.device != valid.device:
+                raise ValueError(
+                    f"plan.{name} must be 0-d and on the device of valid, {valid.device}, "
+                    f"got shape {tuple(value.shape)} on {value.device}"
+                )
         return self._term(stats, valid, plan, accuracy)
 
     @torch.no_grad()
@@ -206,15 +209,11 @@ def check_stats(stats: TokenStats, valid: Tensor) -> None:
         raise TypeError(f"stats must be a TokenStats, got {type(stats).__name__}")
     checks.tensor("stats.entropy", stats.entropy)
     like = ("stats.entropy", stats.entropy)
-    if stats.entropy.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"stats.entropy must be float32 or float64, got {stats.entropy.dtype}")
-    for name in ("nucleus_entropy", "margin"):
+    for name in ("entropy", "nucleus_entropy", "margin"):
         value = getattr(stats, name)
         checks.tensor(f"stats.{name}", value, like=like)
-        if value.dtype != stats.entropy.dtype:
-            raise TypeError(
-                f"stats.{name} must have the dtype of stats.entropy, {stats.entropy.dtype}, got {value.dtype}"
-            )
+        if value.dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"stats.{name} must be float32 or float64, got {value.dtype}")
     checks.tensor("stats.nucleus_size", stats.nucleus_size, like=like)
     if stats.nucleus_size.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"stats.nucleus_size must be int32 or int64, got {stats.nucleus_size.dtype}")

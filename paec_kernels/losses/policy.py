@@ -81,7 +81,7 @@ def grpo_loss(
         TypeError, ValueError: a wrong type, shape, device or range.
     """
     check_tokens(logp=logp, old_logp=old_logp, advantages=advantages, valid=valid)
-    clip_low, clip_high, kl_coef, normalizer = check_numbers(clip_low, clip_high, kl_coef, normalizer)
+    clip_low, clip_high, kl_coef, normalizer = check_numbers(clip_low, clip_high, kl_coef, normalizer, logp)
     if ref_logp is not None:
         check_tokens(logp=logp, ref_logp=ref_logp)
     elif kl_coef > 0:
@@ -124,7 +124,7 @@ def cispo_loss(
         TypeError, ValueError: a wrong type, shape, device or range.
     """
     check_tokens(logp=logp, old_logp=old_logp, advantages=advantages, valid=valid)
-    clip_low, clip_high, _, normalizer = check_numbers(clip_low, clip_high, normalizer=normalizer)
+    clip_low, clip_high, _, normalizer = check_numbers(clip_low, clip_high, normalizer=normalizer, like=logp)
     logp, log_ratio, advantages = where_valid(logp, old_logp, advantages, valid)
     ratio = log_ratio.detach().exp()
     objective = ratio.clamp(1 - clip_low, 1 + clip_high) * advantages * logp
@@ -162,7 +162,7 @@ def clip_cov_loss(
         TypeError, ValueError: a wrong type, shape, device or range.
     """
     check_tokens(logp=logp, old_logp=old_logp, advantages=advantages, valid=valid, removed=removed)
-    clip_low, clip_high, _, normalizer = check_numbers(clip_low, clip_high, normalizer=normalizer)
+    clip_low, clip_high, _, normalizer = check_numbers(clip_low, clip_high, normalizer=normalizer, like=logp)
     _, log_ratio, advantages = where_valid(logp, old_logp, advantages, valid)
     objective = _clipped_surrogate(log_ratio, advantages, clip_low, clip_high) * ~removed
     metrics = _ratio_metrics(log_ratio.detach(), advantages, valid, clip_low, clip_high)
@@ -199,7 +199,7 @@ def kl_cov_loss(
         TypeError, ValueError: a wrong type, shape, device or range.
     """
     check_tokens(logp=logp, old_logp=old_logp, advantages=advantages, valid=valid, penalised=penalised)
-    _, _, kl_coef, normalizer = check_numbers(kl_coef=kl_coef, normalizer=normalizer)
+    _, _, kl_coef, normalizer = check_numbers(kl_coef=kl_coef, normalizer=normalizer, like=logp)
     _, log_ratio, advantages = where_valid(logp, old_logp, advantages, valid)
     objective = log_ratio.exp() * advantages - kl_coef * torch.where(penalised, log_ratio.abs(), 0.0)
     metrics = _ratio_metrics(log_ratio.detach(), advantages, valid, 1.0, math.inf)
@@ -299,18 +299,25 @@ def check_numbers(
     clip_high: float = 0.0,
     kl_coef: float = 0.0,
     normalizer: float | Tensor | None = None,
+    like: Tensor | None = None,
 ) -> Numbers:
-    """Return options of these losses, or refuse those that are out of range; they are named as there."""
+    """Return options of these losses, or refuse those that are out of range; they are named as there.
+
+    Args:
+        like: the log-probs, which a ``normalizer`` that is a tensor must fit.
+    """
     clip_low = checks.number("clip_low", clip_low, least=0, most=1)
     clip_high = checks.number("clip_high", clip_high, least=0, most=math.inf)
-    kl_coef = checks.number("kl_coef", kl_coef, least=0)
+    kl_coef = checks.number("kl_coef", kl_coef, least=0, most=math.inf)
     if isinstance(normalizer, Tensor):
         checks.tensor("normalizer", normalizer)
         if normalizer.dtype not in (*checks.KINDS["floating"], *checks.KINDS["integer"]):
             raise TypeError(f"normalizer must be a number or a 0-d tensor of one, got {normalizer.dtype}")
         if normalizer.dim() != 0:
             raise ValueError(f"normalizer must be a number or 0-d, got shape {tuple(normalizer.shape)}")
+        if like is not None and normalizer.device not in (like.device, torch.device("cpu")):
+            raise ValueError(f"normalizer must be on the device of logp, {like.device}, got {normalizer.device}")
         normalizer = normalizer.detach()
     elif normalizer is not None:
-        normalizer = checks.number("normalizer", normalizer, least=0)
+        normalizer = checks.number("normalizer", normalizer, least=0, most=math.inf)
     return Numbers(clip_low, clip_high, kl_coef, normalizer)

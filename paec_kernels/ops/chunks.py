@@ -119,6 +119,8 @@ def prepare(
         TypeError, ValueError: by name.
     """
     checks.tensor("hidden", hidden, kind="floating")
+    if hidden.is_meta:  # autocast knows no such device
+        raise ValueError(f"hidden must be on a device that computes, got {hidden.device}")
     checks.tensor("weight", weight, kind="floating")
     if bias is not None:
         checks.tensor("bias", bias, kind="floating")

@@ -388,7 +388,9 @@ def _tokens(batch: MicroBatch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def _check(micro_batches: Sequence[MicroBatch]) -> None:
     """Refuse micro-batches that the losses could not take. Reading the accuracies is the one wait for the device."""
-    checks.tensors("micro_batches", micro_batches)
+    checks.micro_batches("micro_batches", micro_batches)
+    if not micro_batches:
+        raise ValueError("micro_batches must hold at least one micro-batch on each rank, got none")
     for batch in micro_batches:
         if not isinstance(batch, MicroBatch):
             raise TypeError(f"micro_batches must be MicroBatches, got {checks.shown(batch)}")
