@@ -85,7 +85,7 @@ def fields(config: Any) -> None:
     Ranges are left to the other checks.
 
     Raises:
-        TypeError, ValueError: a field of another type; a float that is NaN; a text that is no choice of a Literal.
+        TypeError, ValueError: a field of another type; a text that is no choice of a Literal.
     """
     for name, hint in get_type_hints(type(config)).items():
         object.__setattr__(config, name, _of_type(name, getattr(config, name), hint))
@@ -102,7 +102,8 @@ def _of_type(name: str, value: Any, hint: Any) -> Any:
             raise TypeError(f"{name} must be a list or tuple, got {shown(value)}")
         return tuple(_of_type(f"{name}[{i}]", item, kinds[0]) for i, item in enumerate(value))
     elif hint is float:
-        return number(name, value, least=-math.inf, most=math.inf)
+        is_nan = isinstance(value, float) and math.isnan(value)  # out of every range, whose check says what is in it
+        return value if is_nan else number(name, value, least=-math.inf, most=math.inf)
     elif hint is int:
         return integer(name, value)
     elif hint is bool:
