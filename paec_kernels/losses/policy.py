@@ -317,7 +317,7 @@ def check_numbers(
             raise ValueError(f"normalizer must be a number or 0-d, got shape {tuple(normalizer.shape)}")
         if like is not None and normalizer.device not in (like.device, torch.device("cpu")):
             raise ValueError(f"normalizer must be on the device of logp, {like.device}, got {normalizer.device}")
-        normalizer = normalizer.detach()
+        normalizer = normalizer.detach() if normalizer.is_floating_point() else normalizer.long()
     elif normalizer is not None:
         normalizer = checks.number("normalizer", normalizer, least=0, most=math.inf)
     return Numbers(clip_low, clip_high, kl_coef, normalizer)
