@@ -20,7 +20,7 @@ def scaled_logits(z: Tensor, temperature: float | Tensor = 1.0, softcap: float |
     Their sum would lose the digits in which large logits differ. ``temperature`` is a float or ``z.shape[:-1]``.
     """
     if softcap is not None:
-        z = torch.where(z == -math.inf, z, softcap * torch.tanh(z / softcap))  # a masked token stays masked
+        z = torch.where(z == -math.inf, -math.inf, softcap * torch.tanh(z / softcap))  # a masked token stays masked
     if isinstance(temperature, Tensor):
         temperature = temperature.detach().to(z.dtype)[..., None]
     top = z.detach().amax(-1, keepdim=True)
@@ -81,9 +81,9 @@ def token_stats(
     row_valid = torch.ones(z.shape[:-1], dtype=torch.bool, device=z.device) if valid is None else valid
     z = torch.where(row_valid[..., None], z, 0.0)
     broken = ~((z < math.inf).all(-1) & (z > -math.inf).any(-1))
+    z = z + torch.where(broken, math.nan, 0.0).to(z.dtype)[..., None]
 
     x, top = scaled_logits(z, temperature, softcap)
-    x = x + torch.where(broken, math.nan, 0.0).to(x.dtype)[..., None]
     log_total = x.logsumexp(-1)
     log_p = x - log_total[..., None]
     p = log_p.exp()

@@ -58,6 +58,25 @@ def test_gradcheck(softcap):
     assert torch.autograd.gradcheck(differentiable, logits)
 
 
+def test_a_masked_token_has_the_slope_of_a_softcap_far_below():
+    """1 - tanh^2, which is 0 there: the sampled token's share of dlogp/dz goes through it as all else does."""
+    gradients = []
+    for lowest in (-1e6, -math.inf):
+        logits = torch.tensor([[1.0, 2.0, lowest]], dtype=torch.float64, requires_grad=True)
+        stats = reference.token_stats(logits, torch.tensor([2]), softcap=5.0)
+        gradients.append(torch.autograd.grad(stats.logp.sum(), logits)[0][0, 2].item())
+    assert gradients == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("row", [[-math.inf, -math.inf], [-math.inf, math.nan], [math.inf, 1.0]])
+def test_a_row_without_a_distribution_has_nan_as_its_gradient(row, softcap):
+    logits = torch.tensor([row, [1.0, 2.0]], dtype=torch.float64, requires_grad=True)
+    for value in reference.token_stats(logits, torch.tensor([0, 0]), softcap=softcap)[:3]:
+        (gradient,) = torch.autograd.grad(value.sum(), logits, retain_graph=True)
+        assert gradient.isnan().tolist() == [[True, True], [False, False]]
+
+
 def test_gradient_formulas():
     """METHOD's closed forms for dlogp/dz, dH/dz and dH_p/dz against autograd."""
     logits = torch.randn(1, 12, dtype=torch.float64, requires_grad=True)
