@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from ops.heads import head, logits_seen, run
 from ops.rows import check_against, gradient_of, truth_of
 from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
@@ -16,31 +17,8 @@ from torch.utils.checkpoint import checkpoint
 import paec_kernels as pk
 from benchmarks import peak_memory
 from paec_kernels import reference
-from paec_kernels.ops import layout, operator
 from paec_kernels.ops import linear as module
 from paec_kernels.ops.chunks import choose_chunks, empty_logits
-
-
-def head(n=37, width=24, n_cols=530, dtype=torch.float32, bias=False):
-    """Hidden states, a weight with logits of a language model's spread, ids with one ignored, and valid rows."""
-    return SimpleNamespace(
-        hidden=torch.randn(n, width).to(dtype),
-        weight=(torch.randn(n_cols, width) * 3 / math.sqrt(width)).to(dtype),
-        bias=torch.randn(n_cols).to(dtype) if bias else None,
-        token_ids=torch.randint(0, n_cols, (n,)).index_fill(0, torch.tensor([2]), -100),
-        valid=torch.rand(n) > 0.3,
-        coefficients=torch.randn(3, n),
-    )
-
-
-def run(statistics, case, **options):
-    """Statistics, and the gradients of hidden, weight and bias of a mix of logp, H and H_p."""
-    leaves = [None if t is None else t.clone().requires_grad_() for t in (case.hidden, case.weight, case.bias)]
-    stats = statistics(leaves[0], leaves[1], case.token_ids, bias=leaves[2], **options)
-    loss = (stats.logp * case.coefficients[0]).sum()
-    loss = loss + (stats.entropy * case.coefficients[1] + stats.nucleus_entropy * case.coefficients[2]).sum()
-    loss.backward()
-    return stats, [leaf.grad for leaf in leaves if leaf is not None]
 
 
 def check(case, backend, **options):
@@ -116,24 +94,7 @@ def test_backward_sees_the_logits_that_forward_saw(sizes):
     """To the bit, in float32: else the token at the nucleus' threshold drops out of the gradient."""
     case = head(*sizes)
     for chunk_rows in (None, 7, 64):
-        seen = {}
-        for name in ("forward", "backward"):
-            seen[name] = torch.full((sizes[0], sizes[2]), math.nan)
-
-        def forward(logits, *_, seen=seen, first=[0]):  # noqa: B006
-            assert logits.stride(1) % 16 == 0
-            seen["forward"][first[0] : first[0] + logits.shape[1]] = logits[0]
-            first[0] += logits.shape[1]
-            return layout.new_table(torch.zeros, logits.shape[1], logits.device)
-
-        def backward(d_stats, stats, rest, logits, *others, seen=seen):
-            assert logits.stride(1) % 16 == 0
-            first = others[-1]
-            seen["backward"][:, first : first + logits.shape[2]] = logits[0]
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(operator, "passes_of", lambda _: operator.Passes(forward, backward))
-            run(pk.linear_token_stats, case, chunk_rows=chunk_rows)
+        seen = logits_seen(case, chunk_rows)
         assert torch.equal(seen["forward"], seen["backward"])
 
 

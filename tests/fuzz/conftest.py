@@ -1,0 +1,70 @@
+"""The backends that properties are of, and the report of how many inputs each held for."""
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+from fuzz import properties
+
+BEGAN = time.monotonic()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--fuzz-report", type=Path, help="write what the properties ran to this JSON file")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    report = config.getoption("fuzz_report", default=None)
+    if report is not None and not hasattr(config, "workerinput"):  # xdist's workers send theirs to the first process
+        config.pluginmanager.register(Report(report, config.getoption("hypothesis_seed")))
+
+
+class Report:
+    """Gathers the properties' reports, of all processes, and writes them at the end."""
+
+    def __init__(self, path: Path, seed: str | None) -> None:
+        self.path, self.seed, self.properties = path, seed, {}
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        entry = self.properties.setdefault(report.nodeid.partition("fuzz/")[2], {"examples": 0, "failed": False})
+        entry["failed"] |= report.failed
+        if report.when == "call":
+            entry["seconds"] = round(report.duration, 1)
+        if report.when == "teardown":
+            entry["examples"] = dict(report.user_properties).get("examples", 0)
+
+    def pytest_sessionfinish(self) -> None:
+        import paec_kernels  # noqa: F401  the files that the commit in the provenance answers for
+        from benchmarks.provenance import provenance
+
+        record = {
+            "provenance": provenance() | {"hypothesis": version("hypothesis")},
+            "seed": self.seed,
+            "examples": sum(entry["examples"] for entry in self.properties.values()),
+            "failures": sum(entry["failed"] for entry in self.properties.values()),
+            "seconds": round(time.monotonic() - BEGAN, 1),
+            "properties": dict(sorted(self.properties.items())),
+        }
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_text(json.dumps(record, indent=1) + "\n")
+
+
+@pytest.fixture(autouse=True)
+def _counted(record_property) -> Iterator[None]:
+    before = properties.held
+    yield
+    record_property("examples", properties.held - before)
+
+
+@pytest.fixture(scope="session", params=["torch", "triton"])
+def backend(request: pytest.FixtureRequest) -> str:
+    """Both backends on the CPU, Triton's kernels in its interpreter."""
+    if request.param == "triton":
+        pytest.importorskip("triton", reason="the triton package is not installed")
+        if os.environ["TRITON_INTERPRET"] != "1":
+            pytest.skip("compiled kernels take no CPU tensors: needs TRITON_INTERPRET=1")
+    return request.param

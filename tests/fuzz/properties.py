@@ -1,0 +1,42 @@
+"""A property: a test that is given many inputs, and counts those for which it held."""
+
+import functools
+from collections.abc import Callable
+
+from hypothesis import HealthCheck, given, settings
+from hypothesis.strategies import SearchStrategy
+
+# The same inputs in every run of the tests. No deadline: a machine may be busy. No database: nothing is left behind.
+settings.register_profile(
+    "tests",
+    derandomize=True,
+    deadline=None,
+    database=None,
+    print_blob=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example],
+)
+# Many more, of the seed that --hypothesis-seed gives.
+settings.register_profile("fuzz", parent=settings.get_profile("tests"), derandomize=False)
+
+held = 0  # examples for which a property held, of all that ran in this process
+
+
+def holds(*, tests: int = 6, fuzz: int, **strategies: SearchStrategy) -> Callable[[Callable], Callable]:
+    """Make a property of a test, whose arguments by these names are drawn.
+
+    Args:
+        tests, fuzz: how many examples the two profiles run.
+    """
+    of_fuzz = settings.get_current_profile_name() == "fuzz"
+    profile = settings.get_profile("fuzz" if of_fuzz else "tests")
+
+    def decorate(test: Callable) -> Callable:
+        @functools.wraps(test)
+        def counted(*args, **kwargs):
+            global held
+            test(*args, **kwargs)
+            held += 1
+
+        return settings(profile, max_examples=fuzz if of_fuzz else tests)(given(**strategies)(counted))
+
+    return decorate

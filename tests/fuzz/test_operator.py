@@ -1,0 +1,59 @@
+"""Values and gradients of `token_stats` for any logits and options, against the reference in float64."""
+
+import pytest
+import torch
+from fuzz.properties import holds
+from fuzz.strategies import VIEWS, Logits, Options, float32s, options, some_logits
+from hypothesis import strategies as st
+from ops.rows import check_gradient, check_values
+
+import paec_kernels as pk
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, in the interpreter: overflow
+
+
+def padded(logits: Logits, n: int) -> torch.Tensor:
+    """The logits with n more columns of what must not be read."""
+    z = logits.make()
+    rubbish = torch.tensor([float("nan"), float("inf"), -float("inf"), 7.0], dtype=z.dtype)
+    return torch.cat([z, rubbish[torch.arange(n) % 4].expand(*z.shape[:-1], n)], dim=-1)
+
+
+def check(backend: str, z: torch.Tensor, given: Options, width: int, weights: torch.Tensor, inplace: bool) -> None:
+    token_ids, arguments = given.for_rows(z.shape[:-1], width)
+    if width < z.shape[-1]:
+        arguments["vocab_size"] = width
+    check_values(backend, z, token_ids, **arguments)
+    check_gradient(backend, z, token_ids, weights, inplace=inplace, **arguments)
+
+
+@holds(fuzz=2000, logits=some_logits(), given=options, inplace=st.booleans())
+def test_any_logits(backend, logits, given, inplace):
+    z = padded(logits, given.padding) if given.padding else logits.make()
+    weights = torch.randn(3, z[..., 0].numel(), generator=torch.Generator().manual_seed(given.seed))
+    own_memory = logits.view != "one row for all" or given.padding > 0
+    check(backend, z, given, logits.width, weights, inplace and own_memory)
+
+
+every_float = st.floats(width=32, allow_nan=False, allow_infinity=False)  # subnormal ones included
+
+
+@holds(
+    fuzz=1500,
+    row=st.lists(every_float | float32s(-30, 30) | st.just(-float("inf")), min_size=1, max_size=9),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    given=options,
+)
+def test_any_floats(backend, row, dtype, given):
+    z = torch.tensor([row]).to(dtype)
+    check(backend, z, given, len(row), torch.tensor([[1.0], [-0.7], [1.3]]), inplace=False)
+
+
+@holds(fuzz=500, logits=some_logits(view=["contiguous"], width=st.integers(1, 40)), given=options, data=st.data())
+def test_views_of_the_same_numbers_are_the_same_to_the_bit(backend, logits, given, data):
+    z = logits.make()
+    view = VIEWS[data.draw(st.sampled_from([name for name in VIEWS if name != "one row for all"]), "view")](z)
+    token_ids, arguments = given.for_rows(z.shape[:-1], logits.width)
+    stats, expected = (pk.token_stats(x, token_ids, backend=backend, **arguments) for x in (view, z))
+    for value, other in zip(stats, expected, strict=True):
+        assert value is other is None or torch.equal(value.nan_to_num(7.0), other.nan_to_num(7.0))
