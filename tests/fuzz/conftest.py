@@ -1,7 +1,6 @@
 """The backends that properties are of, and the report of how many inputs each held for."""
 
 import json
-import os
 import time
 from collections.abc import Iterator
 from importlib.metadata import version
@@ -60,11 +59,9 @@ def _counted(record_property) -> Iterator[None]:
     record_property("examples", properties.held - before)
 
 
-@pytest.fixture(scope="session", params=["torch", "triton"])
+@pytest.fixture(params=["torch", "triton"])
 def backend(request: pytest.FixtureRequest) -> str:
     """Both backends on the CPU, Triton's kernels in its interpreter."""
     if request.param == "triton":
-        pytest.importorskip("triton", reason="the triton package is not installed")
-        if os.environ["TRITON_INTERPRET"] != "1":
-            pytest.skip("compiled kernels take no CPU tensors: needs TRITON_INTERPRET=1")
+        request.getfixturevalue("interpreter")
     return request.param

@@ -7,13 +7,19 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis.strategies import SearchStrategy
 
 # The same inputs in every run of the tests. No deadline: a machine may be busy. No database: nothing is left behind.
+# Fixtures are made once for all inputs of a test, and those here depend on their parameter alone.
 settings.register_profile(
     "tests",
     derandomize=True,
     deadline=None,
     database=None,
     print_blob=True,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example],
+    suppress_health_check=[
+        HealthCheck.too_slow,
+        HealthCheck.data_too_large,
+        HealthCheck.large_base_example,
+        HealthCheck.function_scoped_fixture,
+    ],
 )
 # Many more, of the seed that --hypothesis-seed gives.
 settings.register_profile("fuzz", parent=settings.get_profile("tests"), derandomize=False)
