@@ -1,0 +1,66 @@
+"""Data-parallel ranks as threads of one process: the collectives that `losses/ranks.py` calls, and nothing else."""
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from paec_kernels.losses import ranks
+
+
+class FakeDist:
+    """Stands for ``torch.distributed`` in the n threads that `on_threads` starts."""
+
+    ReduceOp = torch.distributed.ReduceOp
+    ProcessGroup = torch.distributed.ProcessGroup
+
+    def __init__(self, n: int) -> None:
+        self.n, self.here = n, threading.local()
+        self.barrier, self.sent = threading.Barrier(n, timeout=60), [torch.empty(0)] * n
+
+    def is_available(self) -> bool:
+        return True
+
+    is_initialized = is_available
+
+    def get_rank(self, group: None) -> int:
+        return self.here.rank
+
+    def get_world_size(self, group: None) -> int:
+        return self.n
+
+    def exchange(self, x: Tensor) -> list[Tensor]:
+        self.sent[self.here.rank] = x.clone()
+        self.barrier.wait()
+        received = list(self.sent)
+        self.barrier.wait()
+        return received
+
+    def all_reduce(self, x: Tensor, op: Any = ReduceOp.SUM, group: None = None) -> None:
+        received = torch.stack(self.exchange(x))
+        x.copy_(received.amax(0) if op == self.ReduceOp.MAX else received.sum(0))
+
+    def all_gather(self, parts: list[Tensor], x: Tensor, group: None = None) -> None:
+        for part, received in zip(parts, self.exchange(x), strict=True):
+            part.copy_(received)
+
+
+def on_threads(n: int, work: Callable[[int], Any]) -> list[Any]:
+    """Call ``work(rank)`` in n threads that are ranks of one group, and return what they return."""
+    fake = FakeDist(n)
+
+    def of_rank(rank: int) -> Any:
+        fake.here.rank = rank
+        try:
+            return work(rank)
+        except BaseException:
+            fake.barrier.abort()  # else the others would wait for it
+            raise
+
+    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(n) as threads:
+        patch.setattr(ranks, "dist", fake)
+        return list(threads.map(of_rank, range(n)))
