@@ -1,5 +1,6 @@
 """Data-parallel ranks as threads of one process: the collectives that `losses/ranks.py` calls, and nothing else."""
 
+import copy
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +21,8 @@ class FakeDist:
 
     def __init__(self, n: int) -> None:
         self.n, self.here = n, threading.local()
-        self.barrier, self.sent = threading.Barrier(n, timeout=60), [torch.empty(0)] * n
+        self.barrier = threading.Barrier(n, timeout=600)
+        self.sent: list[Any] = [None] * n
 
     def is_available(self) -> bool:
         return True
@@ -33,8 +35,8 @@ class FakeDist:
     def get_world_size(self, group: None) -> int:
         return self.n
 
-    def exchange(self, x: Tensor) -> list[Tensor]:
-        self.sent[self.here.rank] = x.clone()
+    def exchange(self, x: Any) -> list[Any]:
+        self.sent[self.here.rank] = copy.deepcopy(x)
         self.barrier.wait()
         received = list(self.sent)
         self.barrier.wait()
@@ -43,6 +45,9 @@ class FakeDist:
     def all_reduce(self, x: Tensor, op: Any = ReduceOp.SUM, group: None = None) -> None:
         received = torch.stack(self.exchange(x))
         x.copy_(received.amax(0) if op == self.ReduceOp.MAX else received.sum(0))
+
+    def all_gather_object(self, objects: list[Any], x: Any, group: None = None) -> None:
+        objects[:] = self.exchange(x)
 
     def all_gather(self, parts: list[Tensor], x: Tensor, group: None = None) -> None:
         for part, received in zip(parts, self.exchange(x), strict=True):
