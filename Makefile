@@ -3,6 +3,7 @@
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 JOBS ?= 2
+SEED ?= 0
 # Idle OpenMP threads sleep. Spinning, they take the cores from whatever else runs: beside two other busy
 # processes on two cores, make demo took five times as long.
 export OMP_WAIT_POLICY ?= PASSIVE
@@ -15,7 +16,7 @@ TORCH_VERSION := $(shell sed -n 's/^torch==//p' constraints/default.txt)
 UNAME := $(shell uname -s)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-llm test test-gpu test-triton36 test-verl bench bench-gpu lint format
+.PHONY: help setup demo demo-llm test test-gpu test-triton36 test-verl fuzz bench bench-gpu lint format
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -42,6 +43,10 @@ test-triton36: .venv-triton36/.stamp ## the kernels' tests on triton 3.6, in an 
 
 test-verl: .venv-verl/.stamp ## the tests of PAEC in verl, in an environment of its own (Python 3.11 or 3.12)
 	.venv-verl/bin/python -m pytest -n $(JOBS) --dist loadfile tests/integrations_verl
+
+fuzz: .venv/.stamp ## every property on thousands of drawn inputs, of another SEED if it is given: bench_results/trust
+	.venv/bin/python -m pytest tests/fuzz -n $(JOBS) --dist worksteal --timeout 7200 \
+		--hypothesis-profile fuzz --hypothesis-seed $(SEED) --fuzz-report bench_results/trust/fuzz.json
 
 bench: .venv/.stamp ## the CPU benchmarks, under ten minutes: rows, plots and page in bench_results
 	env -u TRITON_INTERPRET .venv/bin/python -m benchmarks.compiled_code --out bench_results/compiled_code.json

@@ -31,10 +31,7 @@ class Report:
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         entry = self.properties.setdefault(report.nodeid.partition("fuzz/")[2], {"examples": 0, "failed": False})
         entry["failed"] |= report.failed
-        if report.when == "call":
-            entry["seconds"] = round(report.duration, 1)
-        if report.when == "teardown":
-            entry["examples"] = dict(report.user_properties).get("examples", 0)
+        entry |= dict(report.user_properties)  # those of `_counted`
 
     def pytest_sessionfinish(self) -> None:
         import paec_kernels  # noqa: F401  the files that the commit in the provenance answers for
@@ -54,9 +51,10 @@ class Report:
 
 @pytest.fixture(autouse=True)
 def _counted(record_property) -> Iterator[None]:
-    before = properties.held
+    held, began = properties.held, time.process_time()
     yield
-    record_property("examples", properties.held - before)
+    record_property("examples", properties.held - held)
+    record_property("cpu_seconds", round(time.process_time() - began, 2))
 
 
 @pytest.fixture(params=["torch", "triton"])
