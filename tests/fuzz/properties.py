@@ -24,17 +24,17 @@ settings.register_profile(
 # Many more, of the seed that --hypothesis-seed gives.
 settings.register_profile("fuzz", parent=settings.get_profile("tests"), derandomize=False)
 
+FUZZ = settings.get_current_profile_name() == "fuzz"
 held = 0  # examples for which a property held, of all that ran in this process
 
 
-def holds(*, tests: int = 6, fuzz: int, **strategies: SearchStrategy) -> Callable[[Callable], Callable]:
+def holds(*, tests: int = 5, fuzz: int, **strategies: SearchStrategy) -> Callable[[Callable], Callable]:
     """Make a property of a test, whose arguments by these names are drawn.
 
     Args:
         tests, fuzz: how many examples the two profiles run.
     """
-    of_fuzz = settings.get_current_profile_name() == "fuzz"
-    profile = settings.get_profile("fuzz" if of_fuzz else "tests")
+    profile = settings.get_profile("fuzz" if FUZZ else "tests")
 
     def decorate(test: Callable) -> Callable:
         @functools.wraps(test)
@@ -43,6 +43,6 @@ def holds(*, tests: int = 6, fuzz: int, **strategies: SearchStrategy) -> Callabl
             test(*args, **kwargs)
             held += 1
 
-        return settings(profile, max_examples=fuzz if of_fuzz else tests)(given(**strategies)(counted))
+        return settings(profile, max_examples=fuzz if FUZZ else tests)(given(**strategies)(counted))
 
     return decorate

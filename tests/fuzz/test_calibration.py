@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from fuzz.fake_ranks import on_threads
-from fuzz.properties import holds
+from fuzz.properties import FUZZ, holds
 from fuzz.strategies import seeds
 from helpers import on_ranks
 from hypothesis import strategies as st
@@ -132,7 +132,7 @@ def same_step_cut_or_whole(step: Step, make: Callable[[], EntropyTerm], anchored
 
 
 @pytest.mark.parametrize("name", TERMS)
-@holds(fuzz=700, step=steps(), anchored=st.booleans(), more_ranks=st.integers(0, 1))
+@holds(tests=10, fuzz=700, step=steps(), anchored=st.booleans(), more_ranks=st.integers(0, 1))
 def test_a_step_is_the_same_however_it_is_cut(name, step, anchored, more_ranks, request):
     if "Triton" in name:
         request.getfixturevalue("interpreter")
@@ -155,7 +155,7 @@ configs = st.builds(
 )
 
 
-@holds(fuzz=2000, step=steps(), config=configs, anchored=st.booleans())
+@holds(tests=20, fuzz=2000, step=steps(), config=configs, anchored=st.booleans())
 def test_paec_is_its_definition_for_any_constants(step, config, anchored):
     batch = make_batch(step.answers, step.tokens, seed=step.seed, p_valid=step.p_valid)
     term = PAEC(config)
@@ -172,7 +172,7 @@ def test_paec_is_its_definition_for_any_constants(step, config, anchored):
         torch.testing.assert_close(out.metrics[name], value, rtol=1e-9, atol=1e-11, equal_nan=True)
 
 
-@holds(fuzz=700, step=steps(), cuts=st.lists(st.integers(0, 80), max_size=5))
+@holds(tests=10, fuzz=700, step=steps(), cuts=st.lists(st.integers(0, 80), max_size=5))
 def test_paec_may_cut_answers_too(step, cuts):
     stats, poisoned, valid, _ = step.tensors()
     flat = [TokenStats(None, *(x.reshape(-1) for x in s[1:])) for s in (stats, poisoned)]
@@ -202,7 +202,8 @@ def work(rank: int, cut: list[tuple]) -> list:
 
 
 @pytest.mark.skipif(not dist.is_available(), reason="this build of torch has no torch.distributed")
-@holds(tests=1, fuzz=4, drawn=st.lists(steps(max_ranks=2), min_size=3, max_size=6))
+@pytest.mark.skipif(not FUZZ, reason="make fuzz runs it; losses/test_ranks.py has fixed steps in processes")
+@holds(fuzz=4, drawn=st.lists(steps(max_ranks=2), min_size=3, max_size=6))
 def test_two_processes_are_one(drawn, tmp_path_factory):
     ranks = on_ranks(2, work, tmp_path_factory.mktemp("ranks"), [tuple(step) for step in drawn])
     made = zip(*ranks, strict=True)

@@ -27,26 +27,49 @@ def check(backend: str, z: torch.Tensor, given: Options, width: int, weights: to
     check_gradient(backend, z, token_ids, weights, inplace=inplace, **arguments)
 
 
-@holds(fuzz=2000, logits=some_logits(), given=options, inplace=st.booleans())
-def test_any_logits(backend, logits, given, inplace):
+def check_logits(backend: str, logits: Logits, given: Options, inplace: bool) -> None:
     z = padded(logits, given.padding) if given.padding else logits.make()
     weights = torch.randn(3, z[..., 0].numel(), generator=torch.Generator().manual_seed(given.seed))
     own_memory = logits.view != "one row for all" or given.padding > 0
     check(backend, z, given, logits.width, weights, inplace and own_memory)
 
 
-every_float = st.floats(width=32, allow_nan=False, allow_infinity=False)  # subnormal ones included
+any_logits = {"logits": some_logits(), "given": options, "inplace": st.booleans()}
 
 
-@holds(
-    fuzz=1500,
-    row=st.lists(every_float | float32s(-30, 30) | st.just(-float("inf")), min_size=1, max_size=9),
-    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
-    given=options,
-)
-def test_any_floats(backend, row, dtype, given):
+@holds(tests=60, fuzz=4000, **any_logits)
+def test_any_logits_in_torch(logits, given, inplace):
+    check_logits("torch", logits, given, inplace)
+
+
+@pytest.mark.usefixtures("interpreter")
+@holds(tests=15, fuzz=2000, **any_logits)
+def test_any_logits_in_triton(logits, given, inplace):
+    check_logits("triton", logits, given, inplace)
+
+
+def check_floats(backend: str, row: list[float], dtype: torch.dtype, given: Options) -> None:
     z = torch.tensor([row]).to(dtype)
     check(backend, z, given, len(row), torch.tensor([[1.0], [-0.7], [1.3]]), inplace=False)
+
+
+every_float = st.floats(width=32, allow_nan=False, allow_infinity=False)  # subnormal ones included
+any_floats = {
+    "row": st.lists(every_float | float32s(-30, 30) | st.just(-float("inf")), min_size=1, max_size=9),
+    "dtype": st.sampled_from([torch.float32, torch.bfloat16]),
+    "given": options,
+}
+
+
+@holds(tests=40, fuzz=3000, **any_floats)
+def test_any_floats_in_torch(row, dtype, given):
+    check_floats("torch", row, dtype, given)
+
+
+@pytest.mark.usefixtures("interpreter")
+@holds(tests=10, fuzz=1000, **any_floats)
+def test_any_floats_in_triton(row, dtype, given):
+    check_floats("triton", row, dtype, given)
 
 
 @holds(fuzz=500, logits=some_logits(view=["contiguous"], width=st.integers(1, 40)), given=options, data=st.data())

@@ -135,7 +135,7 @@ def objective(name: str, b: Batch, clipping: tuple, nudge: float = 0.0, only: tu
 
 
 @each_loss
-@holds(fuzz=700, batch=batches(), clipping=clippings)
+@holds(tests=10, fuzz=700, batch=batches(), clipping=clippings)
 def test_token_by_token(name, batch, clipping):
     loss, metrics = LOSSES[name][0](batch, *clipping)
     total = objective(name, batch, clipping)
@@ -148,7 +148,7 @@ def test_token_by_token(name, batch, clipping):
 
 
 @each_loss
-@holds(fuzz=300, batch=batches(most=2), clipping=clippings)
+@holds(tests=10, fuzz=300, batch=batches(most=2), clipping=clippings)
 def test_the_gradient_is_the_formulas_slope(name, batch, clipping):
     """Between the kinks of clipping and of the bound; CISPO's is by definition that of its weight times logp."""
     leaf = batch.leaf()
@@ -173,6 +173,7 @@ def test_the_gradient_is_the_formulas_slope(name, batch, clipping):
 
 @each_loss
 @holds(
+    tests=10,
     fuzz=500,
     batch=batches(),
     clipping=clippings,
@@ -196,7 +197,7 @@ def test_cuts_orders_and_invalid_positions_do_not_matter(name, batch, clipping, 
 
 
 @each_loss
-@holds(fuzz=300, batch=batches(), power=st.integers(-8, 8), shift=st.floats(-5, 5))
+@holds(tests=10, fuzz=300, batch=batches(), power=st.integers(-8, 8), shift=st.floats(-5, 5))
 def test_advantages_set_the_unit_and_only_ratios_count(name, batch, power, shift):
     clipping = (0.2, 0.28, 0.0)
     loss, _ = LOSSES[name][0](batch, *clipping)
@@ -209,6 +210,7 @@ def test_advantages_set_the_unit_and_only_ratios_count(name, batch, power, shift
 
 
 @holds(
+    tests=10,
     fuzz=700,
     batch=batches(most=8),
     fraction=st.floats(0, 1),
@@ -249,6 +251,7 @@ def test_a_selection_is_the_same_however_the_step_is_cut(batch, fraction, bounds
 
 
 @holds(
+    tests=10,
     fuzz=700,
     groups=st.integers(0, 4),
     samples=st.integers(1, 9),

@@ -16,7 +16,7 @@ scores = st.lists(finite, max_size=60) | st.lists(st.sampled_from([0.1, 0.2, 0.3
 shares = st.sampled_from([0.0, 1.0, 0.8, 0.2, 1 / 3, 0.999]) | st.decimals(0, 1, places=4).map(float)
 
 
-@holds(fuzz=2500, values=scores, q=shares, invalid=st.integers(0, 20), seed=seeds)
+@holds(tests=20, fuzz=2500, values=scores, q=shares, invalid=st.integers(0, 20), seed=seeds)
 def test_equals_numpys_and_torchs(values, q, invalid, seed):
     score = torch.tensor(values + [math.inf] * invalid, dtype=torch.float64)
     score = score[torch.randperm(len(score), generator=torch.Generator().manual_seed(seed))]
@@ -32,7 +32,7 @@ def test_equals_numpys_and_torchs(values, q, invalid, seed):
     torch.testing.assert_close(single.double(), got, rtol=1e-6, atol=1e-6 * max(1.0, *map(abs, values)))
 
 
-@holds(fuzz=1500, values=scores.filter(bool), q=shares, invalid=st.integers(0, 20), seed=seeds)
+@holds(tests=20, fuzz=1500, values=scores.filter(bool), q=shares, invalid=st.integers(0, 20), seed=seeds)
 def test_neither_order_nor_invalid_scores_matter_to_the_bit(values, q, invalid, seed):
     score = torch.tensor(values)
     other = torch.cat([score, torch.full((invalid,), math.inf)])
@@ -42,14 +42,14 @@ def test_neither_order_nor_invalid_scores_matter_to_the_bit(values, q, invalid, 
     assert score.min() <= got <= score.max()
 
 
-@holds(fuzz=1500, values=scores.filter(bool), q=shares, other=shares)
+@holds(tests=20, fuzz=1500, values=scores.filter(bool), q=shares, other=shares)
 def test_it_grows_with_the_share(values, q, other):
     score = torch.tensor(values, dtype=torch.float64)
     smaller, larger = (quantile(score, as_fraction(share)) for share in sorted([q, other]))
     assert smaller <= larger + 1e-9
 
 
-@holds(fuzz=1000, values=scores, q=shares, place=seeds)
+@holds(tests=20, fuzz=1000, values=scores, q=shares, place=seeds)
 def test_a_nan_shows(values, q, place):
     values = [*values[: place % (len(values) + 1)], math.nan, *values[place % (len(values) + 1) :]]
     assert quantile(torch.tensor(values), as_fraction(q)).isnan()
