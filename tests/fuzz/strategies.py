@@ -141,20 +141,19 @@ class Options:
         return (None if self.tokens == "none" else ids), options
 
 
-seeds = st.integers(0, 2**20)
-shapes = st.one_of(
-    st.sampled_from([(1,), (2,), (), (3,), (0,)]),
-    st.lists(st.integers(0, 3), min_size=1, max_size=3).map(tuple),
-)
-widths = st.one_of(st.integers(1, 12), st.integers(1, 300), st.sampled_from(EDGES))
-# Every float in (0, 1], and those at which something changes.
-masses = st.one_of(
-    st.sampled_from([0.95, 0.5, 1.0, 1e-9, 1 - 1e-7, math.nextafter(1, 0), 5e-324]), st.floats(1e-9, 1.0)
-)
-
-
 def float32s(low: float, high: float) -> st.SearchStrategy[float]:
     return st.floats(low, high, width=32)
+
+
+# What is common is drawn often, so that few inputs are empty, masked or one-hot in every row.
+seeds = st.integers(0, 2**20)
+shapes = st.sampled_from([(1,), (2,), (3,), (5,), (), (2, 2), (3, 2), (2, 1, 3), (2, 3, 2), (2, 0), (0,)])
+widths = st.integers(1, 12) | st.integers(1, 300) | st.sampled_from(EDGES)
+scales = st.sampled_from([0.3, 1.0, 3.0, 3.0, 1e-4, 1e4]) | float32s(0.125, 8.0) | float32s(2.0**-13, 2.0**13)
+shifts = st.sampled_from([0.0, 0.0, 0.0, 5000.0, -5000.0]) | float32s(-5000.0, 5000.0)
+masses = st.sampled_from([0.95, 0.5, 1.0, 1e-9, 1 - 1e-7, math.nextafter(1, 0), 5e-324]) | st.floats(0.05, 0.99)
+temperatures = st.sampled_from([1.0, 1.0, 0.5, 2.0]) | float32s(0.25, 4.0) | float32s(2.0**-6, 100.0)
+softcaps = st.sampled_from([None, None, 30.0]) | float32s(0.5, 1000.0)
 
 
 def some_logits(shape=shapes, width=widths, mask=tuple(MASKS), view=tuple(VIEWS)) -> st.SearchStrategy[Logits]:
@@ -164,8 +163,8 @@ def some_logits(shape=shapes, width=widths, mask=tuple(MASKS), view=tuple(VIEWS)
         width=width,
         dtype=st.sampled_from(FLOATS),
         values=st.sampled_from(tuple(VALUES)),
-        scale=st.one_of(st.sampled_from([1.0, 3.0, 1e-4, 1e4]), float32s(2.0**-13, 2.0**13)),
-        shift=st.one_of(st.sampled_from([0.0, 5000.0, -5000.0]), float32s(-5000.0, 5000.0)),
+        scale=scales,
+        shift=shifts,
         mask=st.sampled_from(mask),
         view=st.sampled_from(view),
         seed=seeds,
@@ -175,10 +174,10 @@ def some_logits(shape=shapes, width=widths, mask=tuple(MASKS), view=tuple(VIEWS)
 options = st.builds(
     Options,
     top_p=masses,
-    temperature=st.one_of(st.sampled_from([1.0, 0.5, 2.0]), float32s(2.0**-6, 100.0)),
-    softcap=st.one_of(st.none(), float32s(0.5, 1000.0)),
+    temperature=temperatures,
+    softcap=softcaps,
     row_temperature=st.booleans(),
-    valid=st.sampled_from(["not given", "all", "some", "none"]),
+    valid=st.sampled_from(["not given", "not given", "all", "some", "some", "none"]),
     tokens=st.sampled_from(["some", "some ignored", "none"]),
     padding=st.sampled_from([0, 0, 1, 7, 64]),
     seed=seeds,
