@@ -24,8 +24,12 @@ settings.register_profile(
 # Many more, of the seed that --hypothesis-seed gives.
 settings.register_profile("fuzz", parent=settings.get_profile("tests"), derandomize=False)
 
-FUZZ = settings.get_current_profile_name() == "fuzz"
 held = 0  # examples for which a property held, of all that ran in this process
+
+
+def fuzzing() -> bool:
+    """Tell whether the profile is "fuzz", which hypothesis knows once it is configured: when tests are collected."""
+    return settings.get_current_profile_name() == "fuzz"
 
 
 def holds(*, tests: int = 5, fuzz: int, **strategies: SearchStrategy) -> Callable[[Callable], Callable]:
@@ -34,7 +38,7 @@ def holds(*, tests: int = 5, fuzz: int, **strategies: SearchStrategy) -> Callabl
     Args:
         tests, fuzz: how many examples the two profiles run.
     """
-    profile = settings.get_profile("fuzz" if FUZZ else "tests")
+    profile = settings.get_profile("fuzz" if fuzzing() else "tests")
 
     def decorate(test: Callable) -> Callable:
         @functools.wraps(test)
@@ -43,6 +47,6 @@ def holds(*, tests: int = 5, fuzz: int, **strategies: SearchStrategy) -> Callabl
             test(*args, **kwargs)
             held += 1
 
-        return settings(profile, max_examples=fuzz if FUZZ else tests)(given(**strategies)(counted))
+        return settings(profile, max_examples=fuzz if fuzzing() else tests)(given(**strategies)(counted))
 
     return decorate

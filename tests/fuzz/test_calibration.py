@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from fuzz.fake_ranks import on_threads
-from fuzz.properties import FUZZ, holds
+from fuzz.properties import fuzzing, holds
 from fuzz.strategies import seeds
 from helpers import on_ranks
 from hypothesis import strategies as st
@@ -202,7 +202,7 @@ def work(rank: int, cut: list[tuple]) -> list:
 
 
 @pytest.mark.skipif(not dist.is_available(), reason="this build of torch has no torch.distributed")
-@pytest.mark.skipif(not FUZZ, reason="make fuzz runs it; losses/test_ranks.py has fixed steps in processes")
+@pytest.mark.skipif(not fuzzing(), reason="make fuzz runs it; losses/test_ranks.py has fixed steps in processes")
 @holds(fuzz=4, drawn=st.lists(steps(max_ranks=2), min_size=3, max_size=6))
 def test_two_processes_are_one(drawn, tmp_path_factory):
     ranks = on_ranks(2, work, tmp_path_factory.mktemp("ranks"), [tuple(step) for step in drawn])

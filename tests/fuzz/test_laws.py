@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from fuzz.properties import FUZZ, holds
+from fuzz.properties import fuzzing, holds
 from fuzz.strategies import Logits, Options, options, seeds, some_logits
 from hypothesis import strategies as st
 from ops.rows import gradient_of, truth_of
@@ -28,7 +28,7 @@ class Statistics(NamedTuple):
 
 
 # Tests hold Triton's kernels to float64 alone: in the interpreter a law takes a second or so.
-@pytest.fixture(params=["reference", "torch", *["triton"] * FUZZ])
+@pytest.fixture(params=["reference", "torch", *["triton"] * fuzzing()])
 def statistics(request: pytest.FixtureRequest) -> Statistics:
     """The reference in float64, and both backends."""
     if request.param == "reference":
