@@ -22,6 +22,7 @@ class FakeDist:
     def __init__(self, n: int) -> None:
         self.n, self.here = n, threading.local()
         self.barrier = threading.Barrier(n, timeout=600)
+        self.turn = threading.Lock()  # one rank runs at a time: Triton's interpreter is not made for threads
         self.sent: list[Any] = [None] * n
 
     def is_available(self) -> bool:
@@ -37,10 +38,17 @@ class FakeDist:
 
     def exchange(self, x: Any) -> list[Any]:
         self.sent[self.here.rank] = copy.deepcopy(x)
-        self.barrier.wait()
+        self.wait()
         received = list(self.sent)
-        self.barrier.wait()
+        self.wait()
         return received
+
+    def wait(self) -> None:
+        self.turn.release()
+        try:
+            self.barrier.wait()
+        finally:
+            self.turn.acquire()
 
     def all_reduce(self, x: Tensor, op: Any = ReduceOp.SUM, group: None = None) -> None:
         received = torch.stack(self.exchange(x))
@@ -61,7 +69,8 @@ def on_threads(n: int, work: Callable[[int], Any]) -> list[Any]:
     def of_rank(rank: int) -> Any:
         fake.here.rank = rank
         try:
-            return work(rank)
+            with fake.turn:
+                return work(rank)
         except BaseException:
             fake.barrier.abort()  # else the others would wait for it
             raise

@@ -37,8 +37,8 @@ VALUES: dict[str, Callable[[Tensor, torch.Generator], Tensor]] = {
 # What becomes of some logits after scale and shift. Rows of "broken" hold NaN, +inf or nothing finite.
 MASKS: dict[str, Callable[[Tensor, torch.Generator], Tensor]] = {
     "none": lambda z, g: z,
-    "one": lambda z, g: at_random(z, g, -INF),
-    "some": lambda z, g: z.masked_fill(uniform(z.shape, g) < 0.3, -INF),
+    "one": lambda z, g: kept_somewhere(z, at_random(torch.zeros(z.shape), g, 1.0) > 0, g),
+    "some": lambda z, g: kept_somewhere(z, uniform(z.shape, g) < 0.3, g),
     "most": lambda z, g: kept_somewhere(z, uniform(z.shape, g) < 0.95, g),
     "all but one": lambda z, g: kept_somewhere(z, torch.ones(z.shape, dtype=torch.bool), g),
     "the first part": lambda z, g: kept_somewhere(z, torch.arange(z.shape[-1]) < 0.7 * z.shape[-1], g),
