@@ -189,4 +189,8 @@ def check_gradient(
     assert torch.equal(got.isnan(), exact.isnan())
     error = (got.double() - exact).nan_to_num().abs().amax(-1)[~truth.ambiguous]
     eager_error = (eager.double() - exact).nan_to_num().abs().amax(-1)[~truth.ambiguous]
-    assert (error <= eager_error + 1e-5).all(), f"{error.max():.2e}, eager {eager_error.max():.2e}"
+    # Or one float32 rounding of the row's largest entry, where a small temperature makes that large.
+    rounding = torch.finfo(torch.float32).eps * exact.nan_to_num().abs().amax(-1)[~truth.ambiguous]
+    assert (error <= torch.maximum(eager_error, rounding) + 1e-5).all(), (
+        f"{error.max():.2e}, eager {eager_error.max():.2e}"
+    )
