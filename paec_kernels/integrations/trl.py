@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from trl import GRPOConfig, GRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
-from trl.trainer.utils import maybe_gather_lm_head_ctx
+from trl.trainer.utils import get_config_model_id, maybe_gather_lm_head_ctx
 
 from paec_kernels.integrations.common import STATE_NAME, load_state, numbers, save_state, sources_of_noise
 from paec_kernels.losses.paec import PAEC, Plan
@@ -79,9 +79,10 @@ class PAECGRPOTrainer(GRPOTrainer):
     the term.
 
     Args:
-        args: a ``PAECGRPOConfig``; this and everything else as in GRPOTrainer.
+        args: a ``PAECGRPOConfig``, by default one of a folder by the model's name with ``-PAEC``; this and everything
+            else as in GRPOTrainer.
     Raises:
-        TypeError: ``args`` is not a ``PAECGRPOConfig``.
+        TypeError: ``args`` is something else.
         ValueError: several micro-batches a step with dropout or other noise on, since two passes would then see
             different scores; with ``steps_per_generation`` not a multiple of ``gradient_accumulation_steps``, since
             later micro-batches would not be generated yet; or a model whose forward is not TRL's.
@@ -89,8 +90,13 @@ class PAECGRPOTrainer(GRPOTrainer):
     """
 
     def __init__(self, model: Any, reward_funcs: Any = None, args: Any = None, *others: Any, **options: Any) -> None:
+        if args is None:  # as GRPOTrainer, whose own run of this model is in a folder by its own name
+            model_name = model if isinstance(model, str) else get_config_model_id(model.config)
+            args = PAECGRPOConfig(f"{model_name.split('/')[-1]}-PAEC")
         if not isinstance(args, PAECGRPOConfig):
-            raise TypeError(f"args must be a PAECGRPOConfig, got {type(args).__name__}")
+            raise TypeError(
+                f"args must be a PAECGRPOConfig, which is a GRPOConfig with PAEC's options, got {args!r:.60}"
+            )
         if args.steps_per_generation % args.gradient_accumulation_steps != 0:
             raise ValueError(
                 f"steps_per_generation must be a multiple of gradient_accumulation_steps, so that all tokens of an "
@@ -177,8 +183,8 @@ class PAECGRPOTrainer(GRPOTrainer):
         path = Path(checkpoint) / STATE_NAME
         if not path.exists():
             raise ValueError(
-                f"resume_from_checkpoint must be a checkpoint of PAECGRPOTrainer, but {path} is missing; to start PAEC "
-                "from other weights, pass them as the model"
+                "resume_from_checkpoint must be a checkpoint of PAECGRPOTrainer, saved without save_only_model, but "
+                f"{path} is missing; to start PAEC from other weights, pass them as the model"
             )
         load_state(self.paec, path)
 
