@@ -11,6 +11,23 @@ import torch
 from torch import Tensor
 
 
+class Code:
+    """A file that holds it asks to run code."""
+
+    def __reduce__(self):
+        return (print, ("code from a file was run",))
+
+
+# What may have happened to a file that torch.save wrote
+DAMAGES: dict[str, Callable[[Path], Any]] = {
+    "empty": lambda path: path.write_bytes(b""),
+    "cut off": lambda path: path.write_bytes(path.read_bytes()[:-100]),
+    "another file": lambda path: path.write_text('{"log_history": []}'),
+    "another's state": lambda path: torch.save({"param_groups": []}, path),
+    "code": lambda path: torch.save({"anchor_sum": Code()}, path),
+}
+
+
 def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -1,13 +1,14 @@
 """What every integration does in the same way."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from paec_kernels.losses.paec import PAEC, Plan
 from paec_kernels.losses.paec_config import PAECConfig
-from paec_kernels.saved_state import whole_file
+from paec_kernels.saved_state import load_saved, whole_file
 
 STATE_NAME = "paec.pt"  # in a trainer's checkpoint
 
@@ -18,9 +19,32 @@ def save_state(paec: PAEC, folder: str) -> None:
         torch.save(paec.state_dict(), partial)
 
 
-def load_state(paec: PAEC, path: str | Path) -> None:
-    """Read what `save_state` wrote; RuntimeError for a state that is damaged or of another config."""
-    paec.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+def read_state(paec: PAEC, path: str | Path, remedy: str) -> dict[str, Any]:
+    """Return what `save_state` wrote, once it is certain that ``paec.load_state_dict`` will take it; nothing changes.
+
+    Args:
+        remedy: a sentence that says what to do about another file.
+    Raises:
+        FileNotFoundError, UnreadableFileError: there is no such file, or it is no such state.
+        RuntimeError: it is of another config.
+    """
+    if not Path(path).exists():
+        raise FileNotFoundError(f"{path} is missing, which every complete checkpoint of a run with PAEC has. {remedy}")
+    trial = PAEC(paec.config)
+    state = load_saved(path, "PAEC's state", remedy, fields=list(trial.state_dict()))
+    try:
+        trial.load_state_dict(state)
+    except RuntimeError as error:
+        raise RuntimeError(f"{path} does not fit: {error}. {remedy}") from error
+    return state
+
+
+def loss_scale(scaler: Any) -> float:
+    """Return a gradient scaler's scale, which falls where it has an optimiser leave a step out; 1 without a scaler.
+
+    Whether the optimiser was called does not tell: a fused one is called, and leaves the step out by itself.
+    """
+    return 1.0 if scaler is None else scaler.get_scale()
 
 
 def numbers(plan: Plan, config: PAECConfig) -> dict[str, float]:

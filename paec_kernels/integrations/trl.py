@@ -15,17 +15,23 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
 from trl import GRPOConfig, GRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import get_config_model_id, maybe_gather_lm_head_ctx
 
-from paec_kernels.integrations.common import STATE_NAME, load_state, numbers, save_state, sources_of_noise
+from paec_kernels.integrations.common import STATE_NAME, loss_scale, numbers, read_state, save_state, sources_of_noise
 from paec_kernels.losses.paec import PAEC, Plan
 from paec_kernels.losses.paec_config import PAECConfig
 from paec_kernels.ops.linear import backward_node, linear_token_stats
 from paec_kernels.types import TokenStats
 
 KERNEL_NAMES = ("_ChunkedLogProbFunction", "_use_triton")  # globals that TRL's forward reads
+REMEDY = (
+    "Resume from another checkpoint of PAECGRPOTrainer, an earlier one or one saved without save_only_model; to start "
+    "PAEC from these weights, pass them as the model."
+)
 SCORING_INPUTS = inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies).parameters.keys()
 
 
@@ -75,7 +81,8 @@ class PAECGRPOTrainer(GRPOTrainer):
     has just computed the old log-probabilities: that pass has seen the same tokens with the same weights.
 
     ``paec`` is the ``PAEC`` module. Its metrics are in the trainer's log as ``paec/...``, once for each optimiser
-    step; entropies in nats. Its anchor is in each checkpoint, in the file ``paec.pt``. Evaluation is TRL's, without
+    step; entropies in nats. A step that mixed precision skips leaves the anchor as it was; ``paec/step_skipped`` is the
+    share of these. Its anchor is in each checkpoint, in the file ``paec.pt``. Evaluation is TRL's, without
     the term.
 
     Args:
@@ -86,7 +93,9 @@ class PAECGRPOTrainer(GRPOTrainer):
         ValueError: several micro-batches a step with dropout or other noise on, since two passes would then see
             different scores; with ``steps_per_generation`` not a multiple of ``gradient_accumulation_steps``, since
             later micro-batches would not be generated yet; or a model whose forward is not TRL's.
-        RuntimeError: ``train`` once more after it was left within an optimiser step, by an exception.
+        RuntimeError: ``train`` once more after it was left within an optimiser step, by an exception; or from a
+            checkpoint of another PAEC config.
+        FileNotFoundError, UnreadableFileError: ``train`` from a checkpoint without PAEC's state, or with a damaged one.
     """
 
     def __init__(self, model: Any, reward_funcs: Any = None, args: Any = None, *others: Any, **options: Any) -> None:
@@ -113,6 +122,7 @@ class PAECGRPOTrainer(GRPOTrainer):
         self._head = _Head(args.paec_top_p)
         causal_lm = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
         causal_lm.forward = _with_head(causal_lm.forward, self._head)
+        self.add_callback(_EndOfStep(self))
 
     def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *others, **options):
         result = super()._get_per_token_logps_and_entropies(
@@ -153,22 +163,34 @@ class PAECGRPOTrainer(GRPOTrainer):
             self._plan = self._new_plan()
         return loss + self.paec.term(stats, valid, self._plan)
 
-    def train(self, *args, **options):
+    def train(self, resume_from_checkpoint=None, *args, **options):
         if self._within_step:
             raise RuntimeError(
                 "train() was left within an optimiser step, of which PAEC has seen tokens that no step will take; "
                 "construct the trainer again, and resume_from_checkpoint=True goes on from its last checkpoint"
             )
-        return super().train(*args, **options)
+        last = resume_from_checkpoint is True
+        checkpoint = get_last_checkpoint(self.args.output_dir) if last else resume_from_checkpoint
+        if checkpoint:  # refused before the weights are loaded
+            read_state(self.paec, Path(checkpoint) / STATE_NAME, REMEDY)
+        return super().train(resume_from_checkpoint, *args, **options)
 
     def training_step(self, *args, **options):
         self._within_step = True
-        loss = super().training_step(*args, **options)
-        if self.accelerator.sync_gradients:
+        return super().training_step(*args, **options)
+
+    def _end_of_step(self, scale: float) -> None:
+        """Commit the step to the anchor, unless mixed precision found an overflow and the optimiser left it out.
+
+        Args:
+            scale: the gradient scaler's before the step.
+        """
+        skipped = self.accelerator.optimizer_step_was_skipped or loss_scale(self.accelerator.scaler) < scale
+        self._metrics["train"]["paec/step_skipped"].append(float(skipped))
+        if not skipped:
             self.paec.step()
-            self._plan = None
-            self._within_step = False
-        return loss
+        self._plan = None
+        self._within_step = False
 
     def _save_optimizer_and_scheduler(self, output_dir):
         # Written before trainer_state.json, whose absence marks a checkpoint as incomplete.
@@ -178,15 +200,8 @@ class PAECGRPOTrainer(GRPOTrainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None:
-            return
-        path = Path(checkpoint) / STATE_NAME
-        if not path.exists():
-            raise ValueError(
-                "resume_from_checkpoint must be a checkpoint of PAECGRPOTrainer, saved without save_only_model, but "
-                f"{path} is missing; to start PAEC from other weights, pass them as the model"
-            )
-        load_state(self.paec, path)
+        if checkpoint is not None:
+            self.paec.load_state_dict(read_state(self.paec, Path(checkpoint) / STATE_NAME, REMEDY))
 
     def _stats_of(self, batch: dict[str, Any]) -> TokenStats:
         """Return the statistics ``[B, T]`` of a micro-batch's completions by the present weights, without a graph."""
@@ -209,6 +224,20 @@ class PAECGRPOTrainer(GRPOTrainer):
         for name, value in numbers(plan, self.paec.config).items():
             self._metrics["train"][f"paec/{name}"].append(value)
         return plan
+
+
+class _EndOfStep(TrainerCallback):
+    """Tells the trainer when the optimiser has taken its step, or has left it out."""
+
+    def __init__(self, trainer: PAECGRPOTrainer) -> None:
+        self.trainer = trainer
+        self.scale = 1.0
+
+    def on_pre_optimizer_step(self, args, state, control, **_):
+        self.scale = loss_scale(self.trainer.accelerator.scaler)
+
+    def on_optimizer_step(self, args, state, control, **_):
+        self.trainer._end_of_step(self.scale)
 
 
 class _Head:

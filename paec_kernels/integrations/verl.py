@@ -28,12 +28,16 @@ from verl.workers.config import PolicyLossConfig
 from verl.workers.engine_workers import ActorRolloutRefWorker, TrainingWorker
 from verl.workers.utils.padding import no_padding_2_padding
 
-from paec_kernels.integrations.common import STATE_NAME, load_state, numbers, save_state, sources_of_noise
+from paec_kernels.integrations.common import STATE_NAME, loss_scale, numbers, read_state, save_state, sources_of_noise
 from paec_kernels.losses.paec import PAEC, Plan
 from paec_kernels.losses.paec_config import PAECConfig
 from paec_kernels.ops.operator import token_stats
 from paec_kernels.types import TokenStats
 
+REMEDY = (
+    "Resume from another checkpoint of a run with PAEC, by trainer.resume_mode=resume_path and resume_from_path; to "
+    "start PAEC from these weights, pass them as the model."
+)
 MICRO_BATCH_SIZES = ("micro_batch_size_per_gpu", "max_token_len_per_gpu")
 # verl's engine then calls the loss with the logits, and computes nothing from them itself.
 LOGITS_TO_THE_LOSS = {"distillation_use_topk": True, "distillation_only": True, "calculate_entropy": False}
@@ -98,8 +102,19 @@ class PAECTrainingWorker(TrainingWorker):
         self.loss_fn.start_step()
         self.infer_batch(scan)
         self.loss_fn.make_plan()
-        output = super().train_batch(data)
-        self.paec.step()
+        # verl leaves the optimiser's step out where a gradient is not finite, and the anchor stays then as it was.
+        scaler, steps = getattr(self.engine, "scaler", None), []
+        scale = loss_scale(scaler)
+        hook = self.engine.optimizer.register_step_post_hook(lambda *arguments: steps.append(arguments))
+        try:
+            output = super().train_batch(data)
+        finally:
+            hook.remove()
+        skipped = not steps or loss_scale(scaler) < scale
+        if not skipped:
+            self.paec.step()
+        if output is not None:
+            tu.get(output, "metrics")["paec/step_skipped"] = float(skipped)
         return output
 
     def save_checkpoint(self, local_path: str, *args: Any, **options: Any) -> None:
@@ -109,11 +124,18 @@ class PAECTrainingWorker(TrainingWorker):
             save_state(self.paec, local_path)
 
     def load_checkpoint(self, local_path: str, *args: Any, **options: Any) -> None:
-        """Raises FileNotFoundError where the checkpoint was written without PAEC, besides what verl raises."""
+        """Load verl's checkpoint and PAEC's state of it.
+
+        Raises:
+            FileNotFoundError, UnreadableFileError: PAEC's state is missing or damaged; nothing is loaded then.
+            RuntimeError: it is of another config; nothing is loaded then.
+        """
+        if self.paec is None or local_path is None:
+            super().load_checkpoint(local_path, *args, **options)
+            return
+        state = read_state(self.paec, copy_to_local(os.path.join(local_path, STATE_NAME)), REMEDY)
         super().load_checkpoint(local_path, *args, **options)
-        if self.paec is not None and local_path is not None:
-            path = copy_to_local(os.path.join(local_path, STATE_NAME))
-            load_state(self.paec, path)
+        self.paec.load_state_dict(state)
 
     def _refuse_what_cannot_work(self, distillation: bool) -> None:
         config = self.engine_config

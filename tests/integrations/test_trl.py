@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import torch
 
 pytest.importorskip("trl", reason="trl is not installed: pip install 'paec-kernels[trl]'")
 from datasets import Dataset
-from helpers import relative_error
+from helpers import DAMAGES, relative_error
 from integrations import tiny_trl
 from integrations.tiny_trl import PAEC_OFF, PAEC_ON, logged, recorded, trainer, truths
 from transformers import (
@@ -27,13 +28,14 @@ from transformers import (
     MixtralForCausalLM,
     TrainerCallback,
 )
-from trl import GRPOConfig, TrlParser
+from trl import TrlParser
 from trl.trainer import utils
 
 from paec_kernels.integrations import trl as integration
 from paec_kernels.integrations.trl import PAECGRPOConfig, PAECGRPOTrainer
 from paec_kernels.losses.paec_config import PAECConfig
 from paec_kernels.ops.linear import linear_token_stats
+from paec_kernels.saved_state import UnreadableFileError
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # transformers' own, of options that TRL sets
 
@@ -429,15 +431,30 @@ def test_the_anchor_is_written_whole_and_before_what_makes_a_checkpoint_one(chec
 
 def test_a_checkpoint_of_another_config_is_refused(checkpoint: Path, tmp_path: Path) -> None:
     run = trainer(tmp_path, **RESUMED | {"paec_rho": 0.5})
-    with pytest.raises(RuntimeError, match=r"another PAECConfig \(rho: checkpoint 0.8, here 0.5\)"):
+    with pytest.raises(
+        RuntimeError, match=r"paec.pt does not fit.* another PAECConfig \(rho: checkpoint 0.8, here 0.5\)"
+    ):
         run.train(resume_from_checkpoint=str(checkpoint))
     assert run.paec.anchor_count == 0
 
 
 def test_a_stock_checkpoint_is_refused(tmp_path: Path) -> None:
     trainer(tmp_path, stock=True, max_steps=1, save_strategy="steps", save_steps=1).train()
-    with pytest.raises(ValueError, match=r"must be a checkpoint of PAECGRPOTrainer, but .*paec.pt is missing"):
-        trainer(tmp_path, max_steps=2).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    with pytest.raises(FileNotFoundError, match=r"checkpoint-1/paec.pt is missing.* another checkpoint of PAECGRPO"):
+        trainer(tmp_path, max_steps=2).train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_state_is_refused_before_anything_changes(damage: str, checkpoint: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(checkpoint, tmp_path / "checkpoint-2")
+    DAMAGES[damage](copy / "paec.pt")
+    run = trainer(tmp_path, **RESUMED)
+    before = [value.clone() for value in run.model.parameters()]
+    with pytest.raises(UnreadableFileError, match=r"checkpoint-2/paec.pt must be PAEC's state.* Resume from another"):
+        run.train(resume_from_checkpoint=str(copy))
+    assert all(torch.equal(*pair) for pair in zip(before, run.model.parameters(), strict=True))
+    assert run.paec.anchor_count == 0
+    run.train()
 
 
 # -- the log and the config -----------------------------------------------------------------------------------------
@@ -528,11 +545,6 @@ def test_dropout_that_is_disabled_or_seen_once_is_accepted(tmp_path: Path) -> No
     run = trainer(tmp_path, model=model, gradient_accumulation_steps=1, max_steps=1, **PAEC_ON)
     run.train()
     assert len(logged(run, "paec/threshold")) == 1
-
-
-def test_a_config_without_paec_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(TypeError, match="args must be a PAECGRPOConfig, got GRPOConfig"):
-        PAECGRPOTrainer(tiny_trl.llama(), tiny_trl.vowels, tiny_trl.config(tmp_path, GRPOConfig))
 
 
 def test_a_forward_that_is_not_trls_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

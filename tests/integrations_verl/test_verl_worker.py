@@ -10,7 +10,7 @@ import torch
 pytest.importorskip("verl", reason="verl is not installed: its transformers is an older one, see make test-verl")
 import hydra
 import verl
-from helpers import free_port, relative_error
+from helpers import DAMAGES, free_port, relative_error
 from integrations_verl import tiny_verl
 from integrations_verl.tiny_verl import PAEC, batch, sequences, take, worker
 from verl.trainer.distillation import distillation_ppo_loss
@@ -23,6 +23,7 @@ from verl.workers.engine_workers import ActorRolloutRefWorker, TrainingWorker
 
 from paec_kernels import PAECConfig, reference
 from paec_kernels.integrations.verl import LOGITS_TO_THE_LOSS, PAECPolicyLossConfig
+from paec_kernels.saved_state import UnreadableFileError
 
 OFF = PAECPolicyLossConfig(paec={"beta": 0.0, "lam": 0.0})
 
@@ -150,8 +151,58 @@ def test_a_checkpoint_holds_the_anchor(folder: Path, tmp_path: Path) -> None:
 
 def test_a_checkpoint_without_paec_is_refused(folder: Path, tmp_path: Path) -> None:
     worker(folder, PolicyLossConfig()).save_checkpoint(str(tmp_path / "actor"), global_step=1)
-    with pytest.raises(FileNotFoundError, match=r"paec\.pt"):
+    with pytest.raises(FileNotFoundError, match=r"actor/paec.pt is missing.* another checkpoint of a run with PAEC"):
         worker(folder).load_checkpoint(str(tmp_path / "actor"))
+
+
+def test_a_damaged_state_is_refused_before_anything_changes(folder: Path, tmp_path: Path) -> None:
+    one = worker(folder)
+    take(one, batch(sequences(6, seed=5), global_token_num=None))
+    one.save_checkpoint(str(tmp_path / "actor"), global_step=1)
+    other = worker(folder)
+    before = {name: tiny_verl.whole(value) for name, value in other.engine.module.state_dict().items()}
+    for damage in DAMAGES.values():
+        damage(tmp_path / "actor" / "paec.pt")
+        with pytest.raises(UnreadableFileError, match=r"actor/paec.pt must be PAEC's state.* Resume from another"):
+            other.load_checkpoint(str(tmp_path / "actor"))
+        one.save_checkpoint(str(tmp_path / "actor"), global_step=1)
+    with pytest.raises(RuntimeError, match=r"actor/paec.pt does not fit: .*beta: checkpoint 0.1, here 0.0"):
+        worker(folder, OFF).load_checkpoint(str(tmp_path / "actor"))
+    assert other.paec.anchor_count == 0
+    for name, value in other.engine.module.state_dict().items():
+        assert torch.equal(tiny_verl.whole(value), before[name])
+    other.load_checkpoint(str(tmp_path / "actor"))
+    assert other.paec.anchor_count == 1
+
+
+@pytest.mark.parametrize(
+    ("scaled", "optimizer"),
+    [(False, {}), (True, {}), (True, {"override_optimizer_config": {"fused": True}})],
+    ids=["verl's own check", "fp16's scaler", "fused optimiser"],
+)
+def test_a_skipped_step_leaves_the_anchor_as_it_was(folder: Path, scaled: bool, optimizer: dict) -> None:
+    one = worker(folder, PAECPolicyLossConfig(paec=PAEC | {"anchor_steps": 3}), optimizer=optimizer)
+    if scaled:
+        one.engine.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    clip = one.engine.optimizer_step
+
+    def overflow() -> float:
+        gradient = next(one.engine.module.parameters()).grad
+        gradient.to_local()[0] = torch.inf
+        return clip()
+
+    states, metrics = [], []
+    for seed in range(5):
+        one.engine.optimizer_step = overflow if seed == 1 else clip
+        metrics.append(take(one, batch(sequences(6, seed), global_token_num=None)).metrics)
+        weights = {name: tiny_verl.whole(value) for name, value in one.engine.module.state_dict().items()}
+        states.append(weights | {name: value.clone() for name, value in one.paec.named_buffers() if "anchor" in name})
+    assert all(torch.equal(value, states[0][name]) for name, value in states[1].items())
+    assert not torch.equal(states[2]["lm_head.weight"], states[1]["lm_head.weight"])
+    assert [state["anchor_count"].item() for state in states] == [1, 1, 2, 3, 3]
+    assert [step["paec/step_skipped"] for step in metrics] == [0.0, 1.0, 0.0, 0.0, 0.0]
+    anchor = sum(metrics[seed]["paec/mean_entropy"] for seed in (0, 2, 3)) / 3
+    assert metrics[4]["paec/anchor"] == pytest.approx(anchor, rel=1e-6)
 
 
 def test_unless_asked_for_it_is_verls_worker(folder: Path, tmp_path: Path) -> None:

@@ -57,6 +57,7 @@ def worker(
     override: dict | None = None,
     model: dict | None = None,
     actor: dict | None = None,
+    optimizer: dict | None = None,
     **engine,
 ) -> TrainingWorker:
     """As ActorRolloutRefWorker.init_model makes it."""
@@ -83,7 +84,7 @@ def worker(
             model_config=model_config,
             engine_config=engine_config,
             optimizer_config=FSDPOptimizerConfig(
-                lr=1e-2, total_training_steps=10, lr_warmup_steps=0, clip_grad=1e9, weight_decay=0.0
+                lr=1e-2, total_training_steps=10, lr_warmup_steps=0, clip_grad=1e9, weight_decay=0.0, **optimizer or {}
             ),
             checkpoint_config=CheckpointConfig(),
         )
