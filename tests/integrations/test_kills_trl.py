@@ -1,0 +1,29 @@
+"""PAECGRPOTrainer is killed while it writes checkpoints, and goes on as if nothing had been."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("trl", reason="trl is not installed: pip install 'paec-kernels[trl]'")
+
+TESTS = Path(__file__).parents[1]
+
+
+@pytest.mark.slow
+def test_two_kills(tmp_path: Path) -> None:
+    """In a process of its own, which may fork."""
+    command = [sys.executable, "-m", "integrations.kills_trl", "--kills", "2", "--seed", "4", "--out", "kills.json"]
+    path = os.pathsep.join([str(TESTS), str(TESTS.parent)])
+    done = subprocess.run(
+        command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    record = json.loads((tmp_path / "kills.json").read_text())
+    assert record["kills"] == record["kills_while_a_checkpoint_was_written"] == record["resumes_equal_to_the_bit"] == 2
+    assert record["steps_said_saved"] > 0
+    assert record["steps_lost_that_were_said_saved"] == 0
+    assert record["incomplete_checkpoints_refused_by_name"] > 0

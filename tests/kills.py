@@ -1,0 +1,212 @@
+"""Kills a trainer at random moments, and holds what it left and how it goes on against a run that nobody disturbed.
+
+A kill is SIGKILL: from outside after a random time, or by the process itself before a random line of what it runs while
+it writes a checkpoint. After each, a copy of the folder is trained to the end, and the folder itself to the next kill.
+"""
+
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import CodeType, FrameType
+from typing import Any, Protocol
+
+import torch
+
+
+class Trainer(Protocol):
+    """What is killed. Its processes are forked from this one, which has imported everything."""
+
+    SAVE: CodeType  # of the function that writes a checkpoint
+
+    def train(self, folder: Path) -> None:
+        """Go on from the folder's newest complete checkpoint to the end, and write ``folder/end.pt``.
+
+        Each time the trainer says that a step is saved, `say` it.
+        """
+
+    def newest(self, folder: Path) -> int:
+        """Return the step of the newest complete checkpoint, 0 where there is none."""
+
+
+@dataclass
+class Kill:
+    """A kill, and what came of it."""
+
+    where: str  # seconds after the start, or the line
+    steps_said_saved: int
+    steps_lost: int  # of those
+    refused: str  # what was said of a checkpoint that was left incomplete
+    differing: list[str]  # from the undisturbed run, after the copy was trained to its end
+
+
+class Lines:
+    """Counts the lines that run while a checkpoint is written; kills before the one that is chosen."""
+
+    def __init__(self, aim: CodeType, line: int = 0) -> None:
+        self.count = 0
+        self._aim, self._line = aim, line
+        self._root: FrameType | None = None
+
+    def __call__(self, frame: FrameType, event: str, value: Any) -> Callable | None:
+        if self._root is None:
+            if event != "call" or frame.f_code is not self._aim:
+                return None
+            self._root = frame
+        if event == "line":
+            self.count += 1
+            if self.count == self._line:
+                path = Path(frame.f_code.co_filename)
+                say(f"killed at {path.parent.name}/{path.name}:{frame.f_lineno}")
+                os.kill(os.getpid(), signal.SIGKILL)
+        elif event == "return" and frame is self._root:
+            self._root = None
+        return self
+
+
+def say(text: str) -> None:
+    """Write a line that a kill right after it does not take back."""
+    os.write(1, f"\n{text}\n".encode())
+
+
+def start(trainer: Trainer, folder: Path, output: Path, lines: Lines | None = None) -> int:
+    """Train in a new process; return its number."""
+    process = os.fork()
+    if process:
+        return process
+    status = 1
+    try:
+        for stream in (1, 2):
+            os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+        sys.settrace(lines)
+        trainer.train(folder)
+        sys.settrace(None)
+        if lines:
+            say(f"{lines.count} lines")
+        status = 0
+    except BaseException:
+        say(traceback.format_exc())
+    finally:
+        os._exit(status)
+
+
+def wait(process: int, seconds: float | None = None) -> int:
+    """Return the process' status; kill it after so many seconds."""
+    if seconds is not None:
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            done, status = os.waitpid(process, os.WNOHANG)
+            if done:
+                return os.waitstatus_to_exitcode(status)
+            time.sleep(0.002)
+        os.kill(process, signal.SIGKILL)
+    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+
+
+def finish(trainer: Trainer, folder: Path, output: Path, lines: Lines | None = None) -> str:
+    """Train to the end and return what was said."""
+    if wait(start(trainer, folder, output, lines)):
+        raise RuntimeError(output.read_text())
+    return output.read_text()
+
+
+def leaves(state: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield all that is in a state by dotted names, tensors as their type and bytes."""
+    if isinstance(state, dict | list | tuple):
+        for key, value in state.items() if isinstance(state, dict) else enumerate(state):
+            yield from leaves(value, f"{name}.{key}")
+    elif isinstance(state, torch.Tensor):
+        yield name, (state.dtype, tuple(state.shape), state.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    else:
+        yield name, repr(state)
+
+
+def differing(folder: Path, undisturbed: Path) -> list[str]:
+    """Name what differs, to the bit, between the ends of two runs."""
+    one, other = (dict(leaves(torch.load(run / "end.pt", weights_only=True))) for run in (folder, undisturbed))
+    return [name for name in one | other if one.get(name) != other.get(name)]
+
+
+def kill_often(trainer: Trainer, kills: int, seed: int, work: Path) -> list[Kill]:
+    """Kill so many times, every third by time, in the folder ``work``; the undisturbed run's is made there too."""
+    rng = random.Random(seed)
+    undisturbed, scratch = work / "undisturbed", work / "copy"
+    began = time.monotonic()
+    finish(trainer, undisturbed, work / "undisturbed.out")
+    seconds = time.monotonic() - began
+    said = finish(trainer, work / "traced", work / "traced.out", Lines(trainer.SAVE))
+    count = int(re.findall(r"^(\d+) lines$", said, re.MULTILINE)[-1])
+
+    found: list[Kill] = []
+    folder: Path | None = None
+    output = Path()
+    while len(found) < kills:
+        if folder is None:
+            folder = work / f"killed after {len(found)}"
+            output = work / f"{folder.name}.out"
+        if len(found) % 3 == 2:
+            after = rng.uniform(0, seconds)
+            status, where = wait(start(trainer, folder, output), after), f"{after:.3f} s after the start"
+        else:
+            line = rng.randint(1, rng.randint(1, count))  # early more often, which leaves something to go on with
+            status, where = wait(start(trainer, folder, output, Lines(trainer.SAVE, line))), ""
+        text = output.read_text()
+        if status != -signal.SIGKILL:  # it was through before
+            if status:
+                raise RuntimeError(text)
+            folder = None
+            continue
+        where = where or re.findall(r"killed at (.*)", text)[-1]
+        saved = max(map(int, re.findall(r"^saved (\d+)$", text, re.MULTILINE)), default=0)
+        lost = max(0, saved - trainer.newest(folder))
+        shutil.rmtree(scratch, ignore_errors=True)
+        if folder.exists():
+            shutil.copytree(folder, scratch)
+        (work / "copy.out").unlink(missing_ok=True)
+        said = finish(trainer, scratch, work / "copy.out")
+        refused = "; ".join(re.findall(r"^refused: (.*)$", said, re.MULTILINE)).replace(str(scratch), "")
+        found.append(Kill(where, saved, lost, refused, differing(scratch, undisturbed)))
+        print(*asdict(found[-1]).values(), flush=True)
+    return found
+
+
+def summary(kills: list[Kill]) -> dict[str, Any]:
+    return {
+        "kills": len(kills),
+        "kills_while_a_checkpoint_was_written": sum("after the start" not in kill.where for kill in kills),
+        "steps_said_saved": sum(kill.steps_said_saved for kill in kills),
+        "steps_lost_that_were_said_saved": sum(kill.steps_lost for kill in kills),
+        "incomplete_checkpoints_refused_by_name": sum(bool(kill.refused) for kill in kills),
+        "resumes_equal_to_the_bit": sum(not kill.differing for kill in kills),
+        "each": [asdict(kill) for kill in kills],
+    }
+
+
+def command(trainer: Trainer, work: Path, description: str, packages: tuple[str, ...]) -> None:
+    """The command around a trainer: ``--kills``, ``--seed`` and ``--out``."""
+    import argparse
+    from importlib.metadata import version
+
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, help="file for the record")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    record = {"seed": options.seed, **summary(kill_often(trainer, options.kills, options.seed, work))}
+    print(json.dumps({name: value for name, value in record.items() if name != "each"}, indent=1))
+    if options.out:
+        from benchmarks.provenance import provenance  # reads which files are loaded, so last
+        from paec_kernels.saved_state import write_json
+
+        versions = {package: version(package) for package in packages}
+        write_json(options.out, provenance() | {"versions": versions} | record)
+    sys.exit(record["steps_lost_that_were_said_saved"] > 0 or record["resumes_equal_to_the_bit"] < record["kills"])
