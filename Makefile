@@ -16,7 +16,7 @@ TORCH_VERSION := $(shell sed -n 's/^torch==//p' constraints/default.txt)
 UNAME := $(shell uname -s)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-llm test test-gpu test-triton36 test-verl fuzz bench bench-gpu lint format
+.PHONY: help setup demo demo-llm test test-gpu test-triton36 test-verl fuzz test-trl-own bench bench-gpu lint format
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -47,6 +47,9 @@ test-verl: .venv-verl/.stamp ## the tests of PAEC in verl, in an environment of 
 fuzz: .venv/.stamp ## every property on thousands of drawn inputs, of another SEED if it is given: bench_results/trust
 	.venv/bin/python -m pytest tests/fuzz -n $(JOBS) --dist worksteal --timeout 7200 \
 		--hypothesis-profile fuzz --hypothesis-seed $(SEED) --fuzz-report bench_results/trust/fuzz.json
+
+test-trl-own: .venv/.stamp ## TRL's own tests with PAEC's trainer in place of TRL's: TRL=a copy of TRL's repository
+	PYTHONPATH=tests .venv/bin/python -m integrations.trl_own_tests "$(TRL)" --out bench_results/trust/trl.json
 
 bench: .venv/.stamp ## the CPU benchmarks, under ten minutes: rows, plots and page in bench_results
 	env -u TRITON_INTERPRET .venv/bin/python -m benchmarks.compiled_code --out bench_results/compiled_code.json

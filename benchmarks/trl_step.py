@@ -95,5 +95,6 @@ def take_step(trainer: GRPOTrainer) -> float:
     for k in range(trainer.args.gradient_accumulation_steps):
         trainer.accelerator.gradient_state._set_sync_gradients(k == trainer.args.gradient_accumulation_steps - 1)
         loss += trainer.training_step(trainer.model, {}, None).item()
+    trainer.callback_handler.on_optimizer_step(trainer.args, trainer.state, trainer.control)  # as after its own step
     trainer.model.zero_grad()
     return loss

@@ -16,7 +16,8 @@ TESTS = Path(__file__).parents[1]
 @pytest.mark.slow
 def test_two_kills(tmp_path: Path) -> None:
     """In a process of its own, which may fork."""
-    command = [sys.executable, "-m", "integrations.kills_trl", "--kills", "2", "--seed", "4", "--out", "kills.json"]
+    command = [sys.executable, "-m", "integrations.kills_trl"]
+    command += ["--kills", "2", "--seed", "4", "--out", "kills.json"]
     path = os.pathsep.join([str(TESTS), str(TESTS.parent)])
     done = subprocess.run(
         command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, check=False

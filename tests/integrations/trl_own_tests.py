@@ -1,6 +1,6 @@
 """TRL's own tests of GRPOTrainer, with the stock trainer and with PAEC's in its place, as a table.
 
-    python tests/integrations/trl_own_tests.py REPOSITORY [--out bench_results/trust/trl.json]
+    PYTHONPATH=tests python -m integrations.trl_own_tests REPOSITORY --out bench_results/trust/trl.json
 
 REPOSITORY is a copy of https://github.com/huggingface/trl, best at the tag of the installed version; the installed trl
 is what is tested. No network is needed: the tiny models and the datasets that the tests take from the Hugging Face hub
@@ -30,6 +30,8 @@ import transformers
 import trl
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, PreTrainedTokenizerFast
+
+from paec_kernels.saved_state import write_json
 
 PACKAGE = Path(__file__).parents[2]
 TESTS = Path(__file__).parents[1]
@@ -227,8 +229,9 @@ def main() -> int:
     }
     print(json.dumps(found, indent=1))
     if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(found, indent=1) + "\n")
+        from benchmarks.provenance import provenance  # reads which files are loaded, so last
+
+        write_json(options.out, provenance() | found)
     return int(bool(found["passed_by_stock_alone"]))
 
 
