@@ -49,11 +49,16 @@ class Kill:
 
 
 class Lines:
-    """Counts the lines that run while a checkpoint is written; kills before the one that is chosen."""
+    """Counts the lines that run in each call that writes a checkpoint; kills before the one that is chosen.
 
-    def __init__(self, aim: CodeType, line: int = 0) -> None:
-        self.count = 0
-        self._aim, self._line = aim, line
+    Those of what it calls count down to ``DEEPEST``: far more run in the loops of libraries below, and do not matter.
+    """
+
+    DEEPEST = 4
+
+    def __init__(self, aim: CodeType, call: int = 0, line: int = 0) -> None:
+        self.counts: list[int] = []  # of each call
+        self._aim, self._call, self._line = aim, call, line
         self._root: FrameType | None = None
 
     def __call__(self, frame: FrameType, event: str, value: Any) -> Callable | None:
@@ -61,15 +66,25 @@ class Lines:
             if event != "call" or frame.f_code is not self._aim:
                 return None
             self._root = frame
+            self.counts.append(0)
+        if event == "call" and self._too_deep(frame):
+            return None
         if event == "line":
-            self.count += 1
-            if self.count == self._line:
+            self.counts[-1] += 1
+            if (len(self.counts), self.counts[-1]) == (self._call, self._line):
                 path = Path(frame.f_code.co_filename)
                 say(f"killed at {path.parent.name}/{path.name}:{frame.f_lineno}")
                 os.kill(os.getpid(), signal.SIGKILL)
         elif event == "return" and frame is self._root:
             self._root = None
         return self
+
+    def _too_deep(self, frame: FrameType | None) -> bool:
+        for _ in range(self.DEEPEST + 1):
+            if frame is self._root:
+                return False
+            frame = frame.f_back if frame else None
+        return True
 
 
 def say(text: str) -> None:
@@ -90,7 +105,7 @@ def start(trainer: Trainer, folder: Path, output: Path, lines: Lines | None = No
         trainer.train(folder)
         sys.settrace(None)
         if lines:
-            say(f"{lines.count} lines")
+            say(f"lines {json.dumps(lines.counts)}")
         status = 0
     except BaseException:
         say(traceback.format_exc())
@@ -140,10 +155,9 @@ def kill_often(trainer: Trainer, kills: int, seed: int, work: Path) -> list[Kill
     rng = random.Random(seed)
     undisturbed, scratch = work / "undisturbed", work / "copy"
     began = time.monotonic()
-    finish(trainer, undisturbed, work / "undisturbed.out")
+    said = finish(trainer, undisturbed, work / "undisturbed.out", Lines(trainer.SAVE))
     seconds = time.monotonic() - began
-    said = finish(trainer, work / "traced", work / "traced.out", Lines(trainer.SAVE))
-    count = int(re.findall(r"^(\d+) lines$", said, re.MULTILINE)[-1])
+    counts = json.loads(re.findall(r"^lines (.*)$", said, re.MULTILINE)[-1])
 
     found: list[Kill] = []
     folder: Path | None = None
@@ -156,8 +170,9 @@ def kill_often(trainer: Trainer, kills: int, seed: int, work: Path) -> list[Kill
             after = rng.uniform(0, seconds)
             status, where = wait(start(trainer, folder, output), after), f"{after:.3f} s after the start"
         else:
-            line = rng.randint(1, rng.randint(1, count))  # early more often, which leaves something to go on with
-            status, where = wait(start(trainer, folder, output, Lines(trainer.SAVE, line))), ""
+            call = rng.randrange(len(counts))
+            lines = Lines(trainer.SAVE, 1 + call, rng.randint(1, counts[call]))
+            status, where = wait(start(trainer, folder, output, lines)), ""
         text = output.read_text()
         if status != -signal.SIGKILL:  # it was through before
             if status:

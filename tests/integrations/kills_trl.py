@@ -7,19 +7,20 @@ import json
 import tempfile
 import warnings
 from pathlib import Path
-from typing import Any
 
 import kills
 import torch
 from integrations import tiny_trl
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
-from trl import GRPOTrainer
+
+from paec_kernels.integrations.trl import PAECGRPOTrainer
 
 STEPS = 6
-OPTIONS = {"max_steps": STEPS, "save_strategy": "steps", "save_steps": 2, "max_completion_length": 6}
-PAEC = tiny_trl.PAEC_ON | {"paec_anchor_steps": 3}
-TIMES = ("step_time", "train_runtime", "train_samples_per_second", "train_steps_per_second")
+OPTIONS = tiny_trl.PAEC_ON | {"paec_anchor_steps": 3}
+OPTIONS |= {"max_steps": STEPS, "save_strategy": "steps", "save_steps": 2, "max_completion_length": 6}
+# Measured, or of the last process alone, as TRL has it: train_loss is a mean of what this process saw.
+LEFT_OUT = ("step_time", "train_runtime", "train_samples_per_second", "train_steps_per_second", "train_loss")
 
 
 class Say(TrainerCallback):
@@ -30,12 +31,9 @@ class Say(TrainerCallback):
 
 
 class Killed:
-    """TRL's trainer, with PAEC or stock, as `kills.Trainer`."""
+    """TRL's trainer with PAEC, as `kills.Trainer`."""
 
     SAVE = Trainer._save_checkpoint.__code__  # beneath TRL's, which writes a model card first
-
-    def __init__(self, stock: bool = False) -> None:
-        self.stock = stock
 
     def train(self, folder: Path) -> None:
         warnings.simplefilter("ignore")
@@ -50,28 +48,26 @@ class Killed:
                     kills.say(f"refused: {error}".replace("\n", " "))
         run = self._made(folder)
         run.train(resume_from_checkpoint=newest)
-        end = {"weights": run.model.state_dict(), "log": self._log(run)}
-        torch.save(end if self.stock else end | {"paec": run.paec.state_dict()}, folder / "end.pt")
+        log = [{name: x for name, x in row.items() if name not in LEFT_OUT} for row in run.state.log_history]
+        end = {"weights": run.model.state_dict(), "log": log, "paec": run.paec.state_dict()}
+        torch.save(end, folder / "end.pt")
 
     def newest(self, folder: Path) -> int:
         steps = [int(path.name.split("-")[1]) for path in folder.glob("checkpoint-*") if self._complete(path)]
         return max(steps, default=0)
 
-    def _made(self, folder: Path) -> GRPOTrainer:
-        options = OPTIONS if self.stock else OPTIONS | PAEC
-        return tiny_trl.trainer(folder, stock=self.stock, callbacks=[Say()], **options)
+    @staticmethod
+    def _made(folder: Path) -> PAECGRPOTrainer:
+        return tiny_trl.trainer(folder, callbacks=[Say()], **OPTIONS)
 
-    def _complete(self, checkpoint: Path) -> bool:
+    @staticmethod
+    def _complete(checkpoint: Path) -> bool:
         """Tell whether what the trainer writes last is there, whole."""
         try:
             json.loads((checkpoint / "trainer_state.json").read_text())
         except (OSError, ValueError):
             return False
         return True
-
-    @staticmethod
-    def _log(run: GRPOTrainer) -> list[dict[str, Any]]:
-        return [{name: x for name, x in row.items() if name not in TIMES} for row in run.state.log_history]
 
 
 if __name__ == "__main__":
