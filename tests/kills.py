@@ -23,7 +23,7 @@ import torch
 
 
 class Trainer(Protocol):
-    """What is killed. Its processes are forked from this one, which has imported everything."""
+    """What is killed, in processes that are forked from this one after it has trained once, and so start at once."""
 
     SAVE: CodeType  # of the function that writes a checkpoint
 
@@ -104,8 +104,6 @@ def start(trainer: Trainer, folder: Path, output: Path, lines: Lines | None = No
         sys.settrace(lines)
         trainer.train(folder)
         sys.settrace(None)
-        if lines:
-            say(f"lines {json.dumps(lines.counts)}")
         status = 0
     except BaseException:
         say(traceback.format_exc())
@@ -124,13 +122,6 @@ def wait(process: int, seconds: float | None = None) -> int:
             time.sleep(0.002)
         os.kill(process, signal.SIGKILL)
     return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
-
-
-def finish(trainer: Trainer, folder: Path, output: Path, lines: Lines | None = None) -> str:
-    """Train to the end and return what was said."""
-    if wait(start(trainer, folder, output, lines)):
-        raise RuntimeError(output.read_text())
-    return output.read_text()
 
 
 def leaves(state: Any, name: str = "") -> Iterator[tuple[str, Any]]:
@@ -154,10 +145,11 @@ def kill_often(trainer: Trainer, kills: int, seed: int, work: Path) -> list[Kill
     """Kill so many times, every third by time, in the folder ``work``; the undisturbed run's is made there too."""
     rng = random.Random(seed)
     undisturbed, scratch = work / "undisturbed", work / "copy"
-    began = time.monotonic()
-    said = finish(trainer, undisturbed, work / "undisturbed.out", Lines(trainer.SAVE))
+    began, lines = time.monotonic(), Lines(trainer.SAVE)
+    sys.settrace(lines)
+    trainer.train(undisturbed)
+    sys.settrace(None)
     seconds = time.monotonic() - began
-    counts = json.loads(re.findall(r"^lines (.*)$", said, re.MULTILINE)[-1])
 
     found: list[Kill] = []
     folder: Path | None = None
@@ -170,9 +162,9 @@ def kill_often(trainer: Trainer, kills: int, seed: int, work: Path) -> list[Kill
             after = rng.uniform(0, seconds)
             status, where = wait(start(trainer, folder, output), after), f"{after:.3f} s after the start"
         else:
-            call = rng.randrange(len(counts))
-            lines = Lines(trainer.SAVE, 1 + call, rng.randint(1, counts[call]))
-            status, where = wait(start(trainer, folder, output, lines)), ""
+            call = rng.randrange(len(lines.counts))
+            killer = Lines(trainer.SAVE, 1 + call, rng.randint(1, lines.counts[call]))
+            status, where = wait(start(trainer, folder, output, killer)), ""
         text = output.read_text()
         if status != -signal.SIGKILL:  # it was through before
             if status:
@@ -186,7 +178,10 @@ def kill_often(trainer: Trainer, kills: int, seed: int, work: Path) -> list[Kill
         if folder.exists():
             shutil.copytree(folder, scratch)
         (work / "copy.out").unlink(missing_ok=True)
-        said = finish(trainer, scratch, work / "copy.out")
+        ended = wait(start(trainer, scratch, work / "copy.out"))
+        said = (work / "copy.out").read_text()
+        if ended:
+            raise RuntimeError(said)
         refused = "; ".join(re.findall(r"^refused: (.*)$", said, re.MULTILINE)).replace(str(scratch), "")
         found.append(Kill(where, saved, lost, refused, differing(scratch, undisturbed)))
         print(*asdict(found[-1]).values(), flush=True)

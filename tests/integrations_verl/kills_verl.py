@@ -59,6 +59,7 @@ class Killed:
                 kills.say(f"saved {step}")
         weights = {name: tiny_verl.whole(value) for name, value in worker.engine.module.state_dict().items()}
         torch.save({"weights": weights, "metrics": metrics, "paec": worker.paec.state_dict()}, folder / "end.pt")
+        torch.distributed.destroy_process_group()
 
     def newest(self, folder: Path) -> int:
         path = find_latest_ckpt_path(str(folder))
