@@ -104,7 +104,8 @@ def compile_kernel(kernel: str, target: str = "sm_90", dtype: str = "bf16", soft
     } | ({} if softcap else {"softcap": None})
     names = function.arg_names
     signature = {name: "constexpr" if name in constants else _type(name, dtype) for name in names}
-    aligned = [n for n in names if n.endswith("_ptr") or "stride_" in n or n in ("n_cols", "width")]
+    specialised = [p.name for p in function.params if not p.do_not_specialize_on_alignment]
+    aligned = [n for n in specialised if n.endswith("_ptr") or "stride_" in n or n in ("n_cols", "width")]
     source = ASTSource(
         function,
         signature,

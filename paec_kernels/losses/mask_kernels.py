@@ -15,9 +15,11 @@ from torch import Tensor
 
 BLOCK = 1024  # fixed: it decides the order of the sums
 NUM_WARPS = 4
+# Statistics are rows of one table [3, N]: where they begin depends on N, for which no kernel shall be compiled anew.
+VECTORS = ("nucleus_entropy_ptr", "nucleus_size_ptr", "margin_ptr", "valid_ptr", "score_ptr", "entropy_ptr", "mask_ptr")
 
 
-@triton.jit(do_not_specialize=["n"])
+@triton.jit(do_not_specialize=["n"], do_not_specialize_on_alignment=VECTORS)
 def _position_score_kernel(
     score_ptr, nucleus_entropy_ptr, nucleus_size_ptr, margin_ptr, valid_ptr,
     alpha, tau_c, h_scale, n, LOG_SIZE: tl.constexpr, BLOCK: tl.constexpr,
@@ -36,7 +38,7 @@ def _position_score_kernel(
     tl.store(score_ptr + offsets, tl.where(valid, score, float("inf")), mask=inside)
 
 
-@triton.jit(do_not_specialize=["n"])
+@triton.jit(do_not_specialize=["n"], do_not_specialize_on_alignment=VECTORS)
 def _soft_mask_kernel(mask_ptr, partial_ptr, score_ptr, entropy_ptr, threshold_ptr, tau_m, n, BLOCK: tl.constexpr):
     block = tl.program_id(0)
     offsets = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -50,7 +52,7 @@ def _soft_mask_kernel(mask_ptr, partial_ptr, score_ptr, entropy_ptr, threshold_p
     tl.store(partial_ptr + tl.num_programs(0) + block, tl.sum(mask * entropy))
 
 
-@triton.jit(do_not_specialize=["n"])
+@triton.jit(do_not_specialize=["n"], do_not_specialize_on_alignment=VECTORS)
 def _penalty_coefficients_kernel(
     coefficient_ptr, mask_ptr, mask_sum_ptr, mean_entropy_ptr, floor_ptr, beta, lam, n, BLOCK: tl.constexpr
 ):

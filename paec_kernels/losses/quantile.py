@@ -20,21 +20,21 @@ def quantile(score: Tensor, q: Fraction) -> Tensor:
     device: the invalid ones (+inf) sort to the end and the position is computed there.
 
     Args:
-        score: ``[N]``; +inf marks an invalid position.
+        score: ``[..., N]``; +inf marks an invalid position.
         q: in [0, 1], as ``as_fraction`` makes it.
     Returns:
-        0-d, of the scores' dtype. NaN with no valid score; NaN if any score is NaN, as ``torch.quantile``:
+        ``[...]``, of the scores' dtype. NaN with no valid score; NaN if any score is NaN, as ``torch.quantile``:
         a broken row then shows in the loss instead of shifting every mask a little.
     """
-    if score.numel() == 0:
-        return score.new_full((), math.nan)
+    if score.shape[-1] == 0:
+        return score.new_full(score.shape[:-1], math.nan)
     ordered = score.sort().values
-    n_valid = (score != math.inf).sum()
+    n_valid = (score != math.inf).sum(-1)
     position = q.numerator * (n_valid - 1).clamp(min=0)  # in units of 1 / q.denominator
     low = position // q.denominator
     high = torch.minimum(low + 1, (n_valid - 1).clamp(min=0))
     weight = (position % q.denominator).to(score.dtype) / q.denominator
-    below, above = ordered.gather(0, torch.stack([low, high])).unbind()
+    below, above = ordered.gather(-1, torch.stack([low, high], -1)).unbind(-1)
     value = below + (above - below) * weight
-    undefined = (n_valid == 0) | score.isnan().any()
+    undefined = (n_valid == 0) | score.isnan().any(-1)
     return torch.where(undefined, math.nan, value)

@@ -204,7 +204,5 @@ def peak_positions(entropy: Tensor, valid: Tensor, rho: float) -> Tensor:
     A row with NaN at a valid position is all True there, so that the NaN shows in the loss.
     """
     score = torch.where(valid, entropy, torch.inf)
-    if score.numel() == 0:
-        return valid
-    threshold = torch.func.vmap(lambda row: quantile(row, as_fraction(rho)))(score)[:, None]
+    threshold = quantile(score, as_fraction(rho))[:, None]
     return valid & ((entropy > threshold) | threshold.isnan())

@@ -16,7 +16,20 @@ import triton.language as tl
 from torch import Tensor
 
 from paec_kernels.ops import layout
-from paec_kernels.ops.rows import LN2, LOG2E, UNDERFLOW, Row, Units, capped, row_offset, strides_of, tanh, token_of
+from paec_kernels.ops.rows import (
+    LN2,
+    LOG2E,
+    ONE_A_ROW,
+    SIZES,
+    UNDERFLOW,
+    Row,
+    Units,
+    capped,
+    row_offset,
+    strides_of,
+    tanh,
+    token_of,
+)
 
 TILES = tl.constexpr(4)  # of BLOCK columns in a program, which loads and prepares the row's scalars once for them
 
@@ -84,7 +97,7 @@ def write_columns(out, row, begin, line, WITH_NUCLEUS: tl.constexpr, BLOCK: tl.c
         write_tile(out, row, start, line, True, WITH_NUCLEUS, BLOCK)
 
 
-@triton.jit(do_not_specialize=["temperature_stride", "n_rows", "n_inner", "first_column"])
+@triton.jit(do_not_specialize=[*SIZES, "first_column"], do_not_specialize_on_alignment=ONE_A_ROW)
 def backward_kernel(
     d_logits_ptr, d_stride_outer, d_stride_inner, d_stride_col,
     logits_ptr, stride_outer, stride_inner, stride_col,

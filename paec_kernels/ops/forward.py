@@ -16,6 +16,8 @@ from paec_kernels.ops.rows import (
     IGNORE,
     LN2,
     LOG2E,
+    ONE_A_ROW,
+    SIZES,
     Row,
     Units,
     capped,
@@ -77,7 +79,7 @@ def store_everywhere(stats_ptr, rest_ptr, size_ptr, n_rows, row, value):
     tl.store(size_ptr + row, 0)
 
 
-@triton.jit(do_not_specialize=["temperature_stride", "n_rows", "n_inner"])
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=ONE_A_ROW)
 def forward_kernel(
     logits_ptr, stride_outer, stride_inner, stride_col,
     token_ids_ptr, valid_ptr, temperature_ptr, temperature_stride,

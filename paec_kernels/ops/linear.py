@@ -221,6 +221,7 @@ def linear_token_stats(
         return reference.linear_token_stats(
             hidden, weight, token_ids, bias=bias, valid=valid, top_p=top_p, temperature=temperature, softcap=softcap
         )
+    operator.forbid_forward_mode("linear_token_stats", hidden, weight, bias)
     table = linear_token_stats_forward(
         hidden.reshape(-1, hidden.shape[-1]), weight, bias, *rows, top_p, softcap or 0.0, chunk_rows or 0,
         backend,

@@ -125,7 +125,11 @@ def one_pass_loss(
     if backend == "reference":
         raise ValueError("backend must be 'auto', 'triton' or 'torch' here, got 'reference'")
     operator.check_dtype("hidden", hidden, backend)
+    operator.forbid_forward_mode("one_pass_loss", hidden, weight, bias)
     # Read before apply: inside a Function grad mode is always off.
     needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (hidden, weight, bias)]
     options = (scaling.top_p, scaling.softcap or 0.0, chunk_rows or 0, backend)
-    return _OnePass.apply(hidden.reshape(-1, hidden.shape[-1]), weight, bias, rows, options, chunk_loss, needs)
+    run = _OnePass.apply
+    if torch.compiler.is_compiling():  # which would trace the passes' insides, and what it makes of them fails
+        run = torch.compiler.disable(run, reason="one_pass_loss makes its gradient chunk by chunk")
+    return run(hidden.reshape(-1, hidden.shape[-1]), weight, bias, rows, options, chunk_loss, needs)

@@ -224,6 +224,15 @@ def forbid_second_derivative(name: str) -> None:
         raise RuntimeError(f"{name} has no second derivative: its backward pass was run with create_graph=True")
 
 
+def forbid_forward_mode(name: str, *inputs: Tensor | None) -> None:
+    """Raise RuntimeError for inputs with a tangent, which an op of ours would drop: the result's would be 0, not said."""
+    if torch.compiler.is_compiling():
+        return
+    for value in inputs:
+        if value is not None and torch.autograd.forward_ad.unpack_dual(value).tangent is not None:
+            raise RuntimeError(f"{name} has no forward-mode derivative (torch.func.jvp, dual numbers), only a backward")
+
+
 def _setup_context(ctx, inputs, output):
     logits, token_ids, valid, temperature, _, *ctx.options, ctx.inplace_backward, ctx.backend = inputs
     save_table(ctx, (logits, token_ids, valid, temperature), output)
@@ -311,6 +320,7 @@ def token_stats(
         return reference.token_stats(
             logits, token_ids, valid=valid, top_p=top_p, temperature=temperature, softcap=softcap, vocab_size=n_cols
         )
+    forbid_forward_mode("token_stats", logits)
     if inplace_backward and any(n > 1 and s == 0 for n, s in zip(logits.shape, logits.stride(), strict=True)):
         raise ValueError("inplace_backward needs logits of their own memory, got an expanded tensor (stride 0)")
     if inplace_backward and torch.is_grad_enabled() and logits.requires_grad and _is_leaf(logits):

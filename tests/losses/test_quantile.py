@@ -18,6 +18,17 @@ def test_equals_torch_quantile_of_the_valid_scores(n):
         torch.testing.assert_close(actual, expected, rtol=1e-14, atol=0)
 
 
+def test_rows_have_each_their_own():
+    score = torch.rand(3, 4, 50, dtype=torch.float64)
+    score[torch.rand(3, 4, 50) < 0.3] = math.inf
+    score[1, 2] = math.inf
+    score[2, 3, 4] = math.nan
+    found = quantile(score, as_fraction(0.8))
+    expected = torch.stack([quantile(row, as_fraction(0.8)) for row in score.flatten(0, 1)]).view(3, 4)
+    assert found.isnan().sum() == 2
+    assert torch.equal(found.nan_to_num(), expected.nan_to_num())
+
+
 def test_ties_and_a_position_on_an_element():
     assert quantile(torch.tensor([0.5, 0.25, 0.25, 0.25, 0.5, 1.0]), as_fraction(0.8)) == 0.5
 
