@@ -8,6 +8,7 @@ Needs triton with its own cuobjdump and nvdisasm (Linux), and TRITON_INTERPRET u
 """
 
 import argparse
+import itertools
 import json
 import re
 import subprocess
@@ -24,7 +25,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from benchmarks import cost_model
+from benchmarks import cost_model, exchanges
 from benchmarks.provenance import provenance
 from paec_kernels.ops import backward, forward
 from paec_kernels.ops.nucleus import gather_lanes
@@ -89,8 +90,10 @@ def _type(name: str, dtype: str) -> str:
     return "i64" if "stride_" in name else "i32"
 
 
-def compile_kernel(kernel: str, target: str = "sm_90", dtype: str = "bf16", softcap: bool = False) -> Any:
-    """Compile one of KERNELS as a launch on aligned, contiguous logits would."""
+def compile_kernel(
+    kernel: str, target: str = "sm_90", dtype: str = "bf16", softcap: bool = False, aligned: bool = True
+) -> Any:
+    """Compile one of KERNELS as a launch on contiguous logits would, whose rows are aligned as 16 elements are or not."""
     function = KERNELS[kernel]
     forward_warps = forward.SOFTCAP_WARPS if softcap else forward.FORWARD_WARPS
     warps = backward.BACKWARD_WARPS if kernel == "backward" else forward_warps
@@ -99,18 +102,19 @@ def compile_kernel(kernel: str, target: str = "sm_90", dtype: str = "bf16", soft
         "d_stride_col": 1,
         "SHIFT": forward.KEY_SHIFT[DTYPES[dtype]],
         "LANES": forward.LANES,
-        "ALIGNED": True,
+        "ALIGNED": aligned,
         "BLOCK": backward.BACKWARD_BLOCK,
     } | ({} if softcap else {"softcap": None})
     names = function.arg_names
     signature = {name: "constexpr" if name in constants else _type(name, dtype) for name in names}
     specialised = [p.name for p in function.params if not p.do_not_specialize_on_alignment]
-    aligned = [n for n in specialised if n.endswith("_ptr") or "stride_" in n or n in ("n_cols", "width")]
+    sizes = [n for n in specialised if "stride_" in n or n in ("n_cols", "width")] if aligned else []
+    hinted = [*sizes, *(n for n in specialised if n.endswith("_ptr"))]
     source = ASTSource(
         function,
         signature,
         {(names.index(n),): value for n, value in constants.items() if n in names},
-        {(names.index(n),): [["tt.divisibility", 16]] for n in aligned if n not in constants},
+        {(names.index(n),): [["tt.divisibility", 16]] for n in hinted if n not in constants},
     )
     options = {"num_warps": warps, "enable_fp_fusion": True}
     return triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
@@ -295,29 +299,46 @@ def scratch_order(target: str) -> dict[str, Any]:
     """Find how lanes are passed between threads through memory, in the code of `gather_kernel`.
 
     Returns:
-        the loads; whether every store comes before every load; and whether a barrier is on every way between two.
+        the loads; whether every store comes before every load; whether a barrier is on every way between two; and
+        whether the store is complete before it, for which AMD's barrier does not wait.
     """
     found = code(compile_kernel("gather", target))
     stores = found.where(r"STG\.E |(global|buffer)_store_dword ")
     loads = found.where(r"LDG\.E(\.CONSTANT|\.CI)? |(global|buffer)_load_dword ")
     barriers = found.where(r"BAR\.SYNC|s_barrier")
+    waits = found.where(r"BAR\.SYNC|s_waitcnt.*vmcnt\(0\)")
     assert stores, f"{target}: no store to the scratch"
     return {
         "loads": sorted({re.sub(PREDICATE, "", found.listing[i]).split()[0] for i in loads}),
         "in_order": all(set(loads) <= set(found.reached(i)) for i in stores),
         "behind_barrier": not any(set(loads) & set(found.reached(i, closed=barriers)) for i in stores),
+        "complete": not any(set(loads) & set(found.reached(i, closed=waits)) for i in stores)
+        and not any(set(barriers) - set(waits) & set(found.reached(i, closed=waits)) for i in stores),
+    }
+
+
+def memory(compiled: Any, tile: int) -> dict[str, Any]:
+    """Say what is passed between threads, and whether the logits may be overwritten in place; see `exchanges`.
+
+    Args:
+        tile: columns that are read and written at a time.
+    """
+    found, logits = exchanges.accesses(compiled.asm["ttgir"]), {"logits_ptr", "d_logits_ptr"}
+    passed = exchanges.passed_through(found)
+    return {
+        "passed": {pointer: exchanges.is_in_order(accesses) for pointer, accesses in passed.items()},
+        "one_owner": exchanges.have_one_owner(found, compiled.asm["ttgir"], logits, tile),
+        "narrow_offsets": exchanges.narrow_offsets(compiled.asm["ttir"], logits),
     }
 
 
 def report() -> dict[str, Any]:
-    rows = [
-        {"kernel": kernel, "target": target, "dtype": dtype, "softcap": softcap}
-        | resources(compile_kernel(kernel, target, dtype, softcap))
-        for kernel in ("forward", "backward")
-        for target in TARGETS
-        for dtype in DTYPES
-        for softcap in (False, True)
-    ]
+    variants = [*itertools.product(DTYPES, (False, True), (True,)), ("bf16", False, False)]
+    rows = []
+    for kernel, target, (dtype, softcap, aligned) in itertools.product(("forward", "backward"), TARGETS, variants):
+        compiled = compile_kernel(kernel, target, dtype, softcap, aligned)
+        variant = {"kernel": kernel, "target": target, "dtype": dtype, "softcap": softcap, "aligned": aligned}
+        rows.append(variant | resources(compiled) | memory(compiled, backward.BACKWARD_BLOCK))
     return {
         "provenance": provenance(),
         "rows": rows,

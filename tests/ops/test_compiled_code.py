@@ -72,6 +72,63 @@ def test_lanes_are_passed_by_a_store_a_barrier_and_a_load(report):
         assert found["loads"], target
         assert found["in_order"], target
         assert found["behind_barrier"], target
+        assert found["complete"], target
+
+
+def test_nothing_else_is_passed_between_threads(report):
+    """In every variant of the kernels, by Triton's own dialect; the machine code above is of a kernel that does this."""
+    for row in report["rows"]:
+        assert row["passed"] == ({"scratch_ptr": True} if row["kernel"] == "forward" else {}), row
+
+
+def test_a_thread_overwrites_what_itself_has_read(report):
+    """The gradient in place: a tile's load and store with the same layout, in which no element is held twice."""
+    for row in report["rows"]:
+        assert row["one_owner"] == (row["kernel"] == "backward"), row
+
+
+def test_offsets_into_the_logits_have_64_bits(report):
+    for row in report["rows"]:
+        assert row["narrow_offsets"] == [], row
+
+
+KERNEL = """
+  tt.func public @kernel(%a_ptr: !tt.ptr<i32> {tt.divisibility = 16 : i32} loc("a_ptr"(#loc)), %n: i32) {
+    %p = tt.splat %a_ptr : !tt.ptr<i32> -> tensor<64x!tt.ptr<i32>, #blocked> loc(#loc1)
+    %q = tt.addptr %p, %i : tensor<64x!tt.ptr<i32>, #blocked>, tensor<64xi32, #blocked> loc(#loc2)
+    scf.if %c {
+      tt.store %q, %v, %m : tensor<64x!tt.ptr<i32>, #blocked> loc(#loc3)
+      BARRIER
+      %w = tt.load %q : tensor<64x!tt.ptr<i32>, #blocked> loc(#loc4)
+    }
+    tt.return
+  }
+"""
+
+
+@pytest.mark.parametrize(
+    ("change", "in_order"),
+    [
+        (("BARRIER", "gpu.barrier"), True),
+        (("BARRIER", "ttg.barrier all"), True),
+        (("BARRIER", "ttg.barrier local"), False),
+        (("BARRIER", ""), False),
+        (("BARRIER", "} else {\ngpu.barrier"), False),
+        (("BARRIER", "gpu.barrier\ntt.store %q, %v : tensor<64x!tt.ptr<i32>, #blocked>"), False),
+    ],
+)
+def test_exchanges_are_found(change, in_order):
+    from benchmarks import exchanges
+
+    ir = KERNEL.replace(*change)
+    found = exchanges.accesses(ir)
+    assert exchanges.is_in_order(exchanges.passed_through(found)["a_ptr"]) == in_order
+    assert len(exchanges.narrow_offsets(ir, {"a_ptr"})) == 1
+    layout = "#blocked = #ttg.blocked<{sizePerThread = [1], threadsPerWarp = [32], warpsPerCTA = [2], order = [0]}>\n"
+    assert exchanges.have_one_owner(found, layout + ir, {"a_ptr"}, 64)
+    assert not exchanges.have_one_owner(found, layout + ir, {"a_ptr"}, 32)
+    other = exchanges.accesses(ir.replace("%w = tt.load %q : tensor<64x!tt.ptr<i32>, #blocked>", "%w = tt.load %a_ptr"))
+    assert not exchanges.have_one_owner(other, layout + ir, {"a_ptr"}, 64)
 
 
 def test_counts_of_the_cost_model(report):
