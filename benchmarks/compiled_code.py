@@ -93,7 +93,7 @@ def _type(name: str, dtype: str) -> str:
 def compile_kernel(
     kernel: str, target: str = "sm_90", dtype: str = "bf16", softcap: bool = False, aligned: bool = True
 ) -> Any:
-    """Compile one of KERNELS as a launch on contiguous logits would, whose rows are aligned as 16 elements are or not."""
+    """Compile one of KERNELS as a launch on contiguous logits would, whose rows begin at multiples of 16 or not."""
     function = KERNELS[kernel]
     forward_warps = forward.SOFTCAP_WARPS if softcap else forward.FORWARD_WARPS
     warps = backward.BACKWARD_WARPS if kernel == "backward" else forward_warps

@@ -1,11 +1,12 @@
 """What a new shape compiles: graphs of `torch.compile`, and variants of Triton's kernels. No GPU is needed.
 
-    python -m benchmarks.recompiles               # a table
-    python -m benchmarks.recompiles --out FILE    # as JSON
+    python -m benchmarks.recompiles                           # a table
+    python -m benchmarks.recompiles --out FILE                # as JSON
+    python -m benchmarks.recompiles --entries token_stats     # of the graphs, only these entry points'
 
 Triton is given a GPU that only says what it is: every launch goes as far as the key under which its kernel would be
-compiled, and nothing runs. So what the kernels "compute" here is memory that nobody has written; shapes, graphs and keys
-do not depend on it. Needs TRITON_INTERPRET unset.
+compiled, and nothing runs. What the kernels "compute" here is memory that nobody has written, on which shapes, graphs
+and keys do not depend. Needs TRITON_INTERPRET unset.
 """
 
 import argparse
@@ -104,8 +105,17 @@ def _stats(b: int, t: int) -> tuple:
     return pk.TokenStats(logp, entropy, nucleus_entropy, torch.rand(b, t), torch.rand(b, t), size), _tokens(b, t)[1]
 
 
+def _stats_and_accuracy(b: int, t: int) -> tuple:
+    return *_stats(b, t), torch.rand(b, 1)
+
+
 def _logp(b: int, t: int) -> tuple:
     return torch.randn(b, t, requires_grad=True), torch.randn(b, t), torch.randn(b, 1), _tokens(b, t)[1]
+
+
+def _whole_batch(b: int, t: int) -> tuple:
+    logits, token_ids, valid = _logits(b, t)
+    return logits, token_ids, torch.randn(b, 1), valid, torch.randn(b, t)
 
 
 def _mixed(stats: pk.TokenStats) -> Tensor:
@@ -170,31 +180,24 @@ ENTRIES = {
     "token_stats, in place": Entry(lambda backend: _token_stats(backend, inplace_backward=True), _logits),
     "linear_token_stats": Entry(_linear, _hidden),
     "one_pass_loss": Entry(_one_pass, _hidden),
-    "PAECLoss": Entry(_drop_in, lambda b, t: (*_logits(b, t)[:2], torch.randn(b, 1), *_logp(b, t)[:0:-2])),
+    "PAECLoss": Entry(_drop_in, _whole_batch),
     "PAEC": Entry(_whole_step, _stats),
     "PAEC, observe to step": Entry(
-        _four_calls(lambda backend: pk.PAEC(pk.PAECConfig(), backend=backend)),
-        lambda b, t: (*_stats(b, t), torch.rand(b, 1)),
+        _four_calls(lambda backend: pk.PAEC(pk.PAECConfig(), backend=backend)), _stats_and_accuracy
     ),
 }
 # Those that have no kernels of their own, and so one backend.
 ENTRIES_IN_TORCH = {
-    **{
-        name: Entry(_policy(getattr(pk, name)), _logp if name in ("grpo_loss", "cispo_loss") else _logp)
-        for name in ("grpo_loss", "cispo_loss")
-    },
-    **{
-        name: Entry(_policy(getattr(pk, name)), lambda b, t: (*_logp(b, t), torch.rand(b, t) < 0.1))
-        for name in ("clip_cov_loss", "kl_cov_loss")
-    },
-    **{
-        make.__name__: Entry(
-            _four_calls(lambda _, make=make: make()), lambda b, t: (*_stats(b, t), torch.rand(b, 1))
-        )
-        for make in (pk.GlobalEntropy, pk.AER, pk.SIREN)
-    },
+    "grpo_loss": Entry(_policy(pk.grpo_loss), _logp),
+    "cispo_loss": Entry(_policy(pk.cispo_loss), _logp),
+    "clip_cov_loss": Entry(_policy(pk.clip_cov_loss), lambda b, t: (*_logp(b, t), torch.rand(b, t) < 0.1)),
+    "kl_cov_loss": Entry(_policy(pk.kl_cov_loss), lambda b, t: (*_logp(b, t), torch.rand(b, t) < 0.1)),
     "group_advantages": Entry(lambda _: pk.group_advantages, lambda b, t: (torch.randn(b, t, requires_grad=True),)),
+    "GlobalEntropy": Entry(_four_calls(lambda _: pk.GlobalEntropy()), _stats_and_accuracy),
+    "AER": Entry(_four_calls(lambda _: pk.AER()), _stats_and_accuracy),
+    "SIREN": Entry(_four_calls(lambda _: pk.SIREN()), _stats_and_accuracy),
 }
+EVERY_ENTRY = ENTRIES | ENTRIES_IN_TORCH
 
 
 def graphs(entry: Entry, backend: str, shapes: list[tuple[int, int]]) -> dict[str, Any]:
@@ -239,6 +242,19 @@ def variants(vocabulary: int, sliced: bool, softcap: float | None) -> dict[str, 
     return {name: len(keys) for name, keys in launches.keys.items()}
 
 
+def linear_variants(vocabulary: int) -> dict[str, int]:
+    """Count the same of the linear form, in chunks of some rows forward and of some columns backward."""
+    weight = torch.randn(vocabulary, D, requires_grad=True)
+    with Launches() as launches:
+        for b, t in ALL:
+            hidden = torch.randn(b, t, D, requires_grad=True)
+            token_ids, valid = torch.zeros(b, t, dtype=torch.int64), torch.ones(b, t, dtype=torch.bool)
+            for rows in (None, valid):
+                stats = pk.linear_token_stats(hidden, weight, token_ids, valid=rows, chunk_rows=40, backend="triton")
+                stats.entropy.sum().backward()
+    return {name: len(keys) for name, keys in launches.keys.items()}
+
+
 def grids() -> dict[str, list[int]]:
     """Find the grids that 70,000 rows are launched on, more than a GPU's second axis takes."""
     logits = torch.zeros(1, 16, dtype=torch.bfloat16).expand(70_000, 16).requires_grad_()
@@ -248,13 +264,12 @@ def grids() -> dict[str, list[int]]:
     return {name: list(grid) for name, found in launches.grids.items() for grid in found}
 
 
-def report() -> dict[str, Any]:
+def report(names: list[str]) -> dict[str, Any]:
     with Launches():
         rows = [
-            {"entry": name, "backend": backend} | graphs(entry, backend, shapes)
-            for backends, entries in ((("torch", "triton"), ENTRIES), (("torch",), ENTRIES_IN_TORCH))
-            for name, entry in entries.items()
-            for backend in backends
+            {"entry": name, "backend": backend} | graphs(EVERY_ENTRY[name], backend, shapes)
+            for name in names
+            for backend in (("torch", "triton") if name in ENTRIES else ("torch",))
             for shapes in (DOZEN, UP_TO_TWELVE)
         ]
     return {
@@ -267,6 +282,7 @@ def report() -> dict[str, Any]:
             for sliced in (False, True)
             for softcap in (None, 30.0)
         ],
+        "linear_variants": {vocabulary: linear_variants(vocabulary) for vocabulary in (4096, 1001)},
         "grids": grids(),
     }
 
@@ -277,13 +293,15 @@ def table(result: dict[str, Any]) -> Iterator[str]:
         yield f"{row['entry']} ({row['backend']}): {row['forward']} forward, {row['backward']} backward{breaks}"
     for row in result["variants"]:
         yield " ".join(f"{name}={value}" for name, value in row.items())
+    yield f"linear form: {result['linear_variants']}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="write JSON to this file in place of a table to the terminal")
+    parser.add_argument("--entries", nargs="+", choices=EVERY_ENTRY, default=list(EVERY_ENTRY), metavar="NAME")
     arguments = parser.parse_args()
-    result = report()
+    result = report(arguments.entries)
     if arguments.out is not None:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         arguments.out.write_text(json.dumps(result, indent=1) + "\n")

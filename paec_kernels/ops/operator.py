@@ -225,7 +225,7 @@ def forbid_second_derivative(name: str) -> None:
 
 
 def forbid_forward_mode(name: str, *inputs: Tensor | None) -> None:
-    """Raise RuntimeError for inputs with a tangent, which an op of ours would drop: the result's would be 0, not said."""
+    """Raise RuntimeError for inputs with a tangent. An op without a forward mode drops it: the result's would be 0."""
     if torch.compiler.is_compiling():
         return
     for value in inputs:

@@ -76,7 +76,7 @@ def test_lanes_are_passed_by_a_store_a_barrier_and_a_load(report):
 
 
 def test_nothing_else_is_passed_between_threads(report):
-    """In every variant of the kernels, by Triton's own dialect; the machine code above is of a kernel that does this."""
+    """In every variant, by Triton's own dialect. The machine code above is of a kernel that does this alone."""
     for row in report["rows"]:
         assert row["passed"] == ({"scratch_ptr": True} if row["kernel"] == "forward" else {}), row
 
