@@ -19,8 +19,8 @@ LN2 = tl.constexpr(0.6931471805599453)
 # exp2 of this is 0 in float32, and it times 0 is 0: a finite stand-in for -inf in products.
 UNDERFLOW = tl.constexpr(-150.0)
 
-# What differs from batch to batch, so that no kernel is compiled for one of its values: sizes; and whether values, one a
-# row, begin at a multiple of 16 bytes, as `ids[:, 1:]` does for two answers (it is copied) and not for one (a view).
+# What differs from batch to batch, so that no kernel is compiled for one of its values: sizes; and whether values, one
+# a row, begin at a multiple of 16 bytes, as `ids[:, 1:]` does for two answers (it is copied) and not for one (a view).
 SIZES = ("temperature_stride", "n_rows", "n_inner")
 ONE_A_ROW = ("token_ids_ptr", "valid_ptr", "temperature_ptr", "d_stats_ptr")
 

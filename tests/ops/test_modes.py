@@ -185,6 +185,23 @@ def test_functional_gradients_are_an_error(name, transform):
         transform(LOSSES[name])(flat(N, V))
 
 
+def test_a_gradient_of_stride_zero_enters_a_compiled_graph(backend):
+    """What `.sum().backward()` outside of it makes, for one statistic at a time."""
+    logits, token_ids = flat(N, V).requires_grad_(), torch.arange(N)
+
+    def statistics(z):
+        return pk.token_stats(z, token_ids, backend=backend)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(statistics, fullgraph=True, backend="aot_eager")
+    for name in ("logp", "entropy", "nucleus_entropy"):
+        found, expected = (
+            torch.autograd.grad(getattr(function(logits), name).sum(), logits)[0] for function in (compiled, statistics)
+        )
+        assert expected.any()
+        assert torch.equal(found, expected)
+
+
 class Head(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()

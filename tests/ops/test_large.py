@@ -1,0 +1,148 @@
+"""Offsets beyond 2^31 and more rows than 65,535, in little memory: rows and columns far apart, most rows not valid."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from ops.rows import flat
+
+import paec_kernels as pk
+
+FAR = 2**31
+
+
+@pytest.fixture
+def pages() -> torch.Tensor:
+    """A little more than 2^31 zeros in bfloat16, 4.3 GB of which only the pages that are written to take memory."""
+    try:
+        return torch.from_numpy(np.zeros(FAR + 2**17, np.int16)).view(torch.bfloat16)
+    except MemoryError:
+        pytest.skip("4.3 GB of addresses are not granted")
+
+
+# Shapes and strides of logits whose last element lies beyond 2^31.
+PLACES = {
+    "rows": ((3, 300), (2**30 + 64, 1)),
+    "a stride of more than an int32": ((2, 300), (FAR + 64, 1)),
+    "two strides of rows": ((2, 3, 70), (FAR - 4096, 4096, 1)),
+    "columns": ((2, 5), (7, 2**29 + 1)),
+}
+
+
+@pytest.mark.parametrize("ids", [torch.int32, torch.int64])
+@pytest.mark.parametrize("place", PLACES)
+def test_logits_far_apart(pages, place, ids):
+    """By both backends; on a GPU see test_gpu.py."""
+    backends = ["torch"]
+    from paec_kernels.ops import operator
+
+    if operator.HAS_TRITON and operator.INTERPRETED:
+        backends.append("triton")
+    shape, strides = PLACES[place]
+    rows = math.prod(shape[:-1])
+    dense = flat(rows, shape[-1]).bfloat16().view(shape)
+    token_ids = torch.arange(rows, dtype=ids).view(shape[:-1]) % shape[-1]
+    far = pages.as_strided(shape, strides)
+    assert sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True)) >= FAR
+
+    def statistics_and_gradient(leaf, backend, inplace):
+        logits = leaf.view_as(leaf)
+        stats = pk.token_stats(logits, token_ids, inplace_backward=inplace, backend=backend)
+        (gradient,) = torch.autograd.grad((stats.logp - stats.entropy + stats.nucleus_entropy).sum(), logits)
+        return *stats, gradient
+
+    for backend in backends:
+        expected = statistics_and_gradient(dense.clone().requires_grad_(), backend, False)
+        for inplace in (False, True):
+            far.copy_(dense)
+            found = statistics_and_gradient(far.detach().requires_grad_(), backend, inplace)
+            for value, other in zip(found, expected, strict=True):
+                assert torch.equal(value, other)
+            assert torch.equal(far, expected[-1] if inplace else dense)
+
+
+N, V = 70_000, 32_768  # more than 2^31 together
+
+
+def some_valid() -> torch.Tensor:
+    """Rows at both ends and around 65,535 of N."""
+    return torch.zeros(N, dtype=torch.bool).index_fill(0, torch.tensor([0, 1, 65_534, 65_535, 65_536, N - 1]), True)
+
+
+def test_many_rows():
+    logits = flat(1, 24).expand(N, 24)
+    token_ids, weights = torch.arange(N) % 24, torch.randn(N)
+    leaf = logits.clone().requires_grad_()
+    stats = pk.token_stats(leaf, token_ids.int(), backend="torch")
+    first = pk.token_stats(logits[:24], token_ids[:24], backend="torch")
+    for value, other in zip(stats, first, strict=True):
+        assert torch.equal(value, other[token_ids])
+    (weights * (stats.logp + stats.nucleus_entropy)).sum().backward()
+    few = logits[:24].clone().requires_grad_()
+    stats = pk.token_stats(few, token_ids[:24], backend="torch")
+    (stats.logp + stats.nucleus_entropy).sum().backward()
+    torch.testing.assert_close(leaf.grad, weights[:, None] * few.grad[token_ids], rtol=1e-5, atol=1e-7)
+
+
+def test_more_elements_than_an_int32():
+    """Of one row in memory, N times."""
+    logits, valid = flat(1, V).expand(N, V), some_valid()
+    token_ids = torch.arange(N).index_fill(0, torch.tensor([N - 1]), V - 1) % V
+    stats = pk.token_stats(logits, token_ids, valid=valid, backend="torch")
+    expected = pk.token_stats(logits[valid], token_ids[valid], backend="torch")
+    for value, other in zip(stats, expected, strict=True):
+        assert torch.equal(value[valid], other)
+        assert (value[~valid] == 0).all()
+
+
+@pytest.mark.slow
+def test_a_gradient_of_more_elements_than_an_int32(pages):
+    """In place, over 4.3 GB of which nearly all are rows that are not valid and get 0."""
+    n = FAR // V + 3
+    logits, valid = pages[: n * V].view(n, V), torch.zeros(n, dtype=torch.bool)
+    rows = [0, 1, n - 1]
+    valid[rows] = True
+    logits[rows] = flat(3, V).bfloat16()
+    logits[-2] = 7.0
+    dense = logits[rows].clone().requires_grad_()
+    leaf = logits.detach().requires_grad_()
+    stats = pk.token_stats(leaf.view_as(leaf), valid=valid, inplace_backward=True, backend="torch")
+    stats.entropy.sum().backward()
+    pk.token_stats(dense, backend="torch").entropy.sum().backward()
+    assert torch.equal(logits[rows], dense.grad)
+    assert (logits[-2] == 0).all()
+
+
+def test_the_linear_form_of_more_logits_than_an_int32(backend):
+    if backend == "triton":
+        pytest.skip("each pass is over a chunk, whatever the backend")
+    hidden, weight = torch.randn(N, 4), torch.randn(V, 4, requires_grad=True)
+    valid, token_ids = some_valid(), torch.arange(N) % V
+    leaf = hidden.clone().requires_grad_()
+    stats = pk.linear_token_stats(leaf, weight, token_ids.int(), valid=valid, backend=backend)
+    gradients = torch.autograd.grad((stats.logp - stats.entropy).sum(), (leaf, weight))
+    few = hidden[valid].requires_grad_()
+    expected = pk.linear_token_stats(few, weight, token_ids[valid], backend=backend)
+    expected_gradients = torch.autograd.grad((expected.logp - expected.entropy).sum(), (few, weight))
+    torch.testing.assert_close(stats.logp[valid], expected.logp, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(gradients[0][valid], expected_gradients[0], rtol=1e-4, atol=1e-5)
+    assert (gradients[0][~valid] == 0).all()
+    torch.testing.assert_close(gradients[1], expected_gradients[1], rtol=1e-4, atol=1e-5)
+
+
+def test_losses_of_many_tokens():
+    """Sums and counts of 2^24 + 5 tokens, which float32 cannot count one by one."""
+    n = 2**24 + 5
+    logp = torch.full((n,), -1.5, requires_grad=True)
+    old_logp, valid = torch.full((n,), -1.5), torch.ones(n, dtype=torch.bool)
+    loss, metrics = pk.grpo_loss(logp, old_logp, torch.ones(1).expand(n), valid)
+    assert loss.item() == pytest.approx(-1, rel=1e-6)
+    assert metrics["ratio_mean"].item() == pytest.approx(1, rel=1e-6)
+    (gradient,) = torch.autograd.grad(loss, logp)
+    assert gradient[-1].item() == gradient[0].item() == pytest.approx(-1 / n, rel=1e-6)
+    entropy = torch.full((n,), 2.0, requires_grad=True)
+    stats = pk.TokenStats(logp, entropy, entropy.detach(), old_logp, old_logp, torch.full((n,), 9, dtype=torch.int32))
+    out = pk.PAEC(pk.PAECConfig(), backend="torch")(stats, valid)
+    assert out.metrics["mean_entropy"].item() == pytest.approx(2, rel=1e-6)
+    assert out.metrics["mask_sum"].item() == pytest.approx(n / 2, rel=1e-6)
