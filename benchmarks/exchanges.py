@@ -44,11 +44,13 @@ def followed(ir: str) -> Iterator[Line]:
     blocks, n_blocks = [0], 1
     for line in lines:
         line = re.sub(r"\s*loc\(.*$", "", line).strip()
-        if line.startswith(("}", "^bb")):
+        if line.startswith("}"):
             blocks.pop()
         if not blocks:
             return  # the kernel's end
-        if line.endswith("{") or line.startswith("^bb"):
+        if line.startswith("^bb"):
+            blocks.pop()
+        if line.startswith("^bb") or line.endswith("{"):
             blocks.append(n_blocks)
             n_blocks += 1
         assert not re.search(r"tt\.call|scf\.yield.*!tt\.ptr|cf\.(cond_)?br.*!tt\.ptr", line), f"not followed: {line}"

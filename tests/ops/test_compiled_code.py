@@ -96,6 +96,10 @@ KERNEL = """
   tt.func public @kernel(%a_ptr: !tt.ptr<i32> {tt.divisibility = 16 : i32} loc("a_ptr"(#loc)), %n: i32) {
     %p = tt.splat %a_ptr : !tt.ptr<i32> -> tensor<64x!tt.ptr<i32>, #blocked> loc(#loc1)
     %q = tt.addptr %p, %i : tensor<64x!tt.ptr<i32>, #blocked>, tensor<64xi32, #blocked> loc(#loc2)
+    cf.cond_br %d, ^bb1, ^bb2 loc(#loc2)
+  ^bb1:  // pred: ^bb0
+    tt.return
+  ^bb2:  // pred: ^bb0
     scf.if %c {
       tt.store %q, %v, %m : tensor<64x!tt.ptr<i32>, #blocked> loc(#loc3)
       BARRIER
@@ -114,6 +118,7 @@ KERNEL = """
         (("BARRIER", "ttg.barrier local"), False),
         (("BARRIER", ""), False),
         (("BARRIER", "} else {\ngpu.barrier"), False),
+        (("BARRIER", "^bb3:\ngpu.barrier"), False),
         (("BARRIER", "gpu.barrier\ntt.store %q, %v : tensor<64x!tt.ptr<i32>, #blocked>"), False),
     ],
 )
