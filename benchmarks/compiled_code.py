@@ -34,7 +34,7 @@ from paec_kernels.ops.rows import Row, Units
 
 TARGETS = {"sm_90": ("cuda", 90, 32), "sm_80": ("cuda", 80, 32), "gfx942": ("hip", "gfx942", 64)}
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-# Of the kernels' arguments by name; strides are int64, every other one is int32 unless it is a constant.
+# Of the kernels' arguments by name; every other one is int32 unless it is a constant or a stride.
 TYPES = {
     "token_ids_ptr": "*i64",
     "valid_ptr": "*i1",
@@ -80,21 +80,24 @@ KERNELS = {
 }
 
 
-def _type(name: str, dtype: str) -> str:
+def _type(name: str, dtype: str, stride: str) -> str:
     if name in TYPES:
         return TYPES[name]
     if name.endswith("logits_ptr"):
         return f"*{dtype}"
     if name.endswith("_ptr"):
         return "*fp32"
-    return "i64" if "stride_" in name else "i32"
+    return stride if "stride_" in name else "i32"
 
 
 def compile_kernel(
     kernel: str, target: str = "sm_90", dtype: str = "bf16", softcap: bool = False, aligned: bool = True
 ) -> Any:
-    """Compile one of KERNELS as a launch on contiguous logits would, whose rows begin at multiples of 16 or not."""
-    function = KERNELS[kernel]
+    """Compile one of KERNELS as a launch would on logits whose columns adjoin.
+
+    Aligned, rows begin at multiples of 16 and strides take int64, as only the largest do; else int32, as most do.
+    """
+    function, stride = KERNELS[kernel], "i64" if aligned else "i32"
     forward_warps = forward.SOFTCAP_WARPS if softcap else forward.FORWARD_WARPS
     warps = backward.BACKWARD_WARPS if kernel == "backward" else forward_warps
     constants = {
@@ -106,7 +109,7 @@ def compile_kernel(
         "BLOCK": backward.BACKWARD_BLOCK,
     } | ({} if softcap else {"softcap": None})
     names = function.arg_names
-    signature = {name: "constexpr" if name in constants else _type(name, dtype) for name in names}
+    signature = {name: "constexpr" if name in constants else _type(name, dtype, stride) for name in names}
     specialised = [p.name for p in function.params if not p.do_not_specialize_on_alignment]
     sizes = [n for n in specialised if "stride_" in n or n in ("n_cols", "width")] if aligned else []
     hinted = [*sizes, *(n for n in specialised if n.endswith("_ptr"))]

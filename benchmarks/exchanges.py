@@ -77,9 +77,10 @@ def accesses(ir: str) -> list[Access]:
 
 
 def narrow_offsets(ir: str, pointers: set[str]) -> list[str]:
-    """List the steps from these arguments that are taken in fewer than 64 bits."""
+    """List the steps from these arguments that are taken in fewer than 64 bits, but for those of a constant."""
     steps = (line for line in followed(ir) if line.operation.startswith("tt.addptr") and line.pointers & pointers)
-    return [f"{step.operation} : {step.types}" for step in steps if "i64" not in step.types]
+    computed = (step for step in steps if not re.search(r", %c(st(_\d+)?|\d\w*)$", step.operation))
+    return [f"{step.operation} : {step.types}" for step in computed if "i64" not in step.types]
 
 
 def passed_through(found: list[Access]) -> dict[str, list[Access]]:

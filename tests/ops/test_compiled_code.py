@@ -88,6 +88,7 @@ def test_a_thread_overwrites_what_itself_has_read(report):
 
 
 def test_offsets_into_the_logits_have_64_bits(report):
+    """From strides of 32 bits too."""
     for row in report["rows"]:
         assert row["narrow_offsets"] == [], row
 

@@ -30,36 +30,32 @@ PLACES = {
 }
 
 
-@pytest.mark.parametrize("ids", [torch.int32, torch.int64])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("place", PLACES)
-def test_logits_far_apart(pages, place, ids):
-    """By both backends; on a GPU see test_gpu.py."""
-    backends = ["torch"]
-    from paec_kernels.ops import operator
-
-    if operator.HAS_TRITON and operator.INTERPRETED:
-        backends.append("triton")
+def test_logits_far_apart(request, pages, place, backend):
+    """Of a GPU see test_gpu.py."""
+    if backend == "triton":
+        request.getfixturevalue("interpreter")
     shape, strides = PLACES[place]
     rows = math.prod(shape[:-1])
     dense = flat(rows, shape[-1]).bfloat16().view(shape)
-    token_ids = torch.arange(rows, dtype=ids).view(shape[:-1]) % shape[-1]
+    token_ids = torch.arange(rows).view(shape[:-1]) % shape[-1]
     far = pages.as_strided(shape, strides)
     assert sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True)) >= FAR
 
-    def statistics_and_gradient(leaf, backend, inplace):
+    def statistics_and_gradient(leaf, inplace):
         logits = leaf.view_as(leaf)
         stats = pk.token_stats(logits, token_ids, inplace_backward=inplace, backend=backend)
         (gradient,) = torch.autograd.grad((stats.logp - stats.entropy + stats.nucleus_entropy).sum(), logits)
         return *stats, gradient
 
-    for backend in backends:
-        expected = statistics_and_gradient(dense.clone().requires_grad_(), backend, False)
-        for inplace in (False, True):
-            far.copy_(dense)
-            found = statistics_and_gradient(far.detach().requires_grad_(), backend, inplace)
-            for value, other in zip(found, expected, strict=True):
-                assert torch.equal(value, other)
-            assert torch.equal(far, expected[-1] if inplace else dense)
+    expected = statistics_and_gradient(dense.clone().requires_grad_(), False)
+    for inplace in (False, True):
+        far.copy_(dense)
+        found = statistics_and_gradient(far.detach().requires_grad_(), inplace)
+        for value, other in zip(found, expected, strict=True):
+            assert torch.equal(value, other)
+        assert torch.equal(far, expected[-1] if inplace else dense)
 
 
 N, V = 70_000, 32_768  # more than 2^31 together
@@ -114,16 +110,14 @@ def test_a_gradient_of_more_elements_than_an_int32(pages):
     assert (logits[-2] == 0).all()
 
 
-def test_the_linear_form_of_more_logits_than_an_int32(backend):
-    if backend == "triton":
-        pytest.skip("each pass is over a chunk, whatever the backend")
+def test_the_linear_form_of_more_logits_than_an_int32():
     hidden, weight = torch.randn(N, 4), torch.randn(V, 4, requires_grad=True)
     valid, token_ids = some_valid(), torch.arange(N) % V
     leaf = hidden.clone().requires_grad_()
-    stats = pk.linear_token_stats(leaf, weight, token_ids.int(), valid=valid, backend=backend)
+    stats = pk.linear_token_stats(leaf, weight, token_ids.int(), valid=valid)
     gradients = torch.autograd.grad((stats.logp - stats.entropy).sum(), (leaf, weight))
     few = hidden[valid].requires_grad_()
-    expected = pk.linear_token_stats(few, weight, token_ids[valid], backend=backend)
+    expected = pk.linear_token_stats(few, weight, token_ids[valid])
     expected_gradients = torch.autograd.grad((expected.logp - expected.entropy).sum(), (few, weight))
     torch.testing.assert_close(stats.logp[valid], expected.logp, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(gradients[0][valid], expected_gradients[0], rtol=1e-4, atol=1e-5)
@@ -131,18 +125,24 @@ def test_the_linear_form_of_more_logits_than_an_int32(backend):
     torch.testing.assert_close(gradients[1], expected_gradients[1], rtol=1e-4, atol=1e-5)
 
 
-def test_losses_of_many_tokens():
-    """Sums and counts of 2^24 + 5 tokens, which float32 cannot count one by one."""
+def test_a_policy_loss_of_many_tokens():
+    """Of 2^24 + 5, which float32 cannot count one by one."""
     n = 2**24 + 5
     logp = torch.full((n,), -1.5, requires_grad=True)
-    old_logp, valid = torch.full((n,), -1.5), torch.ones(n, dtype=torch.bool)
-    loss, metrics = pk.grpo_loss(logp, old_logp, torch.ones(1).expand(n), valid)
+    loss, metrics = pk.grpo_loss(logp, logp.detach(), torch.ones(1).expand(n), torch.ones(n, dtype=torch.bool))
     assert loss.item() == pytest.approx(-1, rel=1e-6)
     assert metrics["ratio_mean"].item() == pytest.approx(1, rel=1e-6)
     (gradient,) = torch.autograd.grad(loss, logp)
     assert gradient[-1].item() == gradient[0].item() == pytest.approx(-1 / n, rel=1e-6)
-    entropy = torch.full((n,), 2.0, requires_grad=True)
-    stats = pk.TokenStats(logp, entropy, entropy.detach(), old_logp, old_logp, torch.full((n,), 9, dtype=torch.int32))
-    out = pk.PAEC(pk.PAECConfig(), backend="torch")(stats, valid)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_paec_of_many_tokens(request, backend):
+    if backend == "triton":
+        request.getfixturevalue("interpreter")
+    entropy = torch.full((N,), 2.0)
+    stats = pk.TokenStats(None, entropy, entropy, torch.zeros(N), entropy, torch.full((N,), 9, dtype=torch.int32))
+    out = pk.PAEC(pk.PAECConfig(), backend=backend)(stats, torch.ones(N, dtype=torch.bool))
     assert out.metrics["mean_entropy"].item() == pytest.approx(2, rel=1e-6)
-    assert out.metrics["mask_sum"].item() == pytest.approx(n / 2, rel=1e-6)
+    assert out.metrics["mask_sum"].item() == pytest.approx(N / 2, rel=1e-6)
+    assert (out.mask == 0.5).all()
