@@ -276,28 +276,23 @@ def test_functional_call_takes_the_state_that_it_is_given():
 
 @each_loss
 def test_threads_at_once_get_the_bits_of_one_alone(name):
-    inputs = [flat(40, 500)[:, torch.randperm(500)] for _ in range(4)]
-    global TOKEN_IDS, VALID
-    before = TOKEN_IDS, VALID
-    TOKEN_IDS, VALID = torch.arange(40), torch.arange(40) % 5 > 0
-    try:
-        expected = [loss_and_gradient(name, x) for x in inputs]
-        found: list = [None] * len(inputs)
-        start = threading.Barrier(len(inputs))
+    inputs = [scale * flat(N, V) for scale in (0.5, 1.0, 2.0, 4.0)]
+    expected = [loss_and_gradient(name, x) for x in inputs]
+    found: list[list] = [[] for _ in inputs]
+    start = threading.Barrier(len(inputs))
 
-        def work(i: int) -> None:
-            start.wait()
-            found[i] = loss_and_gradient(name, inputs[i])
+    def work(x: Tensor, results: list) -> None:
+        start.wait()
+        results += [loss_and_gradient(name, x) for _ in range(10)]
 
-        threads = [threading.Thread(target=work, args=(i,)) for i in range(len(inputs))]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    finally:
-        TOKEN_IDS, VALID = before
-    for values, others in zip(found, expected, strict=True):
-        assert all(map(torch.equal, values, others))
+    threads = [threading.Thread(target=work, args=arguments) for arguments in zip(inputs, found, strict=True)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for results, values in zip(found, expected, strict=True):
+        assert len(results) == 10
+        assert all(torch.equal(*pair) for result in results for pair in zip(result, values, strict=True))
 
 
 class Scored(Dataset):
