@@ -9,5 +9,7 @@ parts, sweep                which measurements, and their run
 step, trl_step              whole optimiser steps of the reference loop, and of TRL's trainer
 page, plots                 bench_results/README.md and its pictures, from the rows alone
 compiled_code               registers and instructions, with no GPU
+exchanges                   what threads pass on through memory, with no GPU
+recompiles                  what a new shape compiles, with no GPU
 cost_model                  from these the time to expect on a GPU, written down before it is measured
 """

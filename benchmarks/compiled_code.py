@@ -303,20 +303,20 @@ def scratch_order(target: str) -> dict[str, Any]:
 
     Returns:
         the loads; whether every store comes before every load; whether a barrier is on every way between two; and
-        whether the store is complete before it, for which AMD's barrier does not wait.
+        whether a program's threads share a unit and its cache. Where they do, AMD's memory operations keep their order
+        past a barrier without a wait for the store (LLVM's user guide for AMDGPU, memory model of GFX942).
     """
-    found = code(compile_kernel("gather", target))
+    compiled = compile_kernel("gather", target)
+    found = code(compiled)
     stores = found.where(r"STG\.E |(global|buffer)_store_dword ")
     loads = found.where(r"LDG\.E(\.CONSTANT|\.CI)? |(global|buffer)_load_dword ")
     barriers = found.where(r"BAR\.SYNC|s_barrier")
-    waits = found.where(r"BAR\.SYNC|s_waitcnt.*vmcnt\(0\)")
     assert stores, f"{target}: no store to the scratch"
     return {
         "loads": sorted({re.sub(PREDICATE, "", found.listing[i]).split()[0] for i in loads}),
         "in_order": all(set(loads) <= set(found.reached(i)) for i in stores),
         "behind_barrier": not any(set(loads) & set(found.reached(i, closed=barriers)) for i in stores),
-        "complete": not any(set(loads) & set(found.reached(i, closed=waits)) for i in stores)
-        and not any(set(barriers) - set(waits) & set(found.reached(i, closed=waits)) for i in stores),
+        "one_unit": ".amdhsa_tg_split 0" in compiled.asm.get("amdgcn", ".amdhsa_tg_split 0"),
     }
 
 
