@@ -241,7 +241,8 @@ def compiled_code(found: dict[str, Any] | None) -> Iterator[str]:
     )
     yield from _header(["kernel", "target", "dtype", "softcap", "registers", "spills, bytes", "local, bytes"])
     for row in found["rows"]:
-        cells = [row["kernel"], row["target"], row["dtype"], "yes" if row["softcap"] else ""]
+        kernel = row["kernel"] if row.get("aligned", True) else f"{row['kernel']}, unaligned rows"
+        cells = [kernel, row["target"], row["dtype"], "yes" if row["softcap"] else ""]
         yield _cells([*cells, *(str(row[name]) for name in ("registers", "spills", "local"))])
 
 
