@@ -1,0 +1,183 @@
+"""Plant each fault in a copy of the last commit, run tests, and write down which test noticed it, or that none did.
+
+    PYTHONPATH=tests .venv/bin/python -m mutants.run [--only NAME ...]
+
+The named tests must pass first without any fault. A fault that they do not notice then meets all tests. A test that
+runs out of time has noticed. A fault that keeps tests from being collected is none, and neither is one that is noticed
+by a test which fails without it.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any, NamedTuple
+
+from mutants.faults import FAULTS, Fault
+
+from benchmarks.provenance import provenance
+from paec_kernels.saved_state import write_json
+
+ROOT = Path(__file__).parents[2]
+REPORT = ROOT / "bench_results" / "trust" / "mutants.json"
+ALL_TESTS = {".venv": "tests", ".venv-verl": "tests/integrations_verl"}
+TEST_SECONDS = 120  # of a test, after which it hangs
+RUN_SECONDS = 3600
+
+
+class Outcome(NamedTuple):
+    """What a run of pytest came to."""
+
+    passed: bool
+    failing: str | None  # the id of the first test that failed
+    hangs: bool
+    output: str
+
+
+def run_pytest(tree: Path, venv: str, *arguments: str) -> Outcome:
+    """Run tests of a tree on that tree's package."""
+    command = [ROOT / venv / "bin" / "python", "-m", "pytest", "-q", "-rfE", "-p", "no:cacheprovider"]
+    command += [f"--timeout={TEST_SECONDS}", *arguments]
+    # No bytecode, from which a file that changes twice in a second would be taken. Wide, so that no id is cut.
+    settings = {"PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1", "COLUMNS": "1000"}
+    process = subprocess.Popen(
+        command,
+        cwd=tree,
+        env=os.environ | settings,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=RUN_SECONDS)
+    except subprocess.TimeoutExpired:
+        return Outcome(False, None, True, f"still running after {RUN_SECONDS} s")
+    finally:
+        with contextlib.suppress(ProcessLookupError):  # what a test has left behind
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    failed = re.search(r"^(?:FAILED|ERROR) (.*?)(?: - (.*))?$", output, re.MULTILINE)
+    failing, message = failed.groups(default="") if failed else (None, "")
+    return Outcome(process.returncode in (0, 5), failing, "Timeout" in message, output)  # 5: nothing is marked so
+
+
+def named(faults: Iterable[Fault]) -> list[str]:
+    """Return the tests that the faults name, each once, as pytest takes them."""
+    return sorted({f"tests/{path}" for fault in faults for path in fault.tests.split()})
+
+
+@contextlib.contextmanager
+def planted(tree: Path, fault: Fault) -> Iterator[None]:
+    """Plant a fault in the tree's package, and take it out again."""
+    path = tree / "paec_kernels" / fault.file
+    text = path.read_text()
+    path.write_text(text.replace(fault.old, fault.new))
+    try:
+        yield
+    finally:
+        path.write_text(text)
+
+
+def attempt(tree: Path, fault: Fault, *arguments: str) -> dict[str, Any]:
+    """Run tests with a fault, up to the first that notices it; return a row of the report."""
+    began = time.monotonic()
+    with planted(tree, fault):
+        outcome = run_pytest(tree, fault.venv, "-x", *arguments)
+    if not outcome.passed and not outcome.hangs and "::" not in (outcome.failing or ""):
+        raise RuntimeError(f"{fault.name}: no test ran\n{outcome.output[-3000:]}")
+    row = {"fault": fault.name, "file": fault.file, "survives": outcome.passed, "caught_by": outcome.failing}
+    row |= {"hangs": outcome.hangs, "seconds": round(time.monotonic() - began, 1)}
+    what = "unnoticed" if outcome.passed else "hangs" if outcome.hangs else "caught"
+    print(f"{what:9} {row['seconds']:6.1f} s  {fault.name}: {outcome.failing or '-'}", flush=True)
+    return row
+
+
+def attempt_all(tree: Path, fault: Fault, jobs: int) -> dict[str, Any]:
+    """Run all tests with a fault, the slow ones last."""
+    for marked in ("not slow", "slow"):
+        row = attempt(tree, fault, "-n", str(jobs), "-m", marked, ALL_TESTS[fault.venv])
+        if not row["survives"]:
+            if row["caught_by"] and not run_pytest(tree, fault.venv, row["caught_by"]).passed:
+                raise RuntimeError(f"{row['caught_by']} fails without any fault")
+            return row
+    return row
+
+
+def write_report(rows: dict[str, dict[str, Any]], began: float) -> None:
+    """Write the rows with their counts, in the order of the list; whole or not at all."""
+    ordered = [rows[fault.name] for fault in FAULTS if fault.name in rows]
+    survivors = [row["fault"] for row in ordered if row["survives"]]
+    counts = {"faults": len(FAULTS), "tried": len(ordered), "caught": len(ordered) - len(survivors)}
+    rest = {"survivors": survivors, "seconds": round(time.monotonic() - began)}
+    write_json(REPORT, {**provenance(), **counts, **rest, "rows": ordered})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="mutants.run", description=__doc__.split("\n")[0])
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="try these; the rows of others in the report stay")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="faults that are tried at a time")
+    options = parser.parse_args()
+    faults = [fault for fault in FAULTS if options.only is None or fault.name in options.only]
+    if unknown := set(options.only or ()) - {fault.name for fault in faults}:
+        sys.exit(f"no such fault: {', '.join(sorted(unknown))}")
+    git_status = subprocess.run(
+        ["git", "status", "--porcelain", "paec_kernels", "tests"], cwd=ROOT, capture_output=True
+    )
+    if git_status.stdout:
+        sys.exit("paec_kernels or tests have changes, and faults are planted in copies of the last commit")
+    rows = {}
+    if options.only and REPORT.exists():
+        rows = {row["fault"]: row for row in json.loads(REPORT.read_text())["rows"]}
+
+    began = time.monotonic()
+    pool = ThreadPoolExecutor(options.jobs)
+    with tempfile.TemporaryDirectory() as folder:
+        trees: SimpleQueue[Path] = SimpleQueue()
+        for i in range(options.jobs):
+            tree = Path(folder) / str(i)
+            subprocess.run(["git", "clone", "--quiet", "--shared", ROOT, tree], check=True)
+            trees.put(tree)
+        for venv in sorted({fault.venv for fault in faults}):
+            tests = named(fault for fault in faults if fault.venv == venv)
+            control = run_pytest(tree, venv, "-n", str(options.jobs), *tests)
+            if not control.passed:
+                sys.exit(f"void: without any fault these fail\n{control.output[-3000:]}")
+        print(f"without any fault the named tests pass, {time.monotonic() - began:.0f} s", flush=True)
+
+        def first_attempt(fault: Fault) -> dict[str, Any]:
+            tree = trees.get()
+            try:
+                return attempt(tree, fault, *named([fault]))
+            finally:
+                trees.put(tree)
+
+        try:
+            for tried in as_completed([pool.submit(first_attempt, fault) for fault in faults]):
+                row = tried.result()
+                rows[row["fault"]] = row
+                write_report(rows, began)
+        finally:
+            pool.shutdown(cancel_futures=True)
+        for fault in faults:
+            if rows[fault.name]["survives"]:
+                rows[fault.name] = attempt_all(tree, fault, options.jobs)
+                write_report(rows, began)
+    survivors = [fault.name for fault in faults if rows[fault.name]["survives"]]
+    print(f"{len(faults) - len(survivors)} of {len(faults)} caught, {time.monotonic() - began:.0f} s")
+    if survivors:
+        sys.exit(f"nothing notices: {', '.join(survivors)}")
+
+
+if __name__ == "__main__":
+    main()
