@@ -74,7 +74,7 @@ def run_pytest(tree: Path, venv: str, *arguments: str) -> Outcome:
 
 def named(faults: Iterable[Fault]) -> list[str]:
     """Return the tests that the faults name, each once, as pytest takes them."""
-    return sorted({f"tests/{path}" for fault in faults for path in fault.tests.split()})
+    return sorted({f"tests/{path}" for fault in faults for path in fault.tests.split(", ")})
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ def test_it_can_be_planted(fault):
     assert text.count(fault.old) == 1
     assert fault.new != fault.old
     compile(text.replace(fault.old, fault.new), fault.file, "exec")
-    for path in fault.tests.split():
+    for path in fault.tests.split(", "):
         file, _, test = path.partition("::")
         assert f"def {test.partition('[')[0]}" in (ROOT / "tests" / file).read_text()
 
