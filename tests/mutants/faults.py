@@ -220,11 +220,11 @@ NUCLEUS = [
         "ops/test_gradients.py::test_a_tie_is_counted_whole",
     ),
     Fault(
-        "a tie of the largest logits is the top alone",
+        "a nucleus of two is the top alone",
         "ops/nucleus.py",
-        "elif (target > 1.0) | (second_best == top_logit):",
-        "elif target > 1.0:",
-        "ops/test_gradients.py::test_tied_tokens_share_a_gradient",
+        "elif (target > 1.0) |",
+        "elif (target > 2.0) |",
+        "ops/test_values.py::test_top_p",
     ),
     Fault(
         "the search begins too high",
@@ -348,10 +348,10 @@ BACKWARD = [
         "ops/test_gradients.py::test_rows_not_valid_ignored_tokens_and_padding_get_zero",
     ),
     Fault(
-        "programs counted by columns, launched by width",
+        "programs for the columns that are no padding, counted by all",
         "ops/backward.py",
-        "tl.cdiv(width, TILES * BLOCK)  # of a row",
-        "tl.cdiv(n_cols, TILES * BLOCK)  # of a row",
+        "triton.cdiv(width, TILES",
+        "triton.cdiv(vocab_size, TILES",
         "ops/test_gradients.py::test_options",
     ),
     Fault(

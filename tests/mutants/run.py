@@ -2,9 +2,9 @@
 
     PYTHONPATH=tests .venv/bin/python -m mutants.run [--only NAME ...]
 
-The named tests must pass first without any fault. A fault that they do not notice then meets all tests. A test that
-runs out of time has noticed. A fault that keeps tests from being collected is none, and neither is one that is noticed
-by a test which fails without it.
+The named tests must pass first without any fault. A fault that they do not notice then meets all tests. Tests that run
+out of time, or whose process ends by a signal, have noticed. A fault that keeps tests from being collected is none, and
+neither is one that is noticed by a test which fails without it.
 """
 
 import argparse
@@ -38,9 +38,8 @@ RUN_SECONDS = 3600
 class Outcome(NamedTuple):
     """What a run of pytest came to."""
 
-    passed: bool
-    failing: str | None  # the id of the first test that failed
-    hangs: bool
+    verdict: str  # "survives" where all passed, "caught", "hangs", "crashes", or "void" where no test ran
+    test: str | None  # the first that failed
     output: str
 
 
@@ -62,14 +61,20 @@ def run_pytest(tree: Path, venv: str, *arguments: str) -> Outcome:
     try:
         output, _ = process.communicate(timeout=RUN_SECONDS)
     except subprocess.TimeoutExpired:
-        return Outcome(False, None, True, f"still running after {RUN_SECONDS} s")
+        return Outcome("hangs", None, f"still running after {RUN_SECONDS} s")
     finally:
         with contextlib.suppress(ProcessLookupError):  # what a test has left behind
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-    failed = re.search(r"^(?:FAILED|ERROR) (.*?)(?: - (.*))?$", output, re.MULTILINE)
-    failing, message = failed.groups(default="") if failed else (None, "")
-    return Outcome(process.returncode in (0, 5), failing, "Timeout" in message, output)  # 5: nothing is marked so
+    if process.returncode in (0, 5):  # 5: no test has the mark
+        return Outcome("survives", None, output)
+    if process.returncode < 0:
+        return Outcome("crashes", None, output)
+    failed = re.search(r"^(?:FAILED|ERROR) (\S+::.*?)(?: - (.*))?$", output, re.MULTILINE)
+    if failed is None:
+        return Outcome("void", None, output)
+    test, message = failed.groups(default="")
+    return Outcome("hangs" if message.startswith("Failed: Timeout") else "caught", test, output)
 
 
 def named(faults: Iterable[Fault]) -> list[str]:
@@ -94,21 +99,20 @@ def attempt(tree: Path, fault: Fault, *arguments: str) -> dict[str, Any]:
     began = time.monotonic()
     with planted(tree, fault):
         outcome = run_pytest(tree, fault.venv, "-x", *arguments)
-    if not outcome.passed and not outcome.hangs and "::" not in (outcome.failing or ""):
+    if outcome.verdict == "void":
         raise RuntimeError(f"{fault.name}: no test ran\n{outcome.output[-3000:]}")
-    row = {"fault": fault.name, "file": fault.file, "survives": outcome.passed, "caught_by": outcome.failing}
-    row |= {"hangs": outcome.hangs, "seconds": round(time.monotonic() - began, 1)}
-    what = "unnoticed" if outcome.passed else "hangs" if outcome.hangs else "caught"
-    print(f"{what:9} {row['seconds']:6.1f} s  {fault.name}: {outcome.failing or '-'}", flush=True)
-    return row
+    seconds = round(time.monotonic() - began, 1)
+    print(f"{outcome.verdict:8} {seconds:6.1f} s  {fault.name}: {outcome.test or '-'}", flush=True)
+    row = {"fault": fault.name, "file": fault.file, "verdict": outcome.verdict}
+    return row | {"caught_by": outcome.test, "seconds": seconds}
 
 
 def attempt_all(tree: Path, fault: Fault, jobs: int) -> dict[str, Any]:
     """Run all tests with a fault, the slow ones last."""
     for marked in ("not slow", "slow"):
         row = attempt(tree, fault, "-n", str(jobs), "-m", marked, ALL_TESTS[fault.venv])
-        if not row["survives"]:
-            if row["caught_by"] and not run_pytest(tree, fault.venv, row["caught_by"]).passed:
+        if row["verdict"] != "survives":
+            if row["caught_by"] and run_pytest(tree, fault.venv, row["caught_by"]).verdict != "survives":
                 raise RuntimeError(f"{row['caught_by']} fails without any fault")
             return row
     return row
@@ -117,7 +121,7 @@ def attempt_all(tree: Path, fault: Fault, jobs: int) -> dict[str, Any]:
 def write_report(rows: dict[str, dict[str, Any]], began: float) -> None:
     """Write the rows with their counts, in the order of the list; whole or not at all."""
     ordered = [rows[fault.name] for fault in FAULTS if fault.name in rows]
-    survivors = [row["fault"] for row in ordered if row["survives"]]
+    survivors = [row["fault"] for row in ordered if row["verdict"] == "survives"]
     counts = {"faults": len(FAULTS), "tried": len(ordered), "caught": len(ordered) - len(survivors)}
     rest = {"survivors": survivors, "seconds": round(time.monotonic() - began)}
     write_json(REPORT, {**provenance(), **counts, **rest, "rows": ordered})
@@ -151,7 +155,7 @@ def main() -> None:
         for venv in sorted({fault.venv for fault in faults}):
             tests = named(fault for fault in faults if fault.venv == venv)
             control = run_pytest(tree, venv, "-n", str(options.jobs), *tests)
-            if not control.passed:
+            if control.verdict != "survives":
                 sys.exit(f"void: without any fault these fail\n{control.output[-3000:]}")
         print(f"without any fault the named tests pass, {time.monotonic() - began:.0f} s", flush=True)
 
@@ -170,10 +174,10 @@ def main() -> None:
         finally:
             pool.shutdown(cancel_futures=True)
         for fault in faults:
-            if rows[fault.name]["survives"]:
+            if rows[fault.name]["verdict"] == "survives":
                 rows[fault.name] = attempt_all(tree, fault, options.jobs)
                 write_report(rows, began)
-    survivors = [fault.name for fault in faults if rows[fault.name]["survives"]]
+    survivors = [fault.name for fault in faults if rows[fault.name]["verdict"] == "survives"]
     print(f"{len(faults) - len(survivors)} of {len(faults)} caught, {time.monotonic() - began:.0f} s")
     if survivors:
         sys.exit(f"nothing notices: {', '.join(survivors)}")
