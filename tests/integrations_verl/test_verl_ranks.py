@@ -89,6 +89,7 @@ def test_ranks_that_share_a_sequence_see_all_of_it(tmp_path: Path) -> None:
     for part in parts:
         for name, value in true._asdict().items():
             torch.testing.assert_close(part[f"paec_{name}"].double(), value.double(), rtol=1e-5, atol=1e-5)
+        assert part["ranks of a step"] == 1  # else PAEC would count the sequence once for each
     # verl multiplies by the number of ranks that share a sequence, and FSDP averages over them.
     gathered = torch.cat([part["gradient"] for part in parts])[: len(logits)]
     torch.testing.assert_close(gathered / RANKS, gradient.float(), rtol=1e-5, atol=1e-5)

@@ -105,6 +105,24 @@ def test_the_plan_does_not_depend_on_the_split(folder: Path) -> None:
     assert by_rows == pytest.approx(metrics_of({}, {"use_remove_padding": True}), rel=1e-4)
 
 
+def test_a_pass_that_failed_leaves_nothing_to_the_next_step(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, fresh = worker(folder), worker(folder)
+    observe, observed = one.paec.observe, []
+
+    def fail_at_the_second(stats, valid):
+        if observed:
+            raise RuntimeError("the second micro-batch")
+        observed.append(observe(stats, valid))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(one.paec, "observe", fail_at_the_second)
+        with pytest.raises(RuntimeError, match="the second micro-batch"):
+            take(one, batch(sequences(6, seed=11), global_token_num=None))
+    steps = [take(each, batch(sequences(6, seed=12), global_token_num=None)).metrics for each in (one, fresh)]
+    for name in ("loss", "paec/threshold", "paec/mask_sum"):
+        assert steps[0][name] == steps[1][name], name
+
+
 @pytest.mark.parametrize(
     "options",
     [

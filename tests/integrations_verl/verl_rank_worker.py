@@ -36,6 +36,7 @@ def hand_over_in_parts(rank: int, port: int, folder: str) -> None:
     from integrations_verl import tiny_verl
 
     from paec_kernels.integrations.verl import LOGITS_TO_THE_LOSS
+    from paec_kernels.losses.ranks import world_size
 
     tiny_verl.start_process_group(rank, RANKS, port)
     worker = tiny_verl.worker(
@@ -53,6 +54,7 @@ def hand_over_in_parts(rank: int, port: int, folder: str) -> None:
         )
         (output["log_probs"].values().sum() + output["paec_entropy"].values().sum()).backward()
     saved = {name: value.values().detach() for name, value in output.items()}
+    saved["ranks of a step"] = torch.tensor(world_size(worker.paec.process_group))
     saved |= {"token_ids": data["input_ids"].values().roll(-1), "logits": logits[:n].detach(), "gradient": part.grad}
     torch.save(saved, Path(folder) / f"part{rank}")
     torch.distributed.destroy_process_group()

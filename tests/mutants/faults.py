@@ -718,14 +718,14 @@ TRAINING = [
         "train/loop.py",
         '"sample", step, place)',
         '"sample", place)',
-        "train/test_loop.py::test_seeds_differ_and_repeat",
+        "train/test_loop.py::test_draws_depend_on_seed_step_and_place_alone",
     ),
     Fault(
         "runs of all seeds see the same problems",
         "train/loop.py",
         "seed * PROBLEMS_OF_A_SEED + turn",
         "turn",
-        "train/test_loop.py::test_seeds_differ_and_repeat",
+        "train/test_loop.py::test_draws_depend_on_seed_step_and_place_alone",
     ),
     Fault(
         "the log's row after the checkpoint stands there twice",
@@ -739,14 +739,14 @@ TRAINING = [
         "train/loop.py",
         "by_length = first + rollout",
         "by_length = rollout",
-        "train/test_loop.py::test_several_updates_move_away_from_the_sampling_policy",
+        "train/test_loop.py::test_each_update_takes_its_own_answers_once",
     ),
     Fault(
         "a later update plans by the statistics of the sampling",
         "train/loop.py",
         "if number > 0:",
         "if number > 1:",
-        "train/test_loop.py::test_several_updates_move_away_from_the_sampling_policy",
+        "train/test_loop.py::test_each_update_looks_by_the_weights_it_starts_from",
     ),
     Fault(
         "gradients of the last step are kept",
@@ -767,7 +767,7 @@ TRAINING = [
         "train/loop.py",
         '"temperature": self.config.temperature,',
         '"temperature": 1.0,',
-        "train/test_loop.py::test_several_updates_move_away_from_the_sampling_policy",
+        "train/test_loop.py::test_statistics_are_those_of_the_sampling_temperature",
     ),
     Fault(
         "an infinite gradient is taken",
@@ -904,7 +904,7 @@ INTEGRATIONS = [
         "integrations/verl.py",
         "        self.paec.forget()  # a pass that failed may have left some of its micro-batches\n",
         "",
-        "integrations_verl/test_verl_worker.py::test_the_plan_does_not_depend_on_the_split",
+        "integrations_verl/test_verl_worker.py::test_a_pass_that_failed_leaves_nothing_to_the_next_step",
         ".venv-verl",
     ),
     Fault(

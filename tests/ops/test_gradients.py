@@ -36,13 +36,13 @@ def test_real_rows(backend, real_logits, dtype, only):
     [
         {"temperature": 0.6},
         {"softcap": 20.0, "temperature": 1.3},
-        {"vocab_size": 40_000},
+        {"vocab_size": 30_000},  # programs of the kernel that write padding alone
         {"top_p": 0.5},
         {"top_p": 1.0},
     ],
 )
 def test_options(backend, real_logits, options):
-    logits, token_ids = real_logits.logits[::8].float(), real_logits.token_ids[::8] % 40_000
+    logits, token_ids = real_logits.logits[::8].float(), real_logits.token_ids[::8] % 30_000
     check_gradient(backend, logits, token_ids, torch.randn(3, len(logits)), **options)
 
 
@@ -123,12 +123,12 @@ def test_strided_logits(backend, name, inplace):
     logits = flat(24, 130).view(3, 8, 130)
     view = STRIDED[name](logits)
     token_ids = torch.randint(view.shape[-1], view.shape[:-1])
-    temperature = 0.5 + torch.rand(token_ids.shape)
+    options = {"valid": torch.rand(token_ids.shape) < 0.7, "temperature": 0.5 + torch.rand(token_ids.shape)}
     weights = torch.randn(3, token_ids.numel())
     made = []
 
     def statistics(z, inplace=False):
-        return pk.token_stats(z, token_ids, temperature=temperature, inplace_backward=inplace, backend=backend)
+        return pk.token_stats(z, token_ids, inplace_backward=inplace, backend=backend, **options)
 
     def statistics_of_the_view(leaf):
         made.append(leaf * 1.0)

@@ -69,6 +69,8 @@ def test_tie_weight_of_a_sort(backend):
     q = torch.tensor([0.5, 0.125, 0.125]) / 0.75
     assert stats.nucleus_size.item() == 3
     assert stats.nucleus_entropy.item() == pytest.approx(-(q * q.log()).sum().item(), abs=1e-6)
+    # A mass of exactly top_p is enough.
+    assert pk.token_stats(torch.zeros(1, 4), top_p=0.5, backend=backend).nucleus_size.item() == 2
 
 
 @pytest.mark.parametrize("name", broken_rows())
@@ -178,14 +180,15 @@ def test_columns_far_apart(backend, monkeypatch, value):
     check_against(pk.token_stats(logits, token_ids, backend=backend), truth_of(near, token_ids))
 
 
-def test_offsets_beyond_two_to_the_31(backend, monkeypatch):
+@pytest.mark.parametrize(("n", "apart"), [(2, 2**31 + 64), (3, 2**30 + 64)])
+def test_offsets_beyond_two_to_the_31(backend, monkeypatch, n, apart):
+    """By a stride that no int32 holds, and by one that does, times the number of a row."""
     # Only the pages that are written exist on a CPU: 4.3 GB of addresses, a few kilobytes of memory.
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
-    far = 2**31 + 64
-    storage = torch.empty(far + 256, dtype=torch.bfloat16)
-    near = flat(2, 208).bfloat16()
-    logits = storage.as_strided(near.shape, (far, 1)).copy_(near)
-    token_ids = torch.tensor([3, 207])
+    storage = torch.empty((n - 1) * apart + 256, dtype=torch.bfloat16)
+    near = flat(n, 208).bfloat16()
+    logits = storage.as_strided(near.shape, (apart, 1)).copy_(near)
+    token_ids = torch.tensor([3, 207, 0])[:n]
     stats = pk.token_stats(logits, token_ids, backend=backend)
     for value, expected in zip(stats, pk.token_stats(near, token_ids, backend=backend), strict=True):
         assert torch.equal(value, expected)

@@ -1,6 +1,7 @@
 """The loop on a hardly trained tiny model: what a step does, and that a run may be stopped at any moment."""
 
 import fcntl
+import math
 import os
 import pickle
 import resource
@@ -10,11 +11,13 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from paec_kernels import reference
 from paec_kernels.saved_state import UnreadableFileError
 from paec_kernels.train import loop
 from paec_kernels.train.algorithms import ALGORITHMS
@@ -112,6 +115,79 @@ def test_micro_batches_change_nothing_but_rounding(config, algo):
     rows = [read_rows(config.out / name)[-1] for name in ("whole", "parts")]
     assert rows[0]["selected_entropy"] == pytest.approx(rows[1]["selected_entropy"], rel=1e-4)
     assert rows[0]["policy_loss"] == pytest.approx(rows[1]["policy_loss"], rel=1e-3, abs=1e-6)
+
+
+def new_run(config: TrainConfig) -> loop.Run:
+    return loop.new_run(config, starting_policy(config, torch.device("cpu")))
+
+
+def sampled(run: loop.Run):
+    tasks, _ = run.config.load_tasks()
+    return loop.sample(run.config, run.policy, tasks, 0, 0, 1)[0]
+
+
+def test_draws_depend_on_seed_step_and_place_alone(config):
+    """No place of any step has another's seed or prompts, and places are the same on any number of ranks."""
+    tasks, _ = config.load_tasks()
+
+    class Asked(Exception):
+        pass
+
+    def asked(seed: int, step: int, rank: int = 0, world: int = 1) -> tuple[list[str], list[int]]:
+        def sample(prompts, answers, *, seeds, **_):
+            raise Asked(prompts, seeds)
+
+        with pytest.raises(Asked) as found:
+            loop.sample(replace(config, seed=seed), SimpleNamespace(sample=sample), tasks, step, rank, world)
+        return found.value.args
+
+    steps = [asked(seed, step) for seed in (0, 1) for step in (0, 1)]
+    assert len({seed for _, seeds in steps for seed in seeds}) == 4 * config.prompts
+    assert len({tuple(prompts) for prompts, _ in steps}) == 4
+    for rank in (0, 1):
+        assert asked(1, 1, rank, 2) == tuple(of_all[rank::2] for of_all in steps[-1])
+
+
+@pytest.mark.parametrize("updates", [1, 2])
+def test_each_update_takes_its_own_answers_once(config, updates):
+    run = new_run(replace(config, updates=updates))
+    rollout = sampled(run)
+    rewards = torch.rand(config.prompts, config.answers)  # by which answers are told apart
+    advantages = loop.pk.group_advantages(rewards).flatten()
+    taken = []
+    for micro_batches in loop.split(run, rollout, rewards):
+        numbers = []
+        for batch in micro_batches:
+            for tokens, valid, advantage in zip(batch.rollout.token_ids, batch.valid, batch.advantages, strict=True):
+                numbers.append((advantages == advantage).nonzero().item())
+                assert torch.equal(tokens[valid], rollout.token_ids[numbers[-1]][rollout.valid[numbers[-1]]])
+        taken.append(sorted(numbers))
+    assert taken == torch.arange(len(advantages)).view(updates, -1).tolist()
+
+
+def test_each_update_looks_by_the_weights_it_starts_from(config, monkeypatch):
+    step, moved = loop.optimiser_step, []
+
+    def watched(run, micro_batches, seed):
+        for batch in micro_batches:
+            assert torch.equal(batch.stats.logp, run.look(batch.rollout).logp)
+        moved.append(not torch.equal(micro_batches[0].stats.logp, micro_batches[0].old_logp))
+        return step(run, micro_batches, seed)
+
+    monkeypatch.setattr(loop, "optimiser_step", watched)
+    loop.train(replace(config, steps=1, updates=2))
+    assert moved == [False, True]
+
+
+@pytest.mark.parametrize("operator", ["logits", "linear"])
+def test_statistics_are_those_of_the_sampling_temperature(config, operator):
+    run = new_run(replace(config, operator=operator, temperature=0.7))
+    rollout = sampled(run)
+    with torch.no_grad():
+        hidden = run.policy.module(rollout.sequences, rollout.attention_mask, rollout.prompt_length)
+        logits = hidden @ run.policy.head.T
+    expected = reference.token_stats(logits, rollout.token_ids, valid=rollout.valid, temperature=0.7)
+    torch.testing.assert_close(run.look(rollout).logp, expected.logp, rtol=1e-4, atol=1e-5)
 
 
 def test_hidden_states_give_what_logits_give(config):
@@ -308,12 +384,13 @@ def test_another_config_is_refused(config):
     loop.train(replace(config, steps=2))  # more steps of the same run are no other run
 
 
-def test_a_gradient_that_is_not_finite_stops_the_run(config, monkeypatch):
+@pytest.mark.parametrize(("factor", "norm"), [(math.inf, "nan"), (1e30, "inf")])
+def test_a_gradient_that_is_not_finite_stops_the_run(config, monkeypatch, factor, norm):
     loop.train(replace(config, steps=2))
     saved = weights(config.out)
     advantages = loop.pk.group_advantages
-    monkeypatch.setattr(loop.pk, "group_advantages", lambda rewards: advantages(rewards) * float("inf"))
-    with pytest.raises(FloatingPointError, match=r"norm is nan in step 3, where .*policy_loss is nan.*was not taken"):
+    monkeypatch.setattr(loop.pk, "group_advantages", lambda rewards: advantages(rewards) * factor)
+    with pytest.raises(FloatingPointError, match=f"norm is {norm} in step 3, where .*policy_loss is .*was not taken"):
         loop.train(config)
     assert_same_bits(saved, weights(config.out))
 
