@@ -16,7 +16,7 @@ TORCH_VERSION := $(shell sed -n 's/^torch==//p' constraints/default.txt)
 UNAME := $(shell uname -s)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-llm test test-gpu test-triton36 test-verl fuzz test-trl-own bench bench-gpu lint format
+.PHONY: help setup demo demo-llm test test-gpu test-triton36 test-verl fuzz test-trl-own mutants bench bench-gpu lint format
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -50,6 +50,9 @@ fuzz: .venv/.stamp ## every property on thousands of drawn inputs, of another SE
 
 test-trl-own: .venv/.stamp ## TRL's own tests with PAEC's trainer in place of TRL's: TRL=a copy of TRL's repository
 	PYTHONPATH=tests .venv/bin/python -m integrations.trl_own_tests "$(TRL)" --out bench_results/trust/trl.json
+
+mutants: .venv/.stamp .venv-verl/.stamp ## plant single faults in the last commit, and see that tests notice each
+	PYTHONPATH=tests .venv/bin/python -m mutants.run --jobs $(JOBS)
 
 bench: .venv/.stamp ## the CPU benchmarks, under ten minutes: rows, plots and page in bench_results
 	env -u TRITON_INTERPRET .venv/bin/python -m benchmarks.compiled_code --out bench_results/compiled_code.json
