@@ -102,6 +102,13 @@ def test_tied_tokens_share_a_gradient(backend):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_neighbours_share_no_gradient(backend, dtype):
+    """Four tokens a rounding above four others: the nucleus takes the four, and two of the others."""
+    logits = torch.tensor([[3.0, *4 * [1.5], *4 * [1.5 - torch.finfo(dtype).eps]]]).to(dtype)
+    check_gradient(backend, logits, None, torch.tensor([[0.0], [0.0], [1.0]]), top_p=0.82)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_in_place_equals_out_of_place_and_writes_over_the_logits(backend, real_logits, dtype):
     leaf = real_logits.logits[:6].to(dtype).requires_grad_()
     gradients = []

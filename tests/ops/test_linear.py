@@ -118,6 +118,19 @@ def test_one_chunk_size_gives_one_result_and_others_round_differently(device):
             assert torch.allclose(value, other, atol=2e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_d_hidden_is_summed_in_float32(device, dtype):
+    """From one block of columns and from 64, whose products are added up: equal but for the last rounding."""
+    case = head(n=64, width=32, n_cols=4096, dtype=dtype)
+    gradients = []
+    for chunk_rows in (64, 1):
+        hidden = case.hidden.clone().requires_grad_()
+        pk.linear_token_stats(hidden, case.weight, chunk_rows=chunk_rows).entropy.sum().backward()
+        gradients.append(hidden.grad.double())
+    one, many = gradients
+    assert (many - one).norm() < 0.25 * torch.finfo(dtype).eps * one.norm()
+
+
 def test_the_budget_decides_the_chunk(monkeypatch):
     monkeypatch.setenv("PAEC_CHUNK_BYTES", str(1 << 20))
     assert choose_chunks(4096, 1000, 64, torch.float32, False, 0) == (256, 64)
