@@ -167,13 +167,6 @@ def test_only_logp_receives_a_gradient(name):
     assert torch.autograd.grad(loss, others, allow_unused=True) == (None, None)
 
 
-def test_the_reference_receives_no_gradient():
-    logp, *others = make_arguments()
-    ref_logp = (logp.detach() - 0.3).requires_grad_()
-    loss, _ = grpo_loss(logp, *others, ref_logp=ref_logp, kl_coef=0.1)
-    assert torch.autograd.grad(loss, ref_logp, allow_unused=True) == (None,)
-
-
 @each_loss
 def test_compiles_into_one_graph(name):
     arguments, loss_fn = make_arguments(), losses_of(SELECTED)[name]

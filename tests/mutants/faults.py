@@ -603,7 +603,7 @@ LOSSES = [
         "losses/policy.py",
         "torch.where(valid, ref_logp.detach(), 0.0)",
         "torch.where(valid, ref_logp, 0.0)",
-        "losses/test_policy.py::test_the_reference_receives_no_gradient",
+        "losses/test_policy.py::test_only_logp_receives_a_gradient",
     ),
     Fault(
         "the log-probs have none",
