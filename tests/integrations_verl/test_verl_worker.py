@@ -54,7 +54,7 @@ def test_the_engine_hands_over_its_logits(folder: Path, packed: bool, temperatur
     rows = leaf[0].split(lengths) if packed else [row[:length] for row, length in zip(leaf, lengths, strict=True)]
     counted = torch.cat([torch.arange(length) < length - 1 for length in lengths])
     token_ids = torch.cat([one_ids.roll(-1) for one_ids in ids.unbind()])
-    true = reference.token_stats(torch.cat(rows).double(), token_ids, top_p=PAECConfig().top_p, temperature=temperature)
+    true = reference.token_stats(torch.cat(rows).double(), token_ids, top_p=PAEC["top_p"], temperature=temperature)
     weights = [torch.randn(sum(lengths)) * counted for _ in range(3)]
     ours, theirs = [], []
     for name, value in true._asdict().items():

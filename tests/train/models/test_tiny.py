@@ -76,6 +76,8 @@ def test_greedy_is_the_likeliest_token(policy):
     rollout = sample(policy, answers=1, temperature=0.0)
     assert sample(policy, answers=1, temperature=0.0, seeds=(8, 9, 10)).sequences.equal(rollout.sequences)
     hidden = policy.module(rollout.sequences, rollout.attention_mask, rollout.prompt_length)
+    before = policy.module.states(rollout.sequences, rollout.attention_mask)[:, rollout.prompt_length - 1 : -1]
+    torch.testing.assert_close(hidden[rollout.valid], before[rollout.valid], rtol=1e-4, atol=1e-5)
     logits = hidden @ policy.head.T  # [B, T, V]
     assert torch.equal(logits.argmax(-1)[rollout.valid], rollout.token_ids[rollout.valid])
 
