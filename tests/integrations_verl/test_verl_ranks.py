@@ -84,7 +84,7 @@ def test_ranks_that_share_a_sequence_see_all_of_it(tmp_path: Path) -> None:
     torch.multiprocessing.spawn(hand_over_in_parts, (free_port(), str(tmp_path)), nprocs=RANKS)
     parts = [torch.load(tmp_path / f"part{rank}", weights_only=True) for rank in range(RANKS)]
     logits = parts[0]["logits"].double().requires_grad_()
-    true = reference.token_stats(logits, parts[0]["token_ids"], top_p=PAEC["top_p"], temperature=TEMPERATURE)
+    true = reference.token_stats(logits, parts[0]["token_ids"], top_p=PAECConfig().top_p, temperature=TEMPERATURE)
     (gradient,) = torch.autograd.grad(true.logp.sum() + true.entropy.sum(), logits)
     for part in parts:
         for name, value in true._asdict().items():

@@ -40,7 +40,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory):
 @pytest.mark.parametrize("temperature", [0.8, 1.0])  # verl divides the logits, or leaves them as the model made them
 @pytest.mark.parametrize("packed", [True, False])
 def test_the_engine_hands_over_its_logits(folder: Path, packed: bool, temperature: float) -> None:
-    one = worker(folder)
+    one = worker(folder, PAECPolicyLossConfig(paec=PAEC | {"top_p": 0.8}))
     flags = LOGITS_TO_THE_LOSS | {"use_remove_padding": packed, "temperature": temperature}
     data = batch(sequences(5, seed=1), **flags)
     ids = data["input_ids"]
@@ -54,7 +54,7 @@ def test_the_engine_hands_over_its_logits(folder: Path, packed: bool, temperatur
     rows = leaf[0].split(lengths) if packed else [row[:length] for row, length in zip(leaf, lengths, strict=True)]
     counted = torch.cat([torch.arange(length) < length - 1 for length in lengths])
     token_ids = torch.cat([one_ids.roll(-1) for one_ids in ids.unbind()])
-    true = reference.token_stats(torch.cat(rows).double(), token_ids, top_p=PAEC["top_p"], temperature=temperature)
+    true = reference.token_stats(torch.cat(rows).double(), token_ids, top_p=0.8, temperature=temperature)
     weights = [torch.randn(sum(lengths)) * counted for _ in range(3)]
     ours, theirs = [], []
     for name, value in true._asdict().items():

@@ -34,7 +34,7 @@ PROMPT, RESPONSE = 4, 10  # longest
 MICRO_BATCH = 2
 FP32 = {"param_dtype": "fp32", "reduce_dtype": "fp32", "buffer_dtype": "fp32"}
 # The first step sets the anchor; from the second on the floor is above it, so that the penalty acts.
-PAEC = {"beta": 0.1, "anchor_steps": 1, "rho_min": 1.2, "top_p": 0.8}
+PAEC = {"beta": 0.1, "anchor_steps": 1, "rho_min": 1.2}
 
 
 def save_model(folder: Path) -> None:
