@@ -8,13 +8,20 @@ from typing import Annotated, Any
 
 import torch
 import torch.distributed as dist
-import tyro
 
-from paec_kernels.train import commands
-from paec_kernels.train.algorithms import ALGORITHMS
-from paec_kernels.train.config import CompareConfig, EvalConfig, ExportConfig, TrainConfig
-from paec_kernels.train.inspect import InspectConfig
-from paec_kernels.train.presets import PRESETS, with_algo
+from paec_kernels.extras import extra
+
+try:
+    with extra("train"):
+        import tyro
+
+    from paec_kernels.train import commands
+    from paec_kernels.train.algorithms import ALGORITHMS
+    from paec_kernels.train.config import CompareConfig, EvalConfig, ExportConfig, TrainConfig
+    from paec_kernels.train.inspect import InspectConfig
+    from paec_kernels.train.presets import PRESETS, with_algo
+except ModuleNotFoundError as error:
+    sys.exit(f"paec: {error}")
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -39,7 +46,7 @@ def main(args: Sequence[str] | None = None) -> None:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     try:
         status = tyro.extras.subcommand_cli_from_dict(subcommands, prog="paec", args=args)
-    except (ValueError, TypeError, OSError, FloatingPointError) as error:
+    except (ValueError, TypeError, OSError, FloatingPointError, ImportError) as error:
         print(f"paec: {error}", file=sys.stderr)
         status = 2
     finally:

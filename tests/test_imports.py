@@ -7,7 +7,7 @@ from pathlib import Path
 import paec_kernels
 
 ORDER = {
-    "paec_kernels": "types checks saved_state reference ops losses __init__ integrations|train cli",
+    "paec_kernels": "types checks extras saved_state reference ops losses __init__ integrations|train cli",
     "paec_kernels.train": (
         "tasks models algorithms config presets|run_folder|out_folder|progress report policies loop inspect commands"
     ),

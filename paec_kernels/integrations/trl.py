@@ -15,17 +15,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import TrainerCallback
-from transformers.trainer_utils import get_last_checkpoint
-from trl import GRPOConfig, GRPOTrainer
-from trl.models.utils import disable_gradient_checkpointing
-from trl.trainer.utils import get_config_model_id, maybe_gather_lm_head_ctx
 
+from paec_kernels.extras import extra
 from paec_kernels.integrations.common import STATE_NAME, loss_scale, numbers, read_state, save_state, sources_of_noise
 from paec_kernels.losses.paec import PAEC, Plan
 from paec_kernels.losses.paec_config import PAECConfig
 from paec_kernels.ops.linear import backward_node, linear_token_stats
 from paec_kernels.types import TokenStats
+
+with extra("trl"):
+    from transformers import TrainerCallback
+    from transformers.trainer_utils import get_last_checkpoint
+    from trl import GRPOConfig, GRPOTrainer
+    from trl.models.utils import disable_gradient_checkpointing
+    from trl.trainer.utils import get_config_model_id, maybe_gather_lm_head_ctx
 
 KERNEL_NAMES = ("_ChunkedLogProbFunction", "_use_triton")  # globals that TRL's forward reads
 REMEDY = (

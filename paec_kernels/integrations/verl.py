@@ -18,21 +18,24 @@ import os
 from dataclasses import dataclass, field
 from typing import Any
 
-from tensordict import TensorDict
 from torch import Tensor
-from verl.utils import tensordict_utils as tu
-from verl.utils.fs import copy_to_local
-from verl.utils.metric import AggregationType, Metric
-from verl.utils.ulysses import ulysses_pad_and_slice_inputs
-from verl.workers.config import PolicyLossConfig
-from verl.workers.engine_workers import ActorRolloutRefWorker, TrainingWorker
-from verl.workers.utils.padding import no_padding_2_padding
 
+from paec_kernels.extras import extra
 from paec_kernels.integrations.common import STATE_NAME, loss_scale, numbers, read_state, save_state, sources_of_noise
 from paec_kernels.losses.paec import PAEC, Plan
 from paec_kernels.losses.paec_config import PAECConfig
 from paec_kernels.ops.operator import token_stats
 from paec_kernels.types import TokenStats
+
+with extra("verl"):
+    from tensordict import TensorDict
+    from verl.utils import tensordict_utils as tu
+    from verl.utils.fs import copy_to_local
+    from verl.utils.metric import AggregationType, Metric
+    from verl.utils.ulysses import ulysses_pad_and_slice_inputs
+    from verl.workers.config import PolicyLossConfig
+    from verl.workers.engine_workers import ActorRolloutRefWorker, TrainingWorker
+    from verl.workers.utils.padding import no_padding_2_padding
 
 REMEDY = (
     "Resume from another checkpoint of a run with PAEC, by trainer.resume_mode=resume_path and resume_from_path; to "

@@ -8,9 +8,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.progress import Progress
 
+from paec_kernels.extras import extra
 from paec_kernels.losses.ranks import rank_and_world
 from paec_kernels.saved_state import without_nan, write_json
 from paec_kernels.train import loop
@@ -30,6 +29,10 @@ from paec_kernels.train.report.tokens import show
 from paec_kernels.train.run_folder import CHECKPOINT, MODEL, count_rows, read_config
 from paec_kernels.train.tasks.by_name import load_tasks
 from paec_kernels.train.tasks.task import Task
+
+with extra("train"):
+    from rich.console import Console
+    from rich.progress import Progress
 
 INTERRUPTED = 130  # the shell's status for SIGINT
 SECONDS_BETWEEN_LOOKS = 2.0

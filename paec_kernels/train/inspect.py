@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from rich.progress import Progress
 from torch import Tensor
 
 import paec_kernels as pk
 from paec_kernels import checks
+from paec_kernels.extras import extra
 from paec_kernels.train import loop
 from paec_kernels.train.algorithms import MicroBatch, PAECOptions
 from paec_kernels.train.config import TrainConfig, plain, seed_of
@@ -25,6 +25,9 @@ from paec_kernels.train.report.tokens import SUMMARISED, Report
 from paec_kernels.train.run_folder import read_config
 from paec_kernels.train.tasks.by_name import load_tasks
 from paec_kernels.train.tasks.task import Problem, Task
+
+with extra("train"):
+    from rich.progress import Progress
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from torch.utils.tensorboard import SummaryWriter
 
+from paec_kernels.extras import extra
 from paec_kernels.saved_state import (
     UnreadableFileError,
     differing_fields,
@@ -29,6 +29,9 @@ from paec_kernels.saved_state import (
     write_json,
     write_saved,
 )
+
+with extra("train"):
+    from torch.utils.tensorboard import SummaryWriter
 
 CHECKPOINT = "checkpoint.pt"
 MODEL = "model"  # the folder of a Hugging Face model as it was trained

@@ -6,8 +6,12 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging
+
+from paec_kernels.extras import extra
+
+with extra("train"):
+    from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers.utils import logging
 
 NAME = "SmolLM2-135M-Instruct"
 
@@ -28,7 +32,11 @@ def load(device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase
 
     Raises:
         FileNotFoundError: the package is not installed.
+        ModuleNotFoundError: one that reads its file is not.
     """
+    with extra("demo"):
+        import accelerate  # type: ignore[import-untyped]  # noqa: F401
+        import gguf  # noqa: F401
     os.environ["HF_HUB_OFFLINE"] = "1"
     logging.set_verbosity_error()
     logging.disable_progress_bar()

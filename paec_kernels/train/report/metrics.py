@@ -10,7 +10,11 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy import stats  # type: ignore[import-untyped]
+
+from paec_kernels.extras import extra
+
+with extra("train"):
+    from scipy import stats  # type: ignore[import-untyped]
 
 CONFIDENCE = 0.95  # of every interval
 ENOUGH = 5  # values for a t interval; with two it is 18 times as wide as with many, and tells nothing

@@ -6,16 +6,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.collections import LineCollection
-from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 
+from paec_kernels.extras import extra
 from paec_kernels.saved_state import whole_file
 from paec_kernels.train.report.compare import Comparison, run_scores, sort_arms
 from paec_kernels.train.report.evaluate import pass_ks
 from paec_kernels.train.report.metrics import ENOUGH, Estimate, t_interval
 from paec_kernels.train.report.runs import Run
+
+with extra("train"):
+    from matplotlib.axes import Axes
+    from matplotlib.collections import LineCollection
+    from matplotlib.figure import Figure
 
 Style = dict[str, Any]  # matplotlib's options of a line
 

@@ -7,17 +7,19 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
-from rich.cells import cell_len
-from rich.console import Console, ConsoleOptions, RenderResult
-from rich.markup import escape
-from rich.table import Table
-
+from paec_kernels.extras import extra
 from paec_kernels.saved_state import whole_file, without_nan, write_json
 from paec_kernels.train.report.compare import OF_TRAINING, Comparison, run_scores
 from paec_kernels.train.report.evaluate import Evaluation, mean_scores, summarise
 from paec_kernels.train.report.metrics import ENOUGH, Estimate
 from paec_kernels.train.report.runs import Run
+
+with extra("train"):
+    from rich.box import SIMPLE_HEAD
+    from rich.cells import cell_len
+    from rich.console import Console, ConsoleOptions, RenderResult
+    from rich.markup import escape
+    from rich.table import Table
 
 A_SEED = "· seed "  # begins the line of a seed
 FIRST_COLUMN = 15  # letters that names have at least

@@ -4,10 +4,14 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
+from paec_kernels.extras import extra
+
+with extra("train"):
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
 
 Report = dict[str, Any]  # of JSON's types, NaN included; see `train.inspect.make_report`
 SUMMARISED = {

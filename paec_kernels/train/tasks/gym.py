@@ -4,13 +4,15 @@ import re
 from functools import cached_property, lru_cache
 from typing import Any
 
-import reasoning_gym  # type: ignore[import-untyped]
-from reasoning_gym.factory import DATASETS  # type: ignore[import-untyped]
-from reasoning_gym.utils import extract_answer  # type: ignore[import-untyped]
-
 from paec_kernels import checks
+from paec_kernels.extras import extra
 from paec_kernels.train.tasks.grader import LENGTH, TEXT, GaveUp, Grader
 from paec_kernels.train.tasks.task import Problem
+
+with extra("train"):
+    import reasoning_gym  # type: ignore[import-untyped]
+    from reasoning_gym.factory import DATASETS  # type: ignore[import-untyped]
+    from reasoning_gym.utils import extract_answer  # type: ignore[import-untyped]
 
 INSTRUCTION = "Provide your final answer between <answer> and </answer> tags."
 EVAL_POOL = 128  # problems kept for evaluation; generated with seeds from 0 on
