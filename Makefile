@@ -81,6 +81,11 @@ ifdef TORCH_CPU_INDEX
 		$(LOCK) --no-deps --default-index "$(TORCH_CPU_INDEX)" - --output-file constraints/torch-cpu.txt
 endif
 
+audit: .venv-tools/.stamp ## look the lists' packages up among known vulnerabilities; constraints/audit.md explains the rest
+	@for list in default verl oldest tools; do echo "$$list"; \
+		.venv-tools/bin/pip-audit --strict --disable-pip --require-hashes --requirement constraints/$$list.txt \
+			$$(sed -n 's/^- //p' constraints/audit.md | grep -oE '(PYSEC|CVE|GHSA)-[0-9a-z-]+' | sed 's/^/--ignore-vuln /') || exit 1; done
+
 # Every version is exact, for each Python and system, and has the hashes of all its files.
 LOCK = UV_CUSTOM_COMPILE_COMMAND="make lock" .venv-tools/bin/uv --config-file constraints/uv.toml pip compile --quiet \
 	--universal --python-version 3.11 --generate-hashes --no-annotate --no-emit-package paec-kernels
