@@ -38,7 +38,7 @@ test: .venv/.stamp ## all tests
 test-gpu: .venv/.stamp ## the tests that need a GPU, kernels compiled
 	TRITON_INTERPRET=0 .venv/bin/python -m pytest -m gpu -n $(JOBS)
 
-test-oldest: .venv-oldest/.stamp ## tests on the oldest versions that pyproject.toml allows, in an environment of its own
+test-oldest: .venv-oldest/.stamp ## tests on the oldest versions allowed, in an environment of its own
 	TRITON_INTERPRET=1 .venv-oldest/bin/python -m pytest -n $(JOBS) tests/ops \
 		tests/losses/test_mask.py tests/losses/test_paec.py tests/losses/test_compile.py
 
@@ -71,7 +71,7 @@ format: .venv/.stamp ## let ruff fix and format
 	.venv/bin/ruff check --fix .
 	.venv/bin/ruff format .
 
-lock: .venv-tools/.stamp ## write constraints/*.txt after a change of pyproject.toml or *.in; UPGRADE='-P numpy' for a newer one
+lock: .venv-tools/.stamp ## write constraints/*.txt, with hashes; UPGRADE='-P numpy' takes a newer numpy
 	$(LOCK) $(UPGRADE) constraints/default.in --output-file constraints/default.txt
 	$(LOCK) $(UPGRADE) constraints/verl.in --output-file constraints/verl.txt
 	$(LOCK) $(UPGRADE) constraints/tools.in --output-file constraints/tools.txt
@@ -81,10 +81,11 @@ ifdef TORCH_CPU_INDEX
 		$(LOCK) --no-deps --default-index "$(TORCH_CPU_INDEX)" - --output-file constraints/torch-cpu.txt
 endif
 
-audit: .venv-tools/.stamp ## look the lists' packages up among known vulnerabilities; constraints/audit.md explains the rest
+audit: .venv-tools/.stamp ## look for known vulnerabilities that constraints/audit.md does not explain
 	@for list in default verl oldest tools; do echo "$$list"; \
 		.venv-tools/bin/pip-audit --strict --disable-pip --require-hashes --requirement constraints/$$list.txt \
-			$$(sed -n 's/^- //p' constraints/audit.md | grep -oE '(PYSEC|CVE|GHSA)-[0-9a-z-]+' | sed 's/^/--ignore-vuln /') || exit 1; done
+			$$(grep '^- ' constraints/audit.md | grep -oE '(PYSEC|CVE|GHSA)-[0-9a-z-]+' | sed 's/^/--ignore-vuln /') \
+			|| exit 1; done
 
 # Every version is exact, for each Python and system, and has the hashes of all its files.
 LOCK = UV_CUSTOM_COMPILE_COMMAND="make lock" .venv-tools/bin/uv --config-file constraints/uv.toml pip compile --quiet \
