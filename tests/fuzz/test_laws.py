@@ -25,6 +25,7 @@ class Statistics(NamedTuple):
 
     of: Callable[..., pk.TokenStats]
     tolerance: float
+    dtype: torch.dtype = torch.float32
 
 
 # Tests hold Triton's kernels to float64 alone: in the interpreter a law takes a second or so.
