@@ -200,8 +200,14 @@ def summary(kills: list[Kill]) -> dict[str, Any]:
     }
 
 
-def command(trainer: Trainer, work: Path, description: str, packages: tuple[str, ...]) -> None:
-    """The command around a trainer: ``--kills``, ``--seed`` and ``--out``."""
+def command(
+    trainer: Trainer,
+    work: Path,
+    description: str,
+    packages: tuple[str, ...],
+    measure: Callable[[Path], dict[str, Any]] = lambda folder: {},
+) -> None:
+    """The command around a trainer: ``--kills``, ``--seed`` and ``--out``, to whose record ``measure`` adds."""
     import argparse
     from importlib.metadata import version
 
@@ -218,5 +224,5 @@ def command(trainer: Trainer, work: Path, description: str, packages: tuple[str,
         from paec_kernels.saved_state import write_json
 
         versions = {package: version(package) for package in packages}
-        write_json(options.out, provenance() | {"versions": versions} | record)
+        write_json(options.out, provenance() | {"versions": versions} | measure(work / "measured") | record)
     sys.exit(record["steps_lost_that_were_said_saved"] > 0 or record["resumes_equal_to_the_bit"] < record["kills"])

@@ -7,20 +7,23 @@ import json
 import tempfile
 import warnings
 from pathlib import Path
+from typing import Any
 
 import kills
 import torch
 from integrations import tiny_trl
+from safetensors.torch import load_file
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from paec_kernels.integrations.trl import PAECGRPOTrainer
 
-STEPS = 6
-OPTIONS = tiny_trl.PAEC_ON | {"paec_anchor_steps": 3}
-OPTIONS |= {"max_steps": STEPS, "save_strategy": "steps", "save_steps": 2, "max_completion_length": 6}
-# Measured, or of the last process alone, as TRL has it: train_loss is a mean of what this process saw.
-LEFT_OUT = ("step_time", "train_runtime", "train_samples_per_second", "train_steps_per_second", "train_loss")
+# Four steps are an epoch. From a checkpoint at an epoch's end the stock trainer goes on otherwise than undisturbed (it
+# restores the random numbers before the next epoch begins): `resumes` measures it. Here no checkpoint is at one.
+STEPS, EVERY = 7, 3
+OPTIONS = tiny_trl.PAEC_ON | {"paec_anchor_steps": 3, "max_completion_length": 6, "max_steps": STEPS}
+SAVED = {"save_strategy": "steps", "save_steps": EVERY}
+MEASURED = ("step_time",)
 
 
 class Say(TrainerCallback):
@@ -46,11 +49,9 @@ class Killed:
             except Exception as error:
                 if str(last) in str(error):
                     kills.say(f"refused: {error}".replace("\n", " "))
-        run = self._made(folder)
-        run.train(resume_from_checkpoint=newest)
-        log = [{name: x for name, x in row.items() if name not in LEFT_OUT} for row in run.state.log_history]
-        end = {"weights": run.model.state_dict(), "log": log, "paec": run.paec.state_dict()}
-        torch.save(end, folder / "end.pt")
+        if step < STEPS:
+            self._made(folder).train(resume_from_checkpoint=newest)
+        torch.save(state(folder / f"checkpoint-{STEPS}"), folder / "end.pt")
 
     def newest(self, folder: Path) -> int:
         steps = [int(path.name.split("-")[1]) for path in folder.glob("checkpoint-*") if self._complete(path)]
@@ -58,7 +59,7 @@ class Killed:
 
     @staticmethod
     def _made(folder: Path) -> PAECGRPOTrainer:
-        return tiny_trl.trainer(folder, callbacks=[Say()], **OPTIONS)
+        return tiny_trl.trainer(folder, callbacks=[Say()], **OPTIONS | SAVED)
 
     @staticmethod
     def _complete(checkpoint: Path) -> bool:
@@ -70,6 +71,36 @@ class Killed:
         return True
 
 
+def state(checkpoint: Path) -> dict[str, Any]:
+    """All that a checkpoint holds of the run, without what was measured."""
+    log = json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
+    return {
+        "weights": load_file(checkpoint / "model.safetensors"),
+        "log": [{name: x for name, x in row.items() if name not in MEASURED} for row in log],
+        **{
+            name: torch.load(checkpoint / f"{name}.pt", weights_only=True)
+            for name in ("optimizer", "scheduler", "paec")
+        },
+    }
+
+
+def resumes(folder: Path) -> dict[str, Any]:
+    """From which steps' checkpoints each trainer, left alone, ends with the weights of an undisturbed run."""
+    options = {"save_strategy": "steps", "save_steps": 1}
+    found: dict[str, list[int]] = {}
+    for name, stock in (("stock", True), ("ours", False)):
+        own = {key: value for key, value in OPTIONS.items() if not (stock and key.startswith("paec_"))}
+        whole = tiny_trl.trainer(folder / name, stock=stock, **own, **options)
+        whole.train()
+        found[name] = []
+        for step in range(1, STEPS):
+            resumed = tiny_trl.trainer(folder / "resumed", stock=stock, **own)
+            resumed.train(resume_from_checkpoint=str(folder / name / f"checkpoint-{step}"))
+            pairs = zip(resumed.model.parameters(), whole.model.parameters(), strict=True)
+            found[name] += [step] if all(torch.equal(*pair) for pair in pairs) else []
+    return {"left_alone_equal_to_the_bit_from_steps": found}
+
+
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as work:
-        kills.command(Killed(), Path(work), __doc__, ("trl", "transformers", "accelerate"))
+        kills.command(Killed(), Path(work), __doc__, ("trl", "transformers", "accelerate"), resumes)
