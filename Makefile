@@ -39,8 +39,9 @@ test-gpu: .venv/.stamp ## the tests that need a GPU, kernels compiled
 	TRITON_INTERPRET=0 .venv/bin/python -m pytest -m gpu -n $(JOBS)
 
 test-oldest: .venv-oldest/.stamp ## tests on the oldest versions allowed, in an environment of its own
-	TRITON_INTERPRET=1 .venv-oldest/bin/python -m pytest -n $(JOBS) tests/ops \
-		tests/losses/test_mask.py tests/losses/test_paec.py tests/losses/test_compile.py
+	TRITON_INTERPRET=1 .venv-oldest/bin/python -m pytest -n $(JOBS) -m "not slow" tests/ops \
+		tests/losses/test_mask.py tests/losses/test_paec.py tests/losses/test_compile.py tests/integrations \
+		tests/train/models tests/train/report tests/train/tasks tests/test_cli.py
 
 test-verl: .venv-verl/.stamp ## the tests of PAEC in verl, in an environment of its own (Python 3.11 or 3.12)
 	.venv-verl/bin/python -m pytest -n $(JOBS) --dist loadfile tests/integrations_verl
