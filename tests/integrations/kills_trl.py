@@ -18,11 +18,11 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from paec_kernels.integrations.trl import PAECGRPOTrainer
 
-# Four steps are an epoch. From a checkpoint at an epoch's end the stock trainer goes on otherwise than undisturbed (it
-# restores the random numbers before the next epoch begins): `resumes` measures it. Here no checkpoint is at one.
+# All within the first epoch, of eight steps: from a checkpoint at an epoch's end, or in a later epoch, the stock trainer
+# does not go on as if undisturbed either, since the order of the data is not in a checkpoint. `resumes` measures it.
 STEPS, EVERY = 7, 3
 OPTIONS = tiny_trl.PAEC_ON | {"paec_anchor_steps": 3, "max_completion_length": 6, "max_steps": STEPS}
-SAVED = {"save_strategy": "steps", "save_steps": EVERY}
+SAVED = {"save_strategy": "steps", "save_steps": EVERY, "per_device_train_batch_size": 2}
 MEASURED = ("step_time",)
 
 
@@ -85,20 +85,20 @@ def state(checkpoint: Path) -> dict[str, Any]:
 
 
 def resumes(folder: Path) -> dict[str, Any]:
-    """From which steps' checkpoints each trainer, left alone, ends with the weights of an undisturbed run."""
-    options = {"save_strategy": "steps", "save_steps": 1}
-    found: dict[str, list[int]] = {}
+    """Whether each trainer, resumed and not killed, ends with the weights of a whole run, at four steps an epoch."""
+    steps = {"within the first epoch": 2, "at its end": 4, "within the second": 6}
+    found: dict[str, dict[str, bool]] = {}
     for name, stock in (("stock", True), ("ours", False)):
         own = {key: value for key, value in OPTIONS.items() if not (stock and key.startswith("paec_"))}
-        whole = tiny_trl.trainer(folder / name, stock=stock, **own, **options)
+        whole = tiny_trl.trainer(folder / name, stock=stock, **own, save_strategy="steps", save_steps=2)
         whole.train()
-        found[name] = []
-        for step in range(1, STEPS):
+        found[name] = {}
+        for where, step in steps.items():
             resumed = tiny_trl.trainer(folder / "resumed", stock=stock, **own)
             resumed.train(resume_from_checkpoint=str(folder / name / f"checkpoint-{step}"))
             pairs = zip(resumed.model.parameters(), whole.model.parameters(), strict=True)
-            found[name] += [step] if all(torch.equal(*pair) for pair in pairs) else []
-    return {"left_alone_equal_to_the_bit_from_steps": found}
+            found[name][where] = all(torch.equal(*pair) for pair in pairs)
+    return {"resumed_without_a_kill_equal_to_the_bit": found}
 
 
 if __name__ == "__main__":
