@@ -18,8 +18,8 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from paec_kernels.integrations.trl import PAECGRPOTrainer
 
-# All within the first epoch, of eight steps: from a checkpoint at an epoch's end, or in a later epoch, the stock trainer
-# does not go on as if undisturbed either, since the order of the data is not in a checkpoint. `resumes` measures it.
+# All within the first epoch, of eight steps: from a checkpoint at an epoch's end, or in a later epoch, the stock
+# trainer does not go on as if undisturbed either; `resumes` measures it.
 STEPS, EVERY = 7, 3
 OPTIONS = tiny_trl.PAEC_ON | {"paec_anchor_steps": 3, "max_completion_length": 6, "max_steps": STEPS}
 SAVED = {"save_strategy": "steps", "save_steps": EVERY, "per_device_train_batch_size": 2}
