@@ -116,7 +116,7 @@ def exact_and_eager(case: Case) -> list[list[Tensor]]:
     return [gradients(eager, list(leaves), case.coefficients)[1] for leaves in (doubles, case.tensors)]
 
 
-@holds(fuzz=900, sizes=heads, given=options)
+@holds(tests=4, fuzz=900, sizes=heads, given=options)
 def test_any_head_in_any_chunks(backend, sizes, given):
     case, truth = make(sizes, given)
     with pytest.MonkeyPatch.context() as patch:
@@ -133,7 +133,7 @@ def test_any_head_in_any_chunks(backend, sizes, given):
         close(gradient, exact, eager)
 
 
-@holds(fuzz=500, sizes=heads, given=options)
+@holds(tests=3, fuzz=500, sizes=heads, given=options)
 def test_one_pass_of_a_sum_over_tokens(backend, sizes, given):
     case, truth = make(sizes, given)
     seen = []

@@ -43,7 +43,7 @@ def test_any_logits_in_torch(logits, given, inplace):
 
 
 @pytest.mark.usefixtures("interpreter")
-@holds(tests=15, fuzz=2000, **any_logits)
+@holds(tests=8, fuzz=2000, **any_logits)
 def test_any_logits_in_triton(logits, given, inplace):
     check_logits("triton", logits, given, inplace)
 
@@ -67,12 +67,14 @@ def test_any_floats_in_torch(row, dtype, given):
 
 
 @pytest.mark.usefixtures("interpreter")
-@holds(tests=10, fuzz=1000, **any_floats)
+@holds(tests=6, fuzz=1000, **any_floats)
 def test_any_floats_in_triton(row, dtype, given):
     check_floats("triton", row, dtype, given)
 
 
-@holds(fuzz=500, logits=some_logits(view=["contiguous"], width=st.integers(1, 40)), given=options, data=st.data())
+@holds(
+    tests=3, fuzz=500, logits=some_logits(view=["contiguous"], width=st.integers(1, 40)), given=options, data=st.data()
+)
 def test_views_of_the_same_numbers_are_the_same_to_the_bit(backend, logits, given, data):
     z = logits.make()
     view = VIEWS[data.draw(st.sampled_from([name for name in VIEWS if name != "one row for all"]), "view")](z)
