@@ -112,7 +112,7 @@ whole_logits = some_logits(shape=rows, width=widths, mask=FINITE, view=["contigu
     lambda logits: Logits(**{**vars(logits), "dtype": torch.float32, "shift": 0.0, "scale": min(logits.scale, 20.0)})
 )
 drawn = {"logits": whole_logits, "given": options}
-EXAMPLES = 300
+EXAMPLES = 120
 
 
 @holds(fuzz=EXAMPLES, **drawn, shift=st.integers(-5000, 5000))

@@ -116,7 +116,7 @@ def exact_and_eager(case: Case) -> list[list[Tensor]]:
     return [gradients(eager, list(leaves), case.coefficients)[1] for leaves in (doubles, case.tensors)]
 
 
-@holds(tests=4, fuzz=900, sizes=heads, given=options)
+@holds(tests=4, fuzz=600, sizes=heads, given=options)
 def test_any_head_in_any_chunks(backend, sizes, given):
     case, truth = make(sizes, given)
     with pytest.MonkeyPatch.context() as patch:
