@@ -73,7 +73,7 @@ def test_any_floats_in_triton(row, dtype, given):
 
 
 @holds(
-    tests=3, fuzz=500, logits=some_logits(view=["contiguous"], width=st.integers(1, 40)), given=options, data=st.data()
+    tests=3, fuzz=200, logits=some_logits(view=["contiguous"], width=st.integers(1, 40)), given=options, data=st.data()
 )
 def test_views_of_the_same_numbers_are_the_same_to_the_bit(backend, logits, given, data):
     z = logits.make()
