@@ -550,7 +550,7 @@ CALIBRATION = [
     Fault(
         "padding of shorter ranks counts",
         "losses/ranks.py",
-        "value=math.inf)",
+        "value=fill)",
         "value=0.0)",
         "losses/test_ranks.py::test_terms_average_to_the_whole_batch",
     ),
@@ -580,8 +580,8 @@ LOSSES = [
     Fault(
         "the KL estimate of the other direction",
         "losses/policy.py",
-        "_k3(torch.where(valid, ref_logp.detach(), 0.0) - logp)",
-        "_k3(logp - torch.where(valid, ref_logp.detach(), 0.0))",
+        "_bounded(_zero_elsewhere(ref_logp.detach(), valid) - logp)",
+        "_bounded(logp - _zero_elsewhere(ref_logp.detach(), valid))",
         "losses/test_policy.py::test_equals_the_definition",
     ),
     Fault(
@@ -594,22 +594,22 @@ LOSSES = [
     Fault(
         "the old log-probs have a gradient",
         "losses/policy.py",
-        "torch.where(valid, old_logp.detach(), 0.0)",
-        "torch.where(valid, old_logp, 0.0)",
+        "_zero_elsewhere(old_logp.detach(), valid)",
+        "_zero_elsewhere(old_logp, valid)",
         "losses/test_policy.py::test_only_logp_receives_a_gradient",
     ),
     Fault(
         "the reference's log-probs have a gradient",
         "losses/policy.py",
-        "torch.where(valid, ref_logp.detach(), 0.0)",
-        "torch.where(valid, ref_logp, 0.0)",
+        "_zero_elsewhere(ref_logp.detach(), valid)",
+        "_zero_elsewhere(ref_logp, valid)",
         "losses/test_policy.py::test_only_logp_receives_a_gradient",
     ),
     Fault(
         "the log-probs have none",
         "losses/policy.py",
-        "(logp - old_logp).clamp(max=MAX_LOG_RATIO)",
-        "(logp.detach() - old_logp).clamp(max=MAX_LOG_RATIO)",
+        "_bounded(logp - _zero_elsewhere(old_logp.detach(), valid))",
+        "_bounded(logp.detach() - _zero_elsewhere(old_logp.detach(), valid))",
         "losses/test_policy.py::test_equals_the_definition",
     ),
     Fault(
@@ -671,8 +671,8 @@ LOSSES = [
     Fault(
         "a rival's mean is over its rank alone",
         "losses/rivals.py",
-        "mean_over_ranks(sums, self.process_group)",
-        "sums",
+        "gather_columns(columns, self.process_group, fill=0.0)",
+        "columns",
         "train/test_algorithms.py::test_ranks_average_to_the_whole_step",
     ),
     Fault(
@@ -730,8 +730,8 @@ TRAINING = [
     Fault(
         "the log's row after the checkpoint stands there twice",
         "train/run_folder.py",
-        'row["step"] <= steps_done',
-        'row["step"] <= steps_done + 1',
+        "read_rows(folder, steps_done)",
+        "read_rows(folder, steps_done + 1)",
         "train/test_run_folder.py::test_rows_after_the_checkpoint_are_made_again",
     ),
     Fault(
@@ -807,8 +807,9 @@ TRAINING = [
     Fault(
         "a file whose writing failed replaces the good one",
         "saved_state.py",
-        "        yield partial\n        os.replace(partial, path)\n    finally:\n",
-        "        yield partial\n    finally:\n        os.replace(partial, path)\n",
+        "            os.replace(partial, path)\n"
+        "            sync(path.parent)\n        finally:\n            partial.unlink(",
+        "        finally:\n            os.replace(partial, path)\n            str(",
         "test_saved_state.py",
     ),
     Fault(
@@ -872,15 +873,15 @@ INTEGRATIONS = [
     Fault(
         "TRL: the anchor is not restored",
         "integrations/trl.py",
-        "        load_state(self.paec, path)\n",
-        "",
+        "            self.paec.load_state_dict(read_state(self.paec, Path(checkpoint) / STATE_NAME, REMEDY))\n",
+        "            read_state(self.paec, Path(checkpoint) / STATE_NAME, REMEDY)\n",
         "integrations/test_trl.py::test_a_killed_run_goes_on_with_the_same_anchor_and_loss",
     ),
     Fault(
         "TRL: steps are not committed to the anchor",
         "integrations/trl.py",
         "            self.paec.step()\n",
-        "",
+        "            pass\n",
         "integrations/test_trl.py::test_plan_and_gradient_are_those_of_the_whole_step[plain]",
     ),
     Fault(
@@ -910,8 +911,8 @@ INTEGRATIONS = [
     Fault(
         "verl: steps are not committed to the anchor",
         "integrations/verl.py",
-        "        self.paec.step()\n",
-        "",
+        "            self.paec.step()\n",
+        "            pass\n",
         "integrations_verl/test_verl_worker.py::test_mini_batches_are_steps_of_their_own",
         ".venv-verl",
     ),
@@ -926,7 +927,7 @@ INTEGRATIONS = [
     Fault(
         "verl: the anchor is not restored",
         "integrations/verl.py",
-        "            load_state(self.paec, path)\n",
+        "        self.paec.load_state_dict(state)\n",
         "",
         "integrations_verl/test_verl_worker.py::test_a_checkpoint_holds_the_anchor",
         ".venv-verl",

@@ -141,7 +141,7 @@ def test_everything_runs_where_only_deterministic_algorithms_may(where):
             term.observe(stats, valid)
             loss = loss + term.term(stats, valid, term.plan(), accuracy)
             term.step()
-        steps = [x.detach()[None] for x in (stats.logp, stats.logp + 0.1, advantages, valid)]
+        steps = [[x.detach()] for x in (stats.logp, stats.logp + 0.1, advantages, valid)]
         (removed,) = pk.clip_cov_selection(*steps, seed=0, cov_low=-9, cov_high=9)
         (penalised,) = pk.kl_cov_selection(steps[0], *steps[2:])
         arguments = stats.logp, steps[1][0], advantages, valid

@@ -44,10 +44,10 @@ def table_of(logits, top_p=0.95):
 @pytest.mark.parametrize("softcap", [None, 20.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_row_is_the_same_to_the_bit_in_any_chunk_and_with_any_threads(monkeypatch, n_threads, dtype, softcap):
-    logits = mixed_rows(17).to(dtype)
-    token_ids = torch.arange(17) * 290
-    temperature = torch.linspace(0.5, 1.5, 17)
-    weights = torch.randn(3, 17)
+    logits = mixed_rows(20).to(dtype)  # in bfloat16 the largest float is infinity, its rows NaN
+    token_ids = torch.arange(20) * 250
+    temperature = torch.linspace(0.5, 1.5, 20)
+    weights = torch.randn(3, 20)
 
     def stats_and_gradient(rows):
         options = {"temperature": temperature[rows], "softcap": softcap, "backend": "torch"}
@@ -55,13 +55,13 @@ def test_a_row_is_the_same_to_the_bit_in_any_chunk_and_with_any_threads(monkeypa
         return *pk.token_stats(logits[rows], token_ids[rows], **options), gradient
 
     torch.set_num_threads(1)
-    expected = [torch.cat(values) for values in zip(*(stats_and_gradient([i]) for i in range(17)), strict=True)]
+    expected = [torch.cat(values) for values in zip(*(stats_and_gradient([i]) for i in range(20)), strict=True)]
     torch.set_num_threads(n_threads)
-    for chunk_rows in (1, 3, 5, 17):
+    for chunk_rows in (1, 3, 5, 20):
         monkeypatch.setattr(torch_rows, "CHUNK_BYTES_PER_THREAD", chunk_rows * 5056 * 4)
-        for order in (list(range(17)), [*range(5, 17), *range(5)]):
+        for order in (list(range(20)), [*range(5, 20), *range(5)]):
             for value, alone in zip(stats_and_gradient(order), expected, strict=True):
-                assert torch.equal(value, alone[order])
+                torch.testing.assert_close(value, alone[order], rtol=0, atol=0, equal_nan=True)
 
 
 def test_scattered_valid_rows_of_a_slice(monkeypatch):
@@ -157,11 +157,11 @@ def test_wide_nuclei_cost_no_sort_of_the_vocabulary(monkeypatch):
 
 
 def test_the_whole_vocabulary_is_a_nucleus_at_top_p_1():
-    logits = mixed_rows(17)
+    logits = mixed_rows(20)
     stats = pk.token_stats(logits, top_p=1.0, backend="torch")
     assert torch.equal(stats.nucleus_entropy, stats.entropy)
     assert torch.equal(stats.nucleus_size, (logits > -math.inf).sum(-1).int())
-    only_entropy, only_nucleus_entropy = torch.eye(3)[1:, :, None].expand(2, 3, 17)
+    only_entropy, only_nucleus_entropy = torch.eye(3)[1:, :, None].expand(2, 3, 20)
     gradients = [
         gradient_of(lambda z: pk.token_stats(z, top_p=1.0, backend="torch"), logits, weights)
         for weights in (only_entropy, only_nucleus_entropy)
