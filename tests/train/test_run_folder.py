@@ -124,6 +124,7 @@ def test_what_comes_after_the_checkpoint_may_be_damaged(tmp_path: Path) -> None:
 def test_a_full_disk_is_named_and_the_cut_row_made_again(tmp_path: Path) -> None:
     log = RunLog(tmp_path, {"seed": 0}, 0)
     log.write({"step": 1, "reward": 0.5})
+    log.sync()  # TensorBoard writes in a thread of its own, which the limit would stop too
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     room = (tmp_path / "log.jsonl").stat().st_size + 5
     resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
