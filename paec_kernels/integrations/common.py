@@ -8,15 +8,14 @@ from torch import nn
 
 from paec_kernels.losses.paec import PAEC, Plan
 from paec_kernels.losses.paec_config import PAECConfig
-from paec_kernels.saved_state import load_saved, whole_file
+from paec_kernels.saved_state import load_saved, write_saved
 
 STATE_NAME = "paec.pt"  # in a trainer's checkpoint
 
 
 def save_state(paec: PAEC, folder: str) -> None:
     """Write PAEC's state, whole or not at all, into a checkpoint's folder."""
-    with whole_file(Path(folder) / STATE_NAME) as partial:
-        torch.save(paec.state_dict(), partial)
+    write_saved(Path(folder) / STATE_NAME, paec.state_dict())
 
 
 def read_state(paec: PAEC, path: str | Path, remedy: str) -> dict[str, Any]:
