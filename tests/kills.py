@@ -1,7 +1,8 @@
 """Kills a trainer at random moments, and holds what it left and how it goes on against a run that nobody disturbed.
 
 A kill is SIGKILL: from outside after a random time, or by the process itself before a random line of what it runs while
-it writes a checkpoint. After each, a copy of the folder is trained to the end, and the folder itself to the next kill.
+it writes a checkpoint, say. After each, a copy of the folder is trained to the end, and the folder itself to the next
+kill.
 """
 
 import json
@@ -10,37 +11,50 @@ import random
 import re
 import shutil
 import signal
+import subprocess
 import sys
 import time
 import traceback
+from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import CodeType, FrameType
-from typing import Any, Protocol
+from typing import Any, ClassVar
 
 import torch
 
 
-class Trainer(Protocol):
+class Trainer(ABC):
     """What is killed, in processes that are forked from this one after it has trained once, and so start at once."""
 
-    SAVE: CodeType  # of the function that writes a checkpoint
+    AIMS: ClassVar[dict[CodeType, str]]  # when the process kills itself: while one of these functions runs
+    MOMENTS: tuple[str, ...]  # of the kills, in turn; "time" is one from outside
+    SAVED = r"saved (\d+)"  # what is said of a step that is saved
 
+    @abstractmethod
     def train(self, folder: Path) -> None:
-        """Go on from the folder's newest complete checkpoint to the end, and write ``folder/end.pt``.
+        """Go on from the folder's newest complete checkpoint to the end, and `say` which steps are saved."""
 
-        Each time the trainer says that a step is saved, `say` it.
-        """
-
+    @abstractmethod
     def newest(self, folder: Path) -> int:
         """Return the step of the newest complete checkpoint, 0 where there is none."""
+
+    @abstractmethod
+    def states(self, folder: Path) -> dict[str, Any]:
+        """Return all that a finished run left, without what was measured."""
+
+    def steps_lost(self, folder: Path, undisturbed: Path, saved: int) -> int:
+        """Count the steps up to ``saved`` that the folder does not hold."""
+        return max(0, saved - self.newest(folder))
 
 
 @dataclass
 class Kill:
     """A kill, and what came of it."""
 
+    moment: str
     where: str  # seconds after the start, or the line
     steps_said_saved: int
     steps_lost: int  # of those
@@ -49,29 +63,31 @@ class Kill:
 
 
 class Lines:
-    """Counts the lines that run in each call that writes a checkpoint; kills before the one that is chosen.
+    """Counts the lines that run in each call of what is aimed at; kills before the one that is chosen.
 
     Those of what it calls count down to ``DEEPEST``: far more run in the loops of libraries below, and do not matter.
     """
 
     DEEPEST = 4
 
-    def __init__(self, aim: CodeType, call: int = 0, line: int = 0) -> None:
-        self.counts: list[int] = []  # of each call
-        self._aim, self._call, self._line = aim, call, line
+    def __init__(self, aims: dict[CodeType, str], moment: str = "", call: int = 0, line: int = 0) -> None:
+        self.calls: dict[str, list[int]] = {name: [] for name in aims.values()}
+        self._aims, self._chosen = aims, (moment, call, line)
         self._root: FrameType | None = None
 
     def __call__(self, frame: FrameType, event: str, value: Any) -> Callable | None:
         if self._root is None:
-            if event != "call" or frame.f_code is not self._aim:
+            if event != "call" or frame.f_code not in self._aims:
                 return None
             self._root = frame
-            self.counts.append(0)
+            self.calls[self._aims[frame.f_code]].append(0)
         if event == "call" and self._too_deep(frame):
             return None
+        moment = self._aims[self._root.f_code]
+        counts = self.calls[moment]
         if event == "line":
-            self.counts[-1] += 1
-            if (len(self.counts), self.counts[-1]) == (self._call, self._line):
+            counts[-1] += 1
+            if (moment, len(counts), counts[-1]) == self._chosen:
                 path = Path(frame.f_code.co_filename)
                 say(f"killed at {path.parent.name}/{path.name}:{frame.f_lineno}")
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -93,14 +109,15 @@ def say(text: str) -> None:
 
 
 def start(trainer: Trainer, folder: Path, output: Path, lines: Lines | None = None) -> int:
-    """Train in a new process; return its number."""
+    """Train in a new process, which writes what it says into the file ``output``; return its number."""
+    output.write_text("")
     process = os.fork()
     if process:
         return process
     status = 1
     try:
         for stream in (1, 2):
-            os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+            os.dup2(os.open(output, os.O_WRONLY | os.O_APPEND), stream)
         sys.settrace(lines)
         trainer.train(folder)
         sys.settrace(None)
@@ -135,55 +152,54 @@ def leaves(state: Any, name: str = "") -> Iterator[tuple[str, Any]]:
         yield name, repr(state)
 
 
-def differing(folder: Path, undisturbed: Path) -> list[str]:
-    """Name what differs, to the bit, between the ends of two runs."""
-    one, other = (dict(leaves(torch.load(run / "end.pt", weights_only=True))) for run in (folder, undisturbed))
-    return [name for name in one | other if one.get(name) != other.get(name)]
+def differing(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
+    """Name what differs, to the bit, between two states."""
+    found, expected = dict(leaves(one)), dict(leaves(other))
+    return [name.removeprefix(".") for name in found | expected if found.get(name) != expected.get(name)]
 
 
 def kill_often(trainer: Trainer, kills: int, seed: int, work: Path) -> list[Kill]:
-    """Kill so many times, every third by time, in the folder ``work``; the undisturbed run's is made there too."""
+    """Kill so many times, in the folder ``work``; the undisturbed run's is made there too."""
     rng = random.Random(seed)
-    undisturbed, scratch = work / "undisturbed", work / "copy"
-    began, lines = time.monotonic(), Lines(trainer.SAVE)
+    undisturbed, scratch, output = work / "undisturbed", work / "copy", work / "output"
+    began, lines = time.monotonic(), Lines(trainer.AIMS)
     sys.settrace(lines)
     trainer.train(undisturbed)
     sys.settrace(None)
     seconds = time.monotonic() - began
+    expected = trainer.states(undisturbed)
 
     found: list[Kill] = []
     folder: Path | None = None
-    output = Path()
     while len(found) < kills:
         if folder is None:
-            folder = work / f"killed after {len(found)}"
-            output = work / f"{folder.name}.out"
-        if len(found) % 3 == 2:
+            folder, text = work / f"killed after {len(found)}", ""
+        moment = trainer.MOMENTS[len(found) % len(trainer.MOMENTS)]
+        if moment == "time":
             after = rng.uniform(0, seconds)
             status, where = wait(start(trainer, folder, output), after), f"{after:.3f} s after the start"
         else:
-            call = rng.randrange(len(lines.counts))
-            killer = Lines(trainer.SAVE, 1 + call, rng.randint(1, lines.counts[call]))
+            call = rng.randrange(len(lines.calls[moment]))
+            killer = Lines(trainer.AIMS, moment, 1 + call, rng.randint(1, lines.calls[moment][call]))
             status, where = wait(start(trainer, folder, output, killer)), ""
-        text = output.read_text()
+        text += output.read_text()
         if status != -signal.SIGKILL:  # it was through before
             if status:
                 raise RuntimeError(text)
             folder = None
             continue
         where = where or re.findall(r"killed at (.*)", text)[-1]
-        saved = max(map(int, re.findall(r"^saved (\d+)$", text, re.MULTILINE)), default=0)
-        lost = max(0, saved - trainer.newest(folder))
+        saved = max(map(int, re.findall(trainer.SAVED, text)), default=0)
+        lost = trainer.steps_lost(folder, undisturbed, saved)
         shutil.rmtree(scratch, ignore_errors=True)
         if folder.exists():
             shutil.copytree(folder, scratch)
-        (work / "copy.out").unlink(missing_ok=True)
-        ended = wait(start(trainer, scratch, work / "copy.out"))
-        said = (work / "copy.out").read_text()
+        ended = wait(start(trainer, scratch, output))
+        said = output.read_text()
         if ended:
             raise RuntimeError(said)
         refused = "; ".join(re.findall(r"^refused: (.*)$", said, re.MULTILINE)).replace(str(scratch), "")
-        found.append(Kill(where, saved, lost, refused, differing(scratch, undisturbed)))
+        found.append(Kill(moment, where, saved, lost, refused, differing(trainer.states(scratch), expected)))
         print(*asdict(found[-1]).values(), flush=True)
     return found
 
@@ -191,7 +207,7 @@ def kill_often(trainer: Trainer, kills: int, seed: int, work: Path) -> list[Kill
 def summary(kills: list[Kill]) -> dict[str, Any]:
     return {
         "kills": len(kills),
-        "kills_while_a_checkpoint_was_written": sum("after the start" not in kill.where for kill in kills),
+        "kills_by_moment": dict(Counter(kill.moment for kill in kills)),
         "steps_said_saved": sum(kill.steps_said_saved for kill in kills),
         "steps_lost_that_were_said_saved": sum(kill.steps_lost for kill in kills),
         "incomplete_checkpoints_refused_by_name": sum(bool(kill.refused) for kill in kills),
@@ -200,14 +216,26 @@ def summary(kills: list[Kill]) -> dict[str, Any]:
     }
 
 
+def kill_in_new_process(module: str, kills: int = 2) -> dict[str, Any]:
+    """Run a module's `command` in a process of its own, which may fork, and return its summary."""
+    tests = Path(__file__).parent
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", module, "--kills", str(kills)],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(tests), str(tests.parent)])},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(done.stdout[done.stdout.rindex("\n{\n") :])
+
+
 def command(
-    trainer: Trainer,
+    trainer: Callable[[], Trainer],
     work: Path,
     description: str,
     packages: tuple[str, ...],
     measure: Callable[[Path], dict[str, Any]] = lambda folder: {},
 ) -> None:
-    """The command around a trainer: ``--kills``, ``--seed`` and ``--out``, to whose record ``measure`` adds."""
+    """Be the command around a trainer: ``--kills``, ``--seed`` and ``--out``, to whose record ``measure`` adds."""
     import argparse
     from importlib.metadata import version
 
@@ -217,7 +245,7 @@ def command(
     parser.add_argument("--out", type=Path, help="file for the record")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    record = {"seed": options.seed, **summary(kill_often(trainer, options.kills, options.seed, work))}
+    record = {"seed": options.seed, **summary(kill_often(trainer(), options.kills, options.seed, work))}
     print(json.dumps({name: value for name, value in record.items() if name != "each"}, indent=1))
     if options.out:
         from benchmarks.provenance import provenance  # reads which files are loaded, so last

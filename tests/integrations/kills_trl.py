@@ -1,13 +1,13 @@
 """Kills runs of PAECGRPOTrainer at random moments; what it left, and how it goes on, as a record.
 
-PYTHONPATH=tests python -m integrations.kills_trl --kills 20 --out bench_results/trust/kills_trl.json
+PYTHONPATH=tests:. python -m integrations.kills_trl --kills 20 --out bench_results/trust/kills_trl.json
 """
 
 import json
 import tempfile
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import kills
 import torch
@@ -33,10 +33,11 @@ class Say(TrainerCallback):
         kills.say(f"saved {state.global_step}")
 
 
-class Killed:
-    """TRL's trainer with PAEC, as `kills.Trainer`."""
+class Killed(kills.Trainer):
+    """TRL's trainer with PAEC."""
 
-    SAVE = Trainer._save_checkpoint.__code__  # beneath TRL's, which writes a model card first
+    AIMS: ClassVar = {Trainer._save_checkpoint.__code__: "checkpoint"}  # beneath TRL's, which writes a model card first
+    MOMENTS = ("checkpoint", "checkpoint", "time")
 
     def train(self, folder: Path) -> None:
         warnings.simplefilter("ignore")
@@ -51,11 +52,22 @@ class Killed:
                     kills.say(f"refused: {error}".replace("\n", " "))
         if step < STEPS:
             self._made(folder).train(resume_from_checkpoint=newest)
-        torch.save(state(folder / f"checkpoint-{STEPS}"), folder / "end.pt")
 
     def newest(self, folder: Path) -> int:
         steps = [int(path.name.split("-")[1]) for path in folder.glob("checkpoint-*") if self._complete(path)]
         return max(steps, default=0)
+
+    def states(self, folder: Path) -> dict[str, Any]:
+        checkpoint = folder / f"checkpoint-{STEPS}"
+        log = json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
+        return {
+            "weights": load_file(checkpoint / "model.safetensors"),
+            "log": [{name: x for name, x in row.items() if name not in MEASURED} for row in log],
+            **{
+                name: torch.load(checkpoint / f"{name}.pt", weights_only=True)
+                for name in ("optimizer", "scheduler", "paec")
+            },
+        }
 
     @staticmethod
     def _made(folder: Path) -> PAECGRPOTrainer:
@@ -69,19 +81,6 @@ class Killed:
         except (OSError, ValueError):
             return False
         return True
-
-
-def state(checkpoint: Path) -> dict[str, Any]:
-    """All that a checkpoint holds of the run, without what was measured."""
-    log = json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
-    return {
-        "weights": load_file(checkpoint / "model.safetensors"),
-        "log": [{name: x for name, x in row.items() if name not in MEASURED} for row in log],
-        **{
-            name: torch.load(checkpoint / f"{name}.pt", weights_only=True)
-            for name in ("optimizer", "scheduler", "paec")
-        },
-    }
 
 
 def resumes(folder: Path) -> dict[str, Any]:
@@ -103,4 +102,4 @@ def resumes(folder: Path) -> dict[str, Any]:
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as work:
-        kills.command(Killed(), Path(work), __doc__, ("trl", "transformers", "accelerate"), resumes)
+        kills.command(Killed, Path(work), __doc__, ("trl", "transformers", "accelerate"), resumes)

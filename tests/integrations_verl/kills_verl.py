@@ -1,13 +1,13 @@
 """Kills verl's actor worker with PAEC at random moments; what it left, and how it goes on, as a record.
 
-PYTHONPATH=tests python -m integrations_verl.kills_verl --kills 20 --out bench_results/trust/kills_verl.json
+PYTHONPATH=tests:. python -m integrations_verl.kills_verl --kills 20 --out bench_results/trust/kills_verl.json
 """
 
 import shutil
 import tempfile
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import integrations_verl.conftest  # noqa: F401  # what verl reads while it is imported
 import kills
@@ -23,10 +23,11 @@ PAEC = PAECPolicyLossConfig(paec=tiny_verl.PAEC | {"anchor_steps": 3})
 MEASURED = ("perf/", "mfu")  # times and memory
 
 
-class Killed:
-    """verl's worker as its trainer drives it: `kills.Trainer`."""
+class Killed(kills.Trainer):
+    """verl's worker, driven as verl's trainer does."""
 
-    SAVE = PAECTrainingWorker.save_checkpoint.__code__
+    AIMS: ClassVar = {PAECTrainingWorker.save_checkpoint.__code__: "checkpoint"}
+    MOMENTS = ("checkpoint", "checkpoint", "time")
 
     def __init__(self, model: Path) -> None:
         tiny_verl.save_model(model)
@@ -65,6 +66,9 @@ class Killed:
         path = find_latest_ckpt_path(str(folder))
         return int(path.split("_")[-1]) if path else 0
 
+    def states(self, folder: Path) -> dict[str, Any]:
+        return torch.load(folder / "end.pt", weights_only=True)
+
     def _refused(self, checkpoint: Path) -> None:
         try:
             tiny_verl.worker(self.model, PAEC).load_checkpoint(str(checkpoint / "actor"))
@@ -75,4 +79,4 @@ class Killed:
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as work:
-        kills.command(Killed(Path(work) / "model"), Path(work), __doc__, ("verl", "transformers"))
+        kills.command(lambda: Killed(Path(work) / "model"), Path(work), __doc__, ("verl", "transformers"))
