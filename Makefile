@@ -49,6 +49,7 @@ test-verl: .venv-verl/.stamp ## the tests of PAEC in verl, in an environment of 
 fuzz: .venv/.stamp ## every property on thousands of drawn inputs, of another SEED if it is given: bench_results/trust
 	.venv/bin/python -m pytest tests/fuzz -n $(JOBS) --dist worksteal --timeout 7200 \
 		--hypothesis-profile fuzz --hypothesis-seed $(SEED) --fuzz-report bench_results/trust/fuzz.json
+	PAEC_FUZZ_EXAMPLES=2000 .venv/bin/python -m pytest tests/test_refusals.py -n $(JOBS) --timeout 3600
 
 test-trl-own: .venv/.stamp ## TRL's own tests with PAEC's trainer in place of TRL's: TRL=a copy of TRL's repository
 	PYTHONPATH=tests .venv/bin/python -m integrations.trl_own_tests "$(TRL)" --out bench_results/trust/trl.json

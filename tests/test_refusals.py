@@ -21,7 +21,7 @@ from torch import Tensor
 import paec_kernels as pk
 from paec_kernels.losses.entropy_term import EntropyTerm
 from paec_kernels.train.algorithms import ALGORITHMS, Algorithm, MicroBatch
-from paec_kernels.train.config import CompareConfig, EvalConfig, EvalOptions, TrainConfig
+from paec_kernels.train.config import CompareConfig, EvalConfig, EvalOptions, ExportConfig, TrainConfig
 from paec_kernels.train.models.policy import Rollout
 from paec_kernels.train.models.warm_start import WarmStart
 
@@ -303,7 +303,16 @@ def cases() -> dict[str, Case]:
                 lambda make=make: plan_arguments(make),
             ),
         }
-    configs = (*CONFIGS.values(), *ALGORITHMS.values(), TrainConfig, EvalConfig, CompareConfig, EvalOptions, WarmStart)
+    configs = (
+        *CONFIGS.values(),
+        *ALGORITHMS.values(),
+        TrainConfig,
+        EvalConfig,
+        ExportConfig,
+        CompareConfig,
+        EvalOptions,
+        WarmStart,
+    )
     return found | {kind.__name__: config_case(kind) for kind in configs}
 
 

@@ -38,7 +38,7 @@ def group_advantages(rewards: Tensor) -> Tensor:
     spread = shifted.abs().sum(dim=1, keepdim=True)
     scaled = shifted / spread
     centred = scaled - scaled.mean(dim=1, keepdim=True)
-    std = scaled.std(dim=1, keepdim=True, correction=min(1, rewards.shape[1] - 1))
+    std = (centred.square().sum(dim=1, keepdim=True) / max(1, rewards.shape[1] - 1)).sqrt()
     return torch.where(spread == 0, 0.0, centred / (std + STD_EPSILON / spread)).to(rewards.dtype)
 
 

@@ -192,6 +192,9 @@ class ExportConfig:
     run: Path = Path("runs/train")
     """Folder of a training run; the model is written to RUN/model, in place of one that is there."""
 
+    def __post_init__(self) -> None:
+        fields(self)
+
 
 def _refuse_twice(name: str, values: Sequence[str]) -> None:
     if twice := [value for value in dict.fromkeys(values) if values.count(value) > 1]:

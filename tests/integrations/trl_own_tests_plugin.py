@@ -39,6 +39,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 import_utils = importlib.import_module("trl.import_utils")  # trl itself is a lazy module
 import_utils.__getattr__ = no_longer_asked_for
+# Tests of tools ask for it, though trl itself does not with a transformers that parses answers by templates.
+import_utils.is_jmespath_available = lambda: True
 if not torch.cuda.is_available():
     # Its kernels fail on a CPU, and stay in the models' classes for all tests after.
     import_utils.is_liger_kernel_available = lambda min_version=None: False

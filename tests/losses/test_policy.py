@@ -270,6 +270,7 @@ def test_a_reward_that_is_not_finite_shows_in_its_group_alone(bad):
     assert advantages[2].isfinite().all()
 
 
+@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("shape", [(0, 4), (3, 0), (0, 0)])
 def test_no_reward(shape):
     assert group_advantages(torch.zeros(shape)).shape == shape

@@ -96,13 +96,16 @@ STRIDED: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+TANH_ROUNDINGS = 3  # of float32, by which the kernels' tanh may be off: see test_the_kernels_tanh
+
+
 class Truth(NamedTuple):
     """The reference in float64 and in float32, and what rounding leaves open."""
 
     exact: TokenStats
     eager: TokenStats
     ambiguous: Tensor  # bool, where the nucleus is decided by rounding
-    rounding: Tensor | float  # of the row's largest softcap * tanh(z / softcap) / T to float32; 0 without a softcap
+    rounding: Tensor | float  # of the largest softcap * tanh(z / softcap) / T of each row; 0 without a softcap
 
 
 def truth_of(logits: Tensor, token_ids: Tensor | None, top_p: float = 0.95, **options) -> Truth:
@@ -126,7 +129,7 @@ def capped_rounding(
         return 0.0
     z = logits.detach()[..., :vocab_size].double()
     largest = torch.where(z.isfinite(), softcap * (z / softcap).tanh(), 0.0).abs().amax(-1)
-    return torch.finfo(torch.float32).eps * largest / temperature
+    return TANH_ROUNDINGS * torch.finfo(torch.float32).eps * largest / temperature
 
 
 def check_against(stats: TokenStats, truth: Truth) -> None:
@@ -189,8 +192,10 @@ def check_gradient(
     assert torch.equal(got.isnan(), exact.isnan())
     error = (got.double() - exact).nan_to_num().abs().amax(-1)[~truth.ambiguous]
     eager_error = (eager.double() - exact).nan_to_num().abs().amax(-1)[~truth.ambiguous]
-    # Or one float32 rounding of the row's largest entry, where a small temperature makes that large.
-    rounding = torch.finfo(torch.float32).eps * exact.nan_to_num().abs().amax(-1)[~truth.ambiguous]
-    assert (error <= torch.maximum(eager_error, rounding) + 1e-5).all(), (
+    # Or one float32 rounding of the row's largest entry, where a small temperature makes that large; and what the
+    # roundings of x = softcap * tanh(z / softcap) / T make of the gradient, whose own slope in x is at most 1 or so.
+    rounding = torch.finfo(torch.float32).eps * exact.nan_to_num().abs().amax(-1)
+    rounding += truth.rounding * (weights.abs().sum(0).view_as(rounding) / options.get("temperature", 1.0))
+    assert (error <= torch.maximum(eager_error, rounding[~truth.ambiguous]) + 1e-5).all(), (
         f"{error.max():.2e}, eager {eager_error.max():.2e}"
     )

@@ -4,7 +4,18 @@ import math
 
 import pytest
 import torch
-from ops.rows import STRIDED, WIDTHS, broken_rows, check_against, check_values, flat, hard_rows, truth_of
+from ops.rows import (
+    STRIDED,
+    TANH_ROUNDINGS,
+    WIDTHS,
+    broken_rows,
+    check_against,
+    check_gradient,
+    check_values,
+    flat,
+    hard_rows,
+    truth_of,
+)
 
 import paec_kernels as pk
 
@@ -42,6 +53,21 @@ def test_hard_rows_with_softcap(backend, name):
 @pytest.mark.parametrize("softcap", [100.0, 1e4])
 def test_a_wide_softcap_keeps_the_digits(backend, softcap):
     check_values(backend, flat(2, 700), torch.tensor([1, 2]), softcap=softcap)
+
+
+def test_the_kernels_tanh(backend):
+    """The softcap of a logit that is alone in its row, which is then lse, to the roundings that other tests allow."""
+    z = torch.linspace(-4, 4, 801)[:, None]
+    lse = pk.token_stats(z, softcap=1.0, backend=backend).lse
+    exact = z.double().tanh().flatten()
+    assert ((lse - exact).abs() <= TANH_ROUNDINGS * torch.finfo(torch.float32).eps * exact.abs()).all()
+
+
+def test_a_large_softcap_rounds_margins_and_gradients(backend):
+    """Logits near 900 have 6e-5 between them, so that their margins and gradients are no more exact."""
+    z = 945.75 + 0.3 * torch.randn(6, 9)
+    check_values(backend, z, torch.arange(6), softcap=945.75)
+    check_gradient(backend, z, torch.arange(6), torch.randn(3, 6), softcap=945.75, temperature=0.5)
 
 
 @pytest.mark.parametrize("width", WIDTHS)

@@ -57,7 +57,7 @@ def read_json(folder: Path) -> dict:
 
 def start_model(run: Path) -> TinyModel:
     model = TinyModel()
-    model.load_state_dict(torch.load(run / "checkpoint.pt")["model"])
+    model.load_state_dict(torch.load(run / "checkpoint.pt", weights_only=True)["model"])
     return model
 
 
