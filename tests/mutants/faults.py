@@ -615,8 +615,8 @@ LOSSES = [
     Fault(
         "group advantages by the biased deviation",
         "losses/policy.py",
-        "correction=min(1, rewards.shape[1] - 1)",
-        "correction=0",
+        "max(1, rewards.shape[1] - 1)",
+        "max(1, rewards.shape[1])",
         "losses/test_policy.py::test_group_advantages",
     ),
     Fault(
