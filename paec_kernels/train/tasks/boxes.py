@@ -6,7 +6,7 @@ from paec_kernels.train.tasks.grader import LENGTH
 
 _TOKEN = re.compile(r"(\\{1,2}(?:boxed|fbox)(?![A-Za-z])\s*)(\{?)|\\.|[{}]", re.DOTALL)
 # Without a brace TeX takes what comes next, which is an answer where it is no word of prose: "with \boxed as asked".
-_UNBRACED = re.compile(r"(?:[-+]?[\d.]|\\[A-Za-z])(?:\{[^{}\n]*\}|[^\s$])*|[A-Za-z](?=\s*\$)")
+_UNBRACED = re.compile(r"(?:[-+]?[\d.]|\\[A-Za-z])(?:\{[^{}\n]*\}|(?!\\(?:boxed|fbox))[^\s$])*|[A-Za-z](?=\s*\$)")
 _UNCLOSED = re.compile(r"\s*((?:(?!\\(?:boxed|fbox))[^$\n])*)")
 _BLANK = re.compile(r"\\(?:[,;:! ]|(?:q?quad|[lc]?dots|text[a-z]*|math[a-z]+|boxed|fbox)(?![A-Za-z]))|[\s~{}$.,;:?_…]")
 _MARKS = (r"\,", r"\;", r"\:", r"\!", r"\ ", r"\\", r"\quad", r"\qquad", ".", ",", ";", ":", "~", " ", "\n", "\t", "\r")

@@ -13,7 +13,7 @@ from paec_kernels.train.tasks.grader import LENGTH, TEXT, GaveUp, Grader
 
 GRADER = Grader("math")
 
-_SCIENTIFIC = re.compile(r"([-+]?(?:\d+\.?\d*|\.\d+))[eE]([-+]?\d+)")
+_SCIENTIFIC = re.compile(r"([-+]?(?:\d+(?:\.\d*)?|\.\d+))[eE]([-+]?\d{1,9})")  # of longer exponents no number is made
 
 
 def final_answer(text: str) -> str | None:
@@ -31,7 +31,8 @@ def is_right(expected: str, text: str) -> bool:
     """
     text = text[-TEXT:]
     found = boxed(text)
-    verdict, why = _verdict(_latex(boxed(expected) or expected), text if found is None else _latex(found))
+    gold = _latex(boxed(expected) or expected)
+    verdict, why = _verdict(gold, text) if found is None else _boxed_verdict(gold, found)
     if verdict is None:
         GRADER.give_up(found or text, why)
     return bool(verdict)
@@ -67,14 +68,18 @@ def _latex(answer: str) -> str:
 
 
 def _can_be_graded(answer: str) -> bool:
-    return _verdict(r"\boxed{0}", _latex(answer))[0] is not None
+    return _boxed_verdict(r"\boxed{0}", answer)[0] is not None
+
+
+def _boxed_verdict(expected: str, answer: str) -> tuple[bool | None, str]:
+    if len(answer) > LENGTH:
+        return None, f"longer than {LENGTH:,} characters"
+    return _verdict(expected, _latex(answer))
 
 
 @lru_cache(maxsize=512)
 def _verdict(expected: str, text: str) -> tuple[bool | None, str]:
     """Return None where the verifier cannot tell, and why."""
-    if len(text) > LENGTH and text.startswith(r"\boxed"):
-        return None, f"longer than {LENGTH:,} characters"
     return _ask("is_right", expected, text)
 
 

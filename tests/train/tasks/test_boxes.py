@@ -71,8 +71,9 @@ def test_boxed(text: str, answer: str | None) -> None:
 @pytest.mark.parametrize(
     "text",
     [r"\boxed{" * 14_000, r"\boxed{" * 7_000 + "}" * 7_000, r"\boxed{}" * 12_000, "{" * 100_000, "\\" * 100_000]
-    + [r"\boxed{" + " " * 99_000 + "1}", r"\boxed " * 14_000, r"\boxed{" + "." * 9_900 + "1}", r"\boxed{{" * 12_000],
-    ids=range(9),
+    + [r"\boxed{" + " " * 99_000 + "1}", r"\boxed " * 14_000, r"\boxed{" + "." * 9_900 + "1}", r"\boxed{{" * 12_000]
+    + [r"\boxed1" * 14_000, r"\boxed1{a" * 11_000],
+    ids=range(11),
 )
 def test_no_text_takes_long(text: str) -> None:
     start = time.perf_counter()

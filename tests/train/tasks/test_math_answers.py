@@ -160,6 +160,21 @@ def test_what_cannot_be_graded_is_wrong_and_counted_and_votes_for_itself(impatie
     assert not is_readable("10^{10^{10}}")
 
 
+@pytest.mark.filterwarnings("ignore:answers that could not be graded")
+def test_any_exponent_is_graded() -> None:
+    """Python reads no whole number of more than 4,300 digits."""
+    for exponent in ("1" * 5000, "1" * TEXT, "-" + "9" * 400):
+        assert not is_right("3", rf"\boxed{{1e{exponent}}}")
+        assert not is_right("3", f"1e{exponent}")
+        assert same("3", f"1e{exponent}") is False
+    is_readable("1e" + "1" * 5000)  # raises nothing
+
+
+def test_free_text_may_begin_with_an_empty_box() -> None:
+    """The length of a boxed answer is bounded, that of the text around one is not."""
+    assert is_right("42", r"\boxed{}" + " so we think" * (LENGTH // 10) + " the answer is $42$")
+
+
 def test_a_warning_names_the_answer(impatient: Grader) -> None:
     with pytest.warns(UserWarning, match=r"could not be graded.*: 1 so far.*'10\^\{10\^\{10\}\}': it takes more than"):
         is_right("4", TOWER)
