@@ -475,7 +475,7 @@ CALIBRATION = [
         "losses/entropy_term.py",
         'register_buffer("anchor_sum", torch.zeros((), dtype=torch.float32))',
         'register_buffer("anchor_sum", torch.zeros((), dtype=torch.float32), persistent=False)',
-        "losses/test_entropy_term.py::test_state_dict_round_trip_through_a_file",
+        "losses/test_entropy_term.py::test_state_dict_round_trip_through_a_file[cpu-PAEC]",
     ),
     Fault(
         "a checkpoint of another config is taken",
@@ -545,7 +545,7 @@ CALIBRATION = [
         "losses/quantile.py",
         "value = below + (above - below) * weight",
         "value = below",
-        "losses/test_quantile.py",
+        "losses/test_quantile.py::test_equals_torch_quantile_of_the_valid_scores",
     ),
     Fault(
         "padding of shorter ranks counts",
@@ -807,17 +807,16 @@ TRAINING = [
     Fault(
         "a file whose writing failed replaces the good one",
         "saved_state.py",
-        "            os.replace(partial, path)\n"
-        "            sync(path.parent)\n        finally:\n            partial.unlink(",
-        "        finally:\n            os.replace(partial, path)\n            str(",
-        "test_saved_state.py",
+        "            partial.unlink(missing_ok=True)\n",
+        "            if partial.exists():\n                os.replace(partial, path)\n",
+        "test_saved_state.py::test_an_error_leaves_the_old_file_alone",
     ),
     Fault(
         "fields that only the checkpoint has are not compared",
         "saved_state.py",
         "for name in {**ours, **saved}:",
         "for name in ours:",
-        "test_saved_state.py",
+        "test_saved_state.py::test_fields_that_differ_are_named_with_both_values",
     ),
 ]
 INTEGRATIONS = [

@@ -3,8 +3,8 @@
     PYTHONPATH=tests .venv/bin/python -m mutants.run [--only NAME ...]
 
 The named tests must pass first without any fault. A fault that they do not notice then meets all tests. Tests that run
-out of time, or whose process ends by a signal, have noticed. A fault that keeps tests from being collected is none, and
-neither is one that is noticed by a test which fails without it.
+out of time, or whose process crashes, have noticed; those that are killed, as where memory runs out, have not. A fault
+that keeps tests from being collected is none, and neither is one that is noticed by a test which fails without it.
 """
 
 import argparse
@@ -33,14 +33,17 @@ ROOT = Path(__file__).parents[2]
 REPORT = ROOT / "bench_results" / "trust" / "mutants.json"
 ALL_TESTS = {".venv": "tests", ".venv-verl": "tests/integrations_verl"}
 NOTICED = ("caught", "hangs", "crashes")
+CRASHES = (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT)
 RUN_SECONDS = 3600
+MESSAGE_LENGTH = 200
 
 
 class Outcome(NamedTuple):
     """What a run of pytest came to."""
 
-    verdict: str  # one of NOTICED, "survives" where all passed, or "void" where none ran
+    verdict: str  # one of NOTICED, "survives" where all passed, or "void" where none ran or it was killed
     test: str | None  # the first that failed
+    message: str | None  # what it said, or the signal that ended the process
     output: str
 
 
@@ -61,20 +64,23 @@ def run_pytest(tree: Path, venv: str, *arguments: str) -> Outcome:
     try:
         output, _ = process.communicate(timeout=RUN_SECONDS)
     except subprocess.TimeoutExpired:
-        return Outcome("hangs", None, f"still running after {RUN_SECONDS} s")
+        message = f"still running after {RUN_SECONDS} s"
+        return Outcome("hangs", None, message, message)
     finally:
         with contextlib.suppress(ProcessLookupError):  # what a test has left behind
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
     if process.returncode in (0, 5):  # 5: no test has the mark
-        return Outcome("survives", None, output)
+        return Outcome("survives", None, None, output)
     if process.returncode < 0:
-        return Outcome("crashes", None, output)
+        ended_by = signal.Signals(-process.returncode)
+        return Outcome("crashes" if ended_by in CRASHES else "void", None, ended_by.name, output)
     failed = re.search(r"^(?:FAILED|ERROR) (\S+::.*?)(?: - (.*))?$", output, re.MULTILINE)
     if failed is None:
-        return Outcome("void", None, output)
+        return Outcome("void", None, None, output)
     test, message = failed.groups(default="")
-    return Outcome("hangs" if message.startswith("Failed: Timeout") else "caught", test, output)
+    verdict = "hangs" if message.startswith("Failed: Timeout") else "caught"
+    return Outcome(verdict, test, message[:MESSAGE_LENGTH], output)
 
 
 def named(faults: Iterable[Fault]) -> list[str]:
@@ -104,7 +110,7 @@ def attempt(tree: Path, fault: Fault, *arguments: str) -> dict[str, Any]:
     if outcome.verdict == "void":
         print(outcome.output[-3000:], flush=True)
     row = {"fault": fault.name, "file": fault.file, "verdict": outcome.verdict, "caught_by": outcome.test}
-    return row | {"seconds": seconds, "commit": provenance()["commit"]}
+    return row | {"message": outcome.message, "seconds": seconds, "commit": provenance()["commit"]}
 
 
 def attempt_all(tree: Path, fault: Fault, jobs: int) -> dict[str, Any]:
@@ -118,13 +124,17 @@ def attempt_all(tree: Path, fault: Fault, jobs: int) -> dict[str, Any]:
     return row
 
 
-def write_report(rows: dict[str, dict[str, Any]], began: float) -> None:
-    """Write the rows with their counts, in the order of the list; whole or not at all."""
+def write_report(rows: dict[str, dict[str, Any]]) -> None:
+    """Write the rows with their counts, in the order of the list; whole or not at all.
+
+    Rows may be of several runs, so the commit stands in each row alone, and the seconds are the sum of all.
+    """
     ordered = [rows[fault.name] for fault in FAULTS if fault.name in rows]
     verdicts = Counter(row["verdict"] for row in ordered)
     missed = [row["fault"] for row in ordered if row["verdict"] not in NOTICED]
     counts = {"faults": len(FAULTS), "noticed": len(ordered) - len(missed), "verdicts": verdicts, "missed": missed}
-    write_json(REPORT, {**provenance(), **counts, "seconds": round(time.monotonic() - began), "rows": ordered})
+    head = {name: value for name, value in provenance().items() if name not in ("command", "commit")}
+    write_json(REPORT, {**head, **counts, "seconds": round(sum(row["seconds"] for row in ordered)), "rows": ordered})
 
 
 def main() -> None:
@@ -168,13 +178,13 @@ def main() -> None:
             for tried in as_completed([pool.submit(first_attempt, fault) for fault in faults]):
                 row = tried.result()
                 rows[row["fault"]] = row
-                write_report(rows, began)
+                write_report(rows)
         finally:
             pool.shutdown(cancel_futures=True)
         for fault in faults:
             if rows[fault.name]["verdict"] == "survives":
                 rows[fault.name] = attempt_all(tree, fault, options.jobs)
-                write_report(rows, began)
+                write_report(rows)
     missed = [fault.name for fault in faults if rows[fault.name]["verdict"] not in NOTICED]
     print(f"{len(faults) - len(missed)} of {len(faults)} noticed, {time.monotonic() - began:.0f} s")
     if missed:

@@ -16,7 +16,7 @@ def test_it_can_be_planted(fault):
     compile(text.replace(fault.old, fault.new), fault.file, "exec")
     for path in fault.tests.split(", "):
         file, _, test = path.partition("::")
-        assert f"def {test.partition('[')[0]}" in (ROOT / "tests" / file).read_text()
+        assert f"def {test.partition('[')[0]}(" in (ROOT / "tests" / file).read_text()
 
 
 def test_names_differ():
