@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import uuid
 import zipfile
@@ -14,6 +15,8 @@ import torch
 
 ABSENT = "absent"
 PARTIAL = ".partial"
+OLD = ".old"
+_UNIQUE = re.compile("[0-9a-f]{32}")
 
 
 class UnreadableFileError(ValueError):
@@ -54,10 +57,12 @@ def whole_file(path: Path) -> Iterator[Path]:
 def whole_folder(path: Path) -> Iterator[Path]:
     """Give a new folder to write to, which takes the place of ``path`` when the block ends, as `whole_file` does.
 
-    A folder cannot replace another in one step: a kill between the two that it takes leaves none at ``path``.
+    A folder cannot replace another in one step: a kill between the two that it takes leaves none at ``path``, and the
+    old one beside it until `remove_partials`.
     """
     with naming(path):
-        partial, old = (path.with_name(f"{path.name}.{uuid.uuid4().hex}{PARTIAL}") for _ in range(2))
+        partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}{PARTIAL}")
+        old = path.with_name(f"{path.name}.{uuid.uuid4().hex}{OLD}")
         partial.mkdir(parents=True)
         try:
             yield partial
@@ -68,8 +73,25 @@ def whole_folder(path: Path) -> Iterator[Path]:
             os.replace(partial, path)
             sync(path.parent)
         finally:
+            if old.exists() and not path.exists():
+                os.replace(old, path)
             for left in (partial, old):
                 shutil.rmtree(left, ignore_errors=True)
+
+
+def remove_partials(folder: Path) -> None:
+    """Remove what killed writers left in the folder; an old folder that nothing has replaced is put back."""
+    for left in folder.iterdir():
+        name, _, suffix = left.name.rpartition(".")
+        name, _, unique = name.rpartition(".")
+        if f".{suffix}" not in (PARTIAL, OLD) or not _UNIQUE.fullmatch(unique):
+            continue  # nothing of ours
+        if f".{suffix}" == OLD and not (folder / name).exists():
+            left.rename(folder / name)
+        elif left.is_dir():
+            shutil.rmtree(left)
+        else:
+            left.unlink()
 
 
 @contextmanager
@@ -120,6 +142,8 @@ def load_saved(path: str | Path, what: str, remedy: str, fields: Sequence[str] =
         except (OSError, MemoryError, UnreadableFileError):
             raise
         except Exception as error:  # whatever foreign bytes do to a reader; torch's own advice is to run their code
+            if isinstance(error, RuntimeError) and "allocate memory" in str(error):  # as torch says MemoryError
+                raise
             found = f"holds something else than tensors and plain values ({type(error).__name__})"
             raise UnreadableFileError(path, what, f"it {found}", remedy) from error
     return _with_fields(state, path, what, remedy, fields)

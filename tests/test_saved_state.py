@@ -1,5 +1,6 @@
 """Files that are whole or as they were, whoever else writes them, and files that cannot be read, which are named."""
 
+import errno
 import json
 import math
 import multiprocessing
@@ -21,6 +22,7 @@ from paec_kernels.saved_state import (
     load_saved,
     options_as_json,
     read_json,
+    remove_partials,
     whole_file,
     whole_folder,
     write_json,
@@ -119,6 +121,48 @@ def test_a_folder_is_whole_or_as_it_was(tmp_path):
         (partial / "newer").write_text("ne") / 0
     assert [part.name for part in path.iterdir()] == ["new"]
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("killed", [True, False], ids=["killed", "refused"])
+def test_a_folder_that_nothing_has_replaced_is_put_back(tmp_path, monkeypatch, killed):
+    """Between its two renames a process may be killed, or the disk refuse the second."""
+    path = tmp_path / "folder"
+    path.mkdir()
+    (path / "old").write_text("old")
+
+    def one_rename(source, target, was=os.replace):
+        if Path(target) == path and not path.exists() and Path(source).name.endswith(PARTIAL):
+            if killed:
+                os._exit(9)
+            raise OSError(errno.EIO, "Input/output error")
+        was(source, target)
+
+    monkeypatch.setattr(os, "replace", one_rename)
+    if killed:
+        process = os.fork()
+        if not process:
+            with whole_folder(path) as partial:
+                (partial / "new").write_text("new")
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 9
+        assert not path.exists()
+        remove_partials(tmp_path)
+    else:
+        with pytest.raises(OSError, match="Input/output error"), whole_folder(path) as partial:
+            (partial / "new").write_text("new")
+    assert [part.name for part in path.iterdir()] == ["old"]
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_no_memory_for_a_file_says_nothing_of_the_file(tmp_path, monkeypatch):
+    write_saved(tmp_path / "state", STATE)
+
+    def refuse(*_, **__):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes")
+
+    monkeypatch.setattr(torch, "load", refuse)
+    with pytest.raises(RuntimeError, match=r"^DefaultCPUAllocator"):
+        load_saved(tmp_path / "state", "a state", "Remedy.")
 
 
 @pytest.mark.parametrize(

@@ -2,14 +2,13 @@
 
 import fcntl
 import os
-import shutil
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from paec_kernels.losses.ranks import rank_and_world
-from paec_kernels.saved_state import PARTIAL
+from paec_kernels.saved_state import remove_partials
 
 LOCK = ".lock"
 _held: set[Path] = set()  # by this process
@@ -45,7 +44,7 @@ def held(folder: Path) -> Iterator[None]:
             raise ValueError(f"out must be a folder to write to, got {folder}: {error.strerror}") from error
         _held.add(place)
         try:
-            _remove_partials(folder)
+            remove_partials(folder)
             yield
         finally:
             _held.discard(place)
@@ -79,11 +78,3 @@ def _lock(path: Path) -> int:
         os.close(descriptor)
         raise
     return descriptor
-
-
-def _remove_partials(folder: Path) -> None:
-    for left in folder.glob(f"*{PARTIAL}"):
-        if left.is_dir():
-            shutil.rmtree(left)
-        else:
-            left.unlink()

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from paec_kernels.extras import extra
@@ -101,7 +102,7 @@ def read_rows(folder: Path, most: int | None = None) -> list[dict[str, Any]]:
             break
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} must hold a JSON object a line, but line {number} is none: {error}") from error
         step = row.get("step") if isinstance(row, dict) else None
         if step != number:
@@ -128,10 +129,17 @@ def save_checkpoint(state: dict[str, Any], path: Path) -> None:
 
 
 def set_results_aside(folder: Path, steps_done: int) -> None:
-    """Rename what was made of the weights after these steps, since they will not be those of the run's end."""
-    for name, aside in (("eval.json", f"eval-{steps_done}.json"), (MODEL, f"{MODEL}-{steps_done}")):
-        if (folder / name).exists():
-            os.replace(folder / name, folder / aside)
+    """Rename what was made of the weights after these steps, since they will not be those of the run's end.
+
+    Where a name is taken, as by the results of an earlier start from the first step, a number follows it.
+    """
+    for path in (folder / "eval.json", folder / MODEL):
+        if path.exists():
+            aside, times = path.with_stem(f"{path.stem}-{steps_done}"), 1
+            while aside.exists():
+                times += 1
+                aside = path.with_stem(f"{path.stem}-{steps_done}-{times}")
+            path.rename(aside)
 
 
 def refuse_full_disk(module: nn.Module, path: Path) -> None:
@@ -170,6 +178,8 @@ def fitting(path: Path) -> Iterator[None]:
     """Give the errors of a state that does not fit what it is loaded into the name of its file."""
     try:
         yield
+    except torch.OutOfMemoryError:  # which says nothing of the file
+        raise
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         first_line = str(error).partition("\n")[0]
         found = f"it does not fit: {type(error).__name__}, {first_line}"

@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import uuid
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from paec_kernels.train.out_folder import FolderInUseError, held
 HOLD = """
 import sys, time
 from pathlib import Path
+import uuid
 from paec_kernels.train.out_folder import held
 with held(Path(sys.argv[1])):
     print("held", flush=True)
@@ -61,13 +63,17 @@ def test_the_process_that_holds_it_goes_on(tmp_path):
 
 def test_what_was_written_stays_and_what_a_killed_writer_left_goes(tmp_path):
     run = tmp_path / "run"
-    (run / "model.12.partial").mkdir(parents=True)
-    (run / "model.12.partial" / "weights").write_text("hal")
-    (run / "checkpoint.pt.34.partial").write_text("hal")
-    (run / "log.jsonl").write_text("row")
+    unique = uuid.uuid4().hex
+    (run / f"model.{unique}.partial").mkdir(parents=True)
+    (run / f"model.{unique}.partial" / "weights").write_text("hal")
+    (run / f"checkpoint.pt.{unique}.partial").write_text("hal")
+    for name in ("log.jsonl", "mine.partial", "mine.old", ".hidden"):
+        (run / name).write_text("the user's")
     with held(run):
         (run / "eval.json").write_text("{}")
-    assert sorted(path.name for path in run.iterdir()) == ["eval.json", "log.jsonl"]
+    assert sorted(path.name for path in run.iterdir()) == [
+        ".hidden", "eval.json", "log.jsonl", "mine.old", "mine.partial",
+    ]  # fmt: skip
 
 
 def test_an_error_leaves_no_empty_folder(tmp_path):

@@ -17,11 +17,13 @@ from paec_kernels.train.config import TrainConfig, plain
 from paec_kernels.train.run_folder import (
     OtherConfigError,
     RunLog,
+    fitting,
     load_checkpoint,
     read_config,
     read_rows,
     refuse_full_disk,
     save_checkpoint,
+    set_results_aside,
 )
 
 STATE = {"config": {"seed": 0, "steps": 5}, "weights": torch.arange(3.0)}
@@ -164,3 +166,26 @@ def test_a_checkpoint_comes_back_for_its_config_alone(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
     with pytest.raises(OtherConfigError, match=rf"{path} was made with .* configuration: seed: checkpoint 0, here 1\."):
         load_checkpoint(path, STATE["config"] | {"seed": 1})
+
+
+def test_results_set_aside_again_replace_none(tmp_path: Path) -> None:
+    for content in ("first", "second", "third"):
+        (tmp_path / "eval.json").write_text(content)
+        (tmp_path / "model").mkdir()
+        (tmp_path / "model" / "weights").write_text(content)
+        set_results_aside(tmp_path, 0)
+    for end, content in (("", "first"), ("-2", "second"), ("-3", "third")):
+        assert (tmp_path / f"eval-0{end}.json").read_text() == content
+        assert (tmp_path / f"model-0{end}" / "weights").read_text() == content
+    assert len(list(tmp_path.iterdir())) == 6
+
+
+def test_no_memory_is_no_damage(tmp_path: Path) -> None:
+    with pytest.raises(torch.OutOfMemoryError, match=r"^CUDA out of memory"), fitting(tmp_path / "checkpoint.pt"):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def test_deep_json_in_the_log_is_named(tmp_path: Path) -> None:
+    (tmp_path / "log.jsonl").write_text("[" * 100_000 + "\n")
+    with pytest.raises(ValueError, match=r"log\.jsonl must hold a JSON object a line, but line 1 is none"):
+        read_rows(tmp_path)

@@ -74,7 +74,7 @@ class Evaluation:
             document = json.loads(path.read_text())
             tasks = {name: [ProblemResult(**row) for row in rows] for name, rows in document["tasks"].items()}
             return cls(Settings(**document["settings"]), tasks)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"path must be a file that Evaluation.save wrote, got {path}: {error}") from error
 
 

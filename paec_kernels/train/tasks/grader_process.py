@@ -7,6 +7,7 @@ exception reaches an answer like 10^(10^10), which is one operation; so the syst
 
 import ast
 import builtins
+import contextlib
 import faulthandler
 import json
 import logging
@@ -158,7 +159,8 @@ def _limit_memory() -> None:
     except ImportError:  # nor this
         return
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY if hard == resource.RLIM_INFINITY else min(MEMORY, hard), hard))
+    with contextlib.suppress(ValueError, OSError):  # macOS has the limit, and refuses to set it
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY if hard == resource.RLIM_INFINITY else min(MEMORY, hard), hard))
 
 
 if __name__ == "__main__":

@@ -81,6 +81,18 @@ def test_memory_is_limited() -> None:
     assert limit == (grader_process.MEMORY if hard == resource.RLIM_INFINITY else min(hard, grader_process.MEMORY))
 
 
+def test_a_system_that_refuses_the_limit_still_grades() -> None:
+    """As macOS does."""
+    pytest.importorskip("resource")
+    code = """
+import resource, grader_process
+def refuse(*_): raise ValueError("current limit exceeds maximum limit")
+resource.setrlimit = refuse
+grader_process._limit_memory()
+"""
+    run([sys.executable, "-c", code], cwd=TASKS, check=True)
+
+
 def test_an_interrupt_does_not_put_replies_out_of_step(grader: Grader, monkeypatch: pytest.MonkeyPatch) -> None:
     assert is_right(grader, ONE)
 
