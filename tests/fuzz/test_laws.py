@@ -30,13 +30,7 @@ class Statistics(NamedTuple):
 
 # make test holds Triton's kernels to float64 alone: in the interpreter a law takes a second or more.
 BACKENDS = ["torch", *["triton"] * fuzzing()]
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request: pytest.FixtureRequest) -> str:
-    if request.param == "triton":
-        request.getfixturevalue("interpreter")
-    return request.param
+each_backend = pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 
 
 @pytest.fixture(params=["reference", *BACKENDS])
@@ -138,6 +132,7 @@ def test_columns_in_another_order(statistics, logits, given):
     same(statistics, (stats, gradient[:, order.argsort()]), case.run(statistics), ambiguous)
 
 
+@each_backend
 @holds(fuzz=EXAMPLES, logits=some_logits(shape=shapes, width=widths), given=options, data=st.data())
 def test_a_row_is_the_same_to_the_bit_in_any_call(backend, logits, given, data):
     """In any order, more than once, and in calls of their own: also twice in the same call's place."""
@@ -179,6 +174,7 @@ def test_masked_columns_add_nothing(statistics, logits, given, n, seed):
         same(statistics, (stats, gradient[:, order.argsort()][:, : logits.width]), expected, ambiguous)
 
 
+@each_backend
 @holds(fuzz=EXAMPLES, **drawn, n=st.integers(1, 70), rubbish=st.sampled_from([math.nan, math.inf, -math.inf, 1e4]))
 def test_columns_behind_vocab_size_are_as_if_not_there(backend, logits, given, n, rubbish):
     statistics = Statistics(functools.partial(pk.token_stats, backend=backend), 0.0)

@@ -221,7 +221,7 @@ def test_advantages_set_the_unit_and_only_ratios_count(name, batch, power, shift
     seed=seeds,
 )
 def test_a_selection_is_the_same_however_the_step_is_cut(batch, fraction, bounds, cuts, ranks, bad, seed):
-    """Float32, whose sums depend on how they are cut by less than any two covariances here differ."""
+    """Sums depend on how they are cut, but in float64 by less than any two covariances here differ."""
     sizes, first = [], 0
     for size in (*cuts, len(batch.logp)):
         size = min(size, len(batch.logp) - first)
