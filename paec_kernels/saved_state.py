@@ -16,7 +16,8 @@ import torch
 ABSENT = "absent"
 PARTIAL = ".partial"
 OLD = ".old"
-_UNIQUE = re.compile("[0-9a-f]{32}")
+# What `_beside` names.
+_LEFTOVER = re.compile(rf"(.+)\.[0-9a-f]{{32}}(?:{re.escape(PARTIAL)}|{re.escape(OLD)})", re.DOTALL)
 
 
 class UnreadableFileError(ValueError):
@@ -43,7 +44,7 @@ def whole_file(path: Path) -> Iterator[Path]:
     """
     with naming(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}{PARTIAL}")
+        partial = _beside(path, PARTIAL)
         try:
             yield partial
             sync(partial)
@@ -61,8 +62,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
     old one beside it until `remove_partials`.
     """
     with naming(path):
-        partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}{PARTIAL}")
-        old = path.with_name(f"{path.name}.{uuid.uuid4().hex}{OLD}")
+        partial, old = _beside(path, PARTIAL), _beside(path, OLD)
         partial.mkdir(parents=True)
         try:
             yield partial
@@ -82,16 +82,21 @@ def whole_folder(path: Path) -> Iterator[Path]:
 def remove_partials(folder: Path) -> None:
     """Remove what killed writers left in the folder; an old folder that nothing has replaced is put back."""
     for left in folder.iterdir():
-        name, _, suffix = left.name.rpartition(".")
-        name, _, unique = name.rpartition(".")
-        if f".{suffix}" not in (PARTIAL, OLD) or not _UNIQUE.fullmatch(unique):
-            continue  # nothing of ours
-        if f".{suffix}" == OLD and not (folder / name).exists():
-            left.rename(folder / name)
+        ours = _LEFTOVER.fullmatch(left.name)
+        if ours is None:
+            continue
+        path = folder / ours[1]
+        if left.name.endswith(OLD) and not path.exists():
+            os.replace(left, path)
         elif left.is_dir():
             shutil.rmtree(left)
         else:
             left.unlink()
+
+
+def _beside(path: Path, ending: str) -> Path:
+    """Return a path of its own for each writer of ``path``."""
+    return path.with_name(f"{path.name}.{uuid.uuid4().hex}{ending}")
 
 
 @contextmanager
@@ -139,14 +144,21 @@ def load_saved(path: str | Path, what: str, remedy: str, fields: Sequence[str] =
             if damage := _damage(file):
                 raise UnreadableFileError(path, what, damage, remedy)
             state = torch.load(file, map_location="cpu", weights_only=True)
-        except (OSError, MemoryError, UnreadableFileError):
+        except (OSError, UnreadableFileError):
             raise
         except Exception as error:  # whatever foreign bytes do to a reader; torch's own advice is to run their code
-            if isinstance(error, RuntimeError) and "allocate memory" in str(error):  # as torch says MemoryError
+            if is_out_of_memory(error):
                 raise
             found = f"holds something else than tensors and plain values ({type(error).__name__})"
             raise UnreadableFileError(path, what, f"it {found}", remedy) from error
     return _with_fields(state, path, what, remedy, fields)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Return whether memory ran out, Python's, a GPU's or torch's on the CPU: it says nothing of what was read."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "allocate memory" in str(error)
 
 
 def read_json(path: Path, what: str, remedy: str, fields: Sequence[str] = ()) -> dict[str, Any]:

@@ -14,13 +14,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from paec_kernels.extras import extra
 from paec_kernels.saved_state import (
     UnreadableFileError,
     differing_fields,
+    is_out_of_memory,
     load_saved,
     naming,
     options_as_json,
@@ -178,9 +178,9 @@ def fitting(path: Path) -> Iterator[None]:
     """Give the errors of a state that does not fit what it is loaded into the name of its file."""
     try:
         yield
-    except torch.OutOfMemoryError:  # which says nothing of the file
-        raise
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
         first_line = str(error).partition("\n")[0]
         found = f"it does not fit: {type(error).__name__}, {first_line}"
         raise UnreadableFileError(path, A_CHECKPOINT, found, REMEDY) from error

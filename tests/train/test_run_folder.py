@@ -180,9 +180,14 @@ def test_results_set_aside_again_replace_none(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 6
 
 
-def test_no_memory_is_no_damage(tmp_path: Path) -> None:
-    with pytest.raises(torch.OutOfMemoryError, match=r"^CUDA out of memory"), fitting(tmp_path / "checkpoint.pt"):
-        raise torch.OutOfMemoryError("CUDA out of memory")
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory")],
+    ids=["GPU", "CPU"],
+)
+def test_no_memory_is_no_damage(tmp_path: Path, error: RuntimeError) -> None:
+    with pytest.raises(type(error), match=f"^{error}$"), fitting(tmp_path / "checkpoint.pt"):
+        raise error
 
 
 def test_deep_json_in_the_log_is_named(tmp_path: Path) -> None:
