@@ -155,6 +155,7 @@ def test_state_dict_round_trip_through_a_file(term):
     batch = make_batch(3, 40, seed=9)
     losses = [whole_step(trained(each, range(5, 8)), batch.stats, batch.valid) for each in (restored, term)]
     assert torch.equal(*losses)
+    assert state_of(restored) == state_of(term)
     assert buffers_of(restored) == buffers_of(term)
     assert restored.anchor.isfinite()
 

@@ -17,7 +17,6 @@ from paec_kernels.train.out_folder import FolderInUseError, held
 HOLD = """
 import sys, time
 from pathlib import Path
-import uuid
 from paec_kernels.train.out_folder import held
 with held(Path(sys.argv[1])):
     print("held", flush=True)

@@ -133,7 +133,8 @@ def test_what_is_saved_comes_back(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "content",
-    ["", "{", "\0", "{}", "[]", '{"settings": {}, "tasks": []}', '{"settings": {}, "tasks": {"a": [{"prompt": "1"}]}}'],
+    ["", "{", "\0", "{}", "[]", '{"settings": {}, "tasks": []}', '{"settings": {}, "tasks": {"a": [{"prompt": "1"}]}}']
+    + [pytest.param("[" * 100_000, id="deep")],
 )
 def test_another_file_is_refused(tmp_path: Path, content: str) -> None:
     path = tmp_path / "eval.json"
