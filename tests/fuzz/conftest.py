@@ -29,7 +29,9 @@ class Report:
         self.path, self.seed, self.properties = path, seed, {}
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        entry = self.properties.setdefault(report.nodeid.partition("fuzz/")[2], {"examples": 0, "failed": False})
+        entry = self.properties.setdefault(
+            report.nodeid.partition("fuzz/")[2], {"examples": 0, "informative": 0, "failed": False}
+        )
         entry["failed"] |= report.failed
         entry |= dict(report.user_properties)  # those of `_counted`
 
@@ -40,7 +42,7 @@ class Report:
         record = {
             "provenance": provenance() | {"hypothesis": version("hypothesis")},
             "seed": self.seed,
-            "examples": sum(entry["examples"] for entry in self.properties.values()),
+            **{f: sum(entry[f] for entry in self.properties.values()) for f in ("examples", "informative")},
             "failures": sum(entry["failed"] for entry in self.properties.values()),
             "seconds": round(time.monotonic() - BEGAN, 1),
             "properties": dict(sorted(self.properties.items())),
@@ -51,9 +53,10 @@ class Report:
 
 @pytest.fixture(autouse=True)
 def _counted(record_property) -> Iterator[None]:
-    held, began = properties.held, time.process_time()
+    held, informative, began = properties.held, properties.informative, time.process_time()
     yield
     record_property("examples", properties.held - held)
+    record_property("informative", properties.informative - informative)
     record_property("cpu_seconds", round(time.process_time() - began, 2))
 
 

@@ -1,4 +1,4 @@
-"""A property: a test that is given many inputs, and counts those for which it held."""
+"""A property: a test that is given many inputs, and counts those for which it held, and that had something in them."""
 
 import functools
 from collections.abc import Callable
@@ -25,6 +25,7 @@ settings.register_profile(
 settings.register_profile("fuzz", parent=settings.get_profile("tests"), derandomize=False)
 
 held = 0  # examples for which a property held, of all that ran in this process
+informative = 0  # those of them in which there was something to get wrong
 
 
 def fuzzing() -> bool:
@@ -35,6 +36,9 @@ def fuzzing() -> bool:
 def holds(*, tests: int = 5, fuzz: int, **strategies: SearchStrategy) -> Callable[[Callable], Callable]:
     """Make a property of a test, whose arguments by these names are drawn.
 
+    The test tells whether the example was informative: whether there was something in it that could have been wrong,
+    as there is not where no row is valid or every distribution is one-hot.
+
     Args:
         tests, fuzz: how many examples the two profiles run.
     """
@@ -43,9 +47,11 @@ def holds(*, tests: int = 5, fuzz: int, **strategies: SearchStrategy) -> Callabl
     def decorate(test: Callable) -> Callable:
         @functools.wraps(test)
         def counted(*args, **kwargs):
-            global held
-            test(*args, **kwargs)
+            global held, informative
+            found = test(*args, **kwargs)
+            assert type(found) is bool, f"{test.__name__} must tell whether the example was informative"
             held += 1
+            informative += found
 
         return settings(profile, max_examples=fuzz if fuzzing() else tests)(given(**strategies)(counted))
 

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from hypothesis import strategies as st
@@ -41,7 +41,7 @@ MASKS: dict[str, Callable[[Tensor, torch.Generator], Tensor]] = {
     "one": lambda z, g: kept_somewhere(z, at_random(torch.zeros(z.shape), g, 1.0) > 0, g),
     "some": lambda z, g: kept_somewhere(z, uniform(z.shape, g) < 0.3, g),
     "most": lambda z, g: kept_somewhere(z, uniform(z.shape, g) < 0.95, g),
-    "all but one": lambda z, g: kept_somewhere(z, torch.ones(z.shape, dtype=torch.bool), g),
+    "all but one": lambda z, g: kept_somewhere(z, (uniform(z.shape[:-1], g) < 0.5)[..., None].expand(z.shape), g),
     "the first part": lambda z, g: kept_somewhere(z, torch.arange(z.shape[-1]) < 0.7 * z.shape[-1], g),
     "with the lowest float": lambda z, g: z.masked_fill(uniform(z.shape, g) < 0.3, torch.finfo(z.dtype).min),
     "broken": lambda z, g: torch.where(uniform(z.shape[:-1], g)[..., None] < 0.5, broken(z, g), z),
@@ -138,7 +138,7 @@ class Options:
             share = {"all": 1.0, "some": 0.6, "none": 0.0}[self.valid]
             valid = uniform(shape, generator) < share
             options["valid"] = valid
-            ids = torch.where(valid, ids, 10**6)  # what stands at a row that is not valid is not looked at
+            ids = torch.where(valid, ids, 10**6)  # where a row is not valid, any id may stand
         return (None if self.tokens == "none" else ids), options
 
 
@@ -146,15 +146,55 @@ def float32s(low: float, high: float) -> st.SearchStrategy[float]:
     return st.floats(low, high, width=32)
 
 
+def evenly(*strategies: st.SearchStrategy) -> st.SearchStrategy:
+    """Draw from each equally often, and from one that stands there more than once as much more often.
+
+    ``st.one_of`` drops repetitions, and draws the first far oftener than the others.
+    """
+    return st.sampled_from(strategies).flatmap(lambda strategy: strategy)
+
+
+def mostly(common: st.SearchStrategy, rare: st.SearchStrategy) -> st.SearchStrategy:
+    """Draw from the first nine times in ten."""
+    return evenly(*[common] * 9, rare)
+
+
+def sizes(low: int, high: int) -> st.SearchStrategy[int]:
+    """Draw each size equally often; ``st.integers`` draws the lowest in half of all examples."""
+    return st.sampled_from(range(low, high + 1))
+
+
+class Level(NamedTuple):
+    """Of logits, and the softcap beside it: one far above the logits changes nothing, one far below leaves nothing."""
+
+    scale: float
+    shift: float
+    softcap: float | None
+
+
+near_softcaps = st.builds(
+    lambda scale, share: Level(scale, 0.0, scale * share), float32s(0.5, 16.0), st.sampled_from([1.0, 0.5, 2.0, 4.0])
+)
+powers = sizes(-4, 3).map(lambda power: 2.0**power) | st.sampled_from([1.0, 3.0])
+far_powers = sizes(-13, 13).map(lambda power: 2.0**power) | st.sampled_from([1e-4, 1e4])
+plain = st.builds(Level, mostly(powers, far_powers), st.just(0.0), st.none())
+shifted = st.builds(Level, powers, st.sampled_from([5000.0, -5000.0]) | float32s(-5000.0, 5000.0), st.none())
+far_softcaps = st.builds(Level, mostly(powers, far_powers), float32s(-50.0, 50.0), float32s(0.5, 1000.0))
+levels = st.shared(evenly(plain, plain, near_softcaps, shifted, far_softcaps), key="level")  # of logits and options
+
 # What is common is drawn often, so that few inputs are empty, masked or one-hot in every row.
 seeds = st.integers(0, 2**20)
-shapes = st.sampled_from([(1,), (2,), (3,), (5,), (), (2, 2), (3, 2), (2, 1, 3), (2, 3, 2), (2, 0), (0,)])
-widths = st.integers(1, 12) | st.integers(1, 300) | st.sampled_from(EDGES)
-scales = st.sampled_from([0.3, 1.0, 3.0, 3.0, 1e-4, 1e4]) | float32s(0.125, 8.0) | float32s(2.0**-13, 2.0**13)
-shifts = st.sampled_from([0.0, 0.0, 0.0, 5000.0, -5000.0]) | float32s(-5000.0, 5000.0)
-masses = st.sampled_from([0.95, 0.5, 1.0, 1e-9, 1 - 1e-7, math.nextafter(1, 0), SMALLEST]) | st.floats(0.05, 0.99)
-temperatures = st.sampled_from([1.0, 1.0, 0.5, 2.0]) | float32s(0.25, 4.0) | float32s(2.0**-6, 100.0)
-softcaps = st.sampled_from([None, None, 30.0]) | float32s(0.5, 1000.0)
+shapes = mostly(
+    st.sampled_from([(2,), (1,), (3,), (5,), (2, 2), (3, 2), (2, 1, 3), (2, 3, 2)]), st.sampled_from([(), (2, 0), (0,)])
+)
+narrow = sizes(2, 12)
+widths = mostly(evenly(narrow, sizes(2, 300), st.sampled_from(EDGES[2:])), st.just(1))
+masses = evenly(
+    st.just(0.95),
+    st.floats(0.05, 0.99),
+    st.sampled_from([0.5, 1.0, 1e-9, 1 - 1e-7, math.nextafter(1, 0), SMALLEST]),
+)
+temperatures = mostly(st.sampled_from([1.0, 0.5, 2.0]) | float32s(0.25, 4.0), float32s(2.0**-6, 100.0))
 
 
 def some_logits(shape=shapes, width=widths, mask=tuple(MASKS), view=tuple(VIEWS)) -> st.SearchStrategy[Logits]:
@@ -164,8 +204,8 @@ def some_logits(shape=shapes, width=widths, mask=tuple(MASKS), view=tuple(VIEWS)
         width=width,
         dtype=st.sampled_from(FLOATS),
         values=st.sampled_from(tuple(VALUES)),
-        scale=scales,
-        shift=shifts,
+        scale=levels.map(lambda level: level.scale),
+        shift=levels.map(lambda level: level.shift),
         mask=st.sampled_from(mask),
         view=st.sampled_from(view),
         seed=seeds,
@@ -176,9 +216,9 @@ options = st.builds(
     Options,
     top_p=masses,
     temperature=temperatures,
-    softcap=softcaps,
+    softcap=levels.map(lambda level: level.softcap),
     row_temperature=st.booleans(),
-    valid=st.sampled_from(["not given", "not given", "all", "some", "some", "none"]),
+    valid=mostly(st.sampled_from(["not given", "all", "some"]), st.just("none")),
     tokens=st.sampled_from(["some", "some ignored", "none"]),
     padding=st.sampled_from([0, 0, 1, 7, 64]),
     seed=seeds,

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from fuzz.properties import holds
-from fuzz.strategies import FLOATS, Options, options, seeds
+from fuzz.strategies import FLOATS, Options, evenly, mostly, options, seeds, sizes
 from hypothesis import strategies as st
 from ops.heads import head, logits_seen
-from ops.rows import Truth, check_against, truth_of
+from ops.rows import Truth, check_against, is_uncertain, truth_of
 from torch import Tensor
 
 import paec_kernels as pk
@@ -48,13 +48,13 @@ class Head(NamedTuple):
 
 heads = st.builds(
     Head,
-    rows=st.integers(0, 9),
-    hidden=st.integers(1, 16),
-    width=st.integers(1, 40) | st.integers(1, 300) | st.sampled_from([127, 128, 129, 257]),
+    rows=mostly(sizes(2, 9), sizes(0, 1)),
+    hidden=sizes(1, 16),
+    width=evenly(sizes(1, 40), sizes(2, 300), st.sampled_from([127, 128, 129, 257])),
     dtype=st.sampled_from(FLOATS),
     bias=st.booleans(),
-    power=st.integers(0, 4),
-    chunk_rows=st.none() | st.integers(1, 12),
+    power=sizes(0, 4),
+    chunk_rows=evenly(st.none(), sizes(1, 12)),
     budget=st.sampled_from([1000, 4000, 20_000, 10**8]),
     seed=seeds,
 )
@@ -131,6 +131,7 @@ def test_any_head_in_any_chunks(backend, sizes, given):
     check_against(stats, truth)
     for gradient, exact, eager in zip(got, *exact_and_eager(case), strict=True):
         close(gradient, exact, eager)
+    return is_uncertain(truth.exact)
 
 
 @holds(tests=3, fuzz=500, sizes=heads, given=options)
@@ -165,18 +166,20 @@ def test_one_pass_of_a_sum_over_tokens(backend, sizes, given):
     got = torch.autograd.grad(loss, [x for x in leaves if x is not None])
     for gradient, exact, eager in zip(got, *exact_and_eager(case), strict=True):
         close(gradient, exact, eager)
+    return is_uncertain(truth.exact)
 
 
 @holds(
     fuzz=500,
-    rows=st.integers(1, 200),
-    hidden=st.integers(1, 64),
-    width=st.integers(1, 700),
-    chunk_rows=st.none() | st.integers(1, 250),
-    budget=st.integers(1, 20).map(lambda power: 2**power),
+    rows=sizes(1, 200),
+    hidden=sizes(1, 64),
+    width=sizes(1, 700),
+    chunk_rows=evenly(st.none(), sizes(1, 250)),
+    budget=sizes(1, 20).map(lambda power: 2**power),
 )
 def test_backward_sees_the_logits_that_forward_saw(rows, hidden, width, chunk_rows, budget):
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(os.environ, "PAEC_CHUNK_BYTES", str(budget))
         seen = logits_seen(head(rows, hidden, width), chunk_rows)
     assert torch.equal(seen["forward"], seen["backward"])
+    return True

@@ -156,8 +156,15 @@ def check_against(stats: TokenStats, truth: Truth) -> None:
     assert not wrong.any(), f"sizes {stats.nucleus_size[wrong].tolist()} for {truth.exact.nucleus_size[wrong].tolist()}"
 
 
-def check_values(backend: str, logits: Tensor, token_ids: Tensor | None, **options) -> None:
-    check_against(token_stats(logits, token_ids, backend=backend, **options), truth_of(logits, token_ids, **options))
+def check_values(backend: str, logits: Tensor, token_ids: Tensor | None, **options) -> Truth:
+    truth = truth_of(logits, token_ids, **options)
+    check_against(token_stats(logits, token_ids, backend=backend, **options), truth)
+    return truth
+
+
+def is_uncertain(stats: TokenStats) -> bool:
+    """Tell whether a row's distribution is finite and not one-hot, so that its statistics and gradient are not 0."""
+    return bool((stats.entropy > 1e-6).any())
 
 
 def gradient_of(statistics: Callable[[Tensor], TokenStats], logits: Tensor, weights: Tensor) -> Tensor:
