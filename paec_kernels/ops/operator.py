@@ -226,8 +226,6 @@ def forbid_second_derivative(name: str) -> None:
 
 def forbid_forward_mode(name: str, *inputs: Tensor | None) -> None:
     """Raise RuntimeError for inputs with a tangent. An op without a forward mode drops it: the result's would be 0."""
-    if torch.compiler.is_compiling():
-        return
     for value in inputs:
         if value is not None and torch.autograd.forward_ad.unpack_dual(value).tangent is not None:
             raise RuntimeError(f"{name} has no forward-mode derivative (torch.func.jvp, dual numbers), only a backward")

@@ -26,6 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 import paec_kernels as pk
 from paec_kernels.checks import integer
 from paec_kernels.losses.ranks import mean_over_ranks, rank_and_world, world_size
+from paec_kernels.saved_state import write_saved
 from paec_kernels.train.algorithms import Algorithm, MicroBatch
 from paec_kernels.train.config import TrainConfig, plain, seed_of
 from paec_kernels.train.models.policy import Policy, Rollout
@@ -34,10 +35,10 @@ from paec_kernels.train.policies import autocast_dtype, pick_device, starting_po
 from paec_kernels.train.run_folder import (
     CHECKPOINT,
     RunLog,
+    count_rows,
     fitting,
     load_checkpoint,
     refuse_full_disk,
-    save_checkpoint,
     set_results_aside,
 )
 from paec_kernels.train.tasks.task import Problem, Task
@@ -149,9 +150,9 @@ def _train(
     log = None
     if rank == 0:
         refuse_full_disk(run.policy.module, path)
-        log = RunLog(config.out, plain(config), run.steps_done)
         if run.steps_done < config.steps:
-            set_results_aside(config.out, run.steps_done)
+            set_results_aside(config.out, run.steps_done or count_rows(config.out))  # the checkpoint may be gone
+        log = RunLog(config.out, plain(config), run.steps_done)
 
     with _sigint_after_step() as interrupted, closing(log) if log else nullcontext():
         while run.steps_done < config.steps:
@@ -162,7 +163,7 @@ def _train(
             stop = bool(mean_over_ranks(torch.tensor(float(interrupted()), device=device), None))  # on any rank
             if log and (stop or run.steps_done % config.checkpoint_every == 0 or run.steps_done == config.steps):
                 log.sync()
-                save_checkpoint(run.state_dict(), path)
+                write_saved(path, run.state_dict())
                 on_saved(run.steps_done)
             if stop and run.steps_done < config.steps:
                 raise Interrupted(f"stopped after step {run.steps_done} of {config.steps}")

@@ -28,7 +28,6 @@ from paec_kernels.saved_state import (
     whole_file,
     without_nan,
     write_json,
-    write_saved,
 )
 
 with extra("train"):
@@ -123,22 +122,17 @@ class OtherConfigError(ValueError):
     """The checkpoint was made with another configuration."""
 
 
-def save_checkpoint(state: dict[str, Any], path: Path) -> None:
-    """Replace ``path`` in one step: whoever is killed meanwhile leaves the old file."""
-    write_saved(path, state)
-
-
-def set_results_aside(folder: Path, steps_done: int) -> None:
+def set_results_aside(folder: Path, steps: int) -> None:
     """Rename what was made of the weights after these steps, since they will not be those of the run's end.
 
     Where a name is taken, as by the results of an earlier start from the first step, a number follows it.
     """
     for path in (folder / "eval.json", folder / MODEL):
         if path.exists():
-            aside, times = path.with_stem(f"{path.stem}-{steps_done}"), 1
+            aside, times = path.with_stem(f"{path.stem}-{steps}"), 1
             while aside.exists():
                 times += 1
-                aside = path.with_stem(f"{path.stem}-{steps_done}-{times}")
+                aside = path.with_stem(f"{path.stem}-{steps}-{times}")
             path.rename(aside)
 
 

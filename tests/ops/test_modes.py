@@ -175,6 +175,9 @@ def test_a_tangent_is_not_lost_without_a_word(name):
         torch.func.jvp(LOSSES[name], (x,), (x,))
     with torch.autograd.forward_ad.dual_level(), pytest.raises(RuntimeError, match="has no forward-mode derivative"):
         LOSSES[name](torch.autograd.forward_ad.make_dual(x, x))
+    compiled = torch.compile(lambda x: torch.func.jvp(LOSSES[name], (x,), (x,)), backend="eager")
+    with pytest.raises(RuntimeError, match=f"{name} has no forward-mode derivative"):
+        compiled(x)
     LOSSES[name](x)
 
 

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import kills
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from paec_kernels import cli
+from paec_kernels import cli, saved_state
 from paec_kernels.train import out_folder, run_folder
 from paec_kernels.train.report.evaluate import Evaluation
 
@@ -32,7 +32,7 @@ class Killed(kills.Trainer):
         run_folder.RunLog.__init__.__code__: "start",
         run_folder.RunLog.write.__code__: "log",
         run_folder.RunLog.sync.__code__: "log",
-        run_folder.save_checkpoint.__code__: "checkpoint",
+        saved_state.write_saved.__code__: "checkpoint",
         Evaluation.save.__code__: "evaluation",
     }
     MOMENTS = ("checkpoint", "log", "time", "start", "checkpoint", "log", "time", "evaluation")

@@ -322,6 +322,7 @@ def test_fewer_steps_than_are_done_are_refused(config):
 
 
 def test_an_evaluation_of_earlier_weights_is_set_aside(config):
+    """By the steps it is of, also where the checkpoint is gone and the run begins again."""
     loop.train(replace(config, steps=1))
     (config.out / "eval.json").write_text("of one step")
     loop.train(replace(config, steps=1))
@@ -329,6 +330,10 @@ def test_an_evaluation_of_earlier_weights_is_set_aside(config):
     loop.train(replace(config, steps=2))
     assert not (config.out / "eval.json").exists()
     assert (config.out / "eval-1.json").read_text() == "of one step"
+    (config.out / "eval.json").write_text("of two steps")
+    (config.out / "checkpoint.pt").unlink()
+    loop.train(replace(config, steps=1))
+    assert (config.out / "eval-2.json").read_text() == "of two steps"
 
 
 def test_steps_are_said_to_be_saved_once_they_are(config):

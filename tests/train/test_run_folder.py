@@ -12,6 +12,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from paec_kernels.saved_state import write_saved
 from paec_kernels.train.algorithms import CISPOOptions
 from paec_kernels.train.config import TrainConfig, plain
 from paec_kernels.train.run_folder import (
@@ -22,7 +23,6 @@ from paec_kernels.train.run_folder import (
     read_config,
     read_rows,
     refuse_full_disk,
-    save_checkpoint,
     set_results_aside,
 )
 
@@ -71,7 +71,7 @@ def test_an_infinite_option_is_strict_json(tmp_path: Path) -> None:
 def test_a_checkpoint_with_an_infinite_option_comes_back(tmp_path: Path) -> None:
     path = tmp_path / "checkpoint.pt"
     for saved in (math.inf, "inf"):  # by an earlier version, and by this one
-        save_checkpoint({"config": {"clip_high": saved}}, path)
+        write_saved(path, {"config": {"clip_high": saved}})
         assert load_checkpoint(path, {"clip_high": "inf"})["config"]["clip_high"] == saved
 
 
@@ -161,7 +161,7 @@ def test_rows_after_the_checkpoint_are_made_again(tmp_path: Path) -> None:
 
 def test_a_checkpoint_comes_back_for_its_config_alone(tmp_path: Path) -> None:
     path = tmp_path / "checkpoint.pt"
-    save_checkpoint(STATE, path)
+    write_saved(path, STATE)
     assert torch.equal(load_checkpoint(path, STATE["config"])["weights"], STATE["weights"])
     assert list(tmp_path.iterdir()) == [path]
     with pytest.raises(OtherConfigError, match=rf"{path} was made with .* configuration: seed: checkpoint 0, here 1\."):

@@ -45,8 +45,7 @@ class Grader:
         self._process: subprocess.Popen[bytes] | None = None
         self.given_up = 0
         """How many answers could not be graded."""
-        if hasattr(os, "register_at_fork"):  # not on Windows
-            os.register_at_fork(after_in_child=self._forget)
+        os.register_at_fork(after_in_child=self._forget)
         atexit.register(self.close)
 
     def __call__(self, function: str, *arguments: Any) -> Any:
@@ -94,8 +93,13 @@ class Grader:
         self._make_sure_it_runs()
         try:
             self._send(request)
+        except BrokenPipeError:  # it was killed between two requests, which says nothing of this one
+            self.close()
+            self._make_sure_it_runs()
+            self._send(request)
+        try:
             return self._receive()
-        except (BrokenPipeError, EOFError):
+        except EOFError:
             self.close()
             raise GaveUp(f"it takes more than {self._seconds:g} s or too much memory") from None
 

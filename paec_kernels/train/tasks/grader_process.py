@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import pickle
+import resource
 import signal
 import sys
 from collections.abc import Callable
@@ -120,12 +121,12 @@ def serve(functions: dict[str, Callable[..., Any]], seconds: float, requests: An
             except EOFError:
                 return
             faulthandler.dump_traceback_later(PATIENCE * seconds, exit=True, file=nowhere)
-            _processor_timer(seconds)
+            signal.setitimer(signal.ITIMER_PROF, seconds)
             try:
                 value, error = functions[name](*arguments), None
             except Exception as raised:  # whatever a library makes of an answer
                 value, error = None, f"{type(raised).__name__}: {raised}"
-            _processor_timer(0)
+            signal.setitimer(signal.ITIMER_PROF, 0)
             faulthandler.cancel_dump_traceback_later()
             reply(value=value, error=error)
 
@@ -148,16 +149,7 @@ def main() -> None:
     serve(functions, float(seconds), sys.stdin.buffer, reply)
 
 
-def _processor_timer(seconds: float) -> None:
-    if hasattr(signal, "setitimer"):  # not on Windows
-        signal.setitimer(signal.ITIMER_PROF, seconds)
-
-
 def _limit_memory() -> None:
-    try:
-        import resource
-    except ImportError:  # nor this
-        return
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
     with contextlib.suppress(ValueError, OSError):  # macOS has the limit, and refuses to set it
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY if hard == resource.RLIM_INFINITY else min(MEMORY, hard), hard))

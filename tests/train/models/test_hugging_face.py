@@ -11,11 +11,11 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 
+from paec_kernels.saved_state import write_saved
 from paec_kernels.train.config import TrainConfig, plain
 from paec_kernels.train.models.hugging_face import HFPolicy, load
 from paec_kernels.train.models.policy import Policy, Rollout
 from paec_kernels.train.policies import autocast_dtype, starting_policy, trained_policy
-from paec_kernels.train.run_folder import save_checkpoint
 
 WORDS = ["<pad>", "<bos>", "<end>", "<turn>", *"abcdefghijklmnop"]
 PAD, BOS, END, TURN = range(4)
@@ -255,7 +255,7 @@ def test_a_run_and_its_checkpoint_sample_alike(tmp_path: Path, options: dict, na
     config = TrainConfig(model=str(tmp_path / "model"), **options)
     policy = starting_policy(config, torch.device("cpu"))
     assert getattr(policy, name) is expected
-    save_checkpoint({"model": policy.module.state_dict()}, tmp_path / "checkpoint.pt")
+    write_saved(tmp_path / "checkpoint.pt", {"model": policy.module.state_dict()})
     (tmp_path / "config.json").write_text(json.dumps(plain(config)))
     assert getattr(trained_policy(tmp_path, torch.device("cpu")), name) is expected
 

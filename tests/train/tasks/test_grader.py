@@ -1,6 +1,7 @@
 """The grading process: hostile answers end it and not its parent, in any thread, and none of them is run."""
 
 import os
+import resource
 import signal
 import sys
 import threading
@@ -65,16 +66,21 @@ def test_threads_share_it(grader: Grader) -> None:
     assert verdicts == [number == 3 for number in range(20)] + [None, None]
 
 
-def test_a_process_that_is_killed_between_answers_is_replaced(grader: Grader) -> None:
+@pytest.mark.parametrize("known", [True, False])
+def test_a_process_that_is_killed_between_answers_is_replaced(
+    grader: Grader, known: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether its end shows when it is looked at, or only when it is written to."""
     assert is_right(grader, ONE)
     assert grader._process is not None
     grader._process.kill()
     grader._process.wait()
+    if not known:
+        monkeypatch.setattr(grader._process, "poll", lambda: None)
     assert is_right(grader, ONE)
 
 
 def test_memory_is_limited() -> None:
-    resource = pytest.importorskip("resource")
     code = "import resource, grader_process as g; g._limit_memory(); print(resource.getrlimit(resource.RLIMIT_AS)[0])"
     limit = int(run([sys.executable, "-c", code], cwd=TASKS, capture_output=True, check=True, text=True).stdout)
     hard = resource.getrlimit(resource.RLIMIT_AS)[1]
