@@ -69,7 +69,6 @@ class Launches:
         operator.INTERPRETED = self._interpreted
         JITFunction.run = self._run
         triton.knobs.runtime.jit_cache_hook = None
-        triton.runtime.driver.reset_active()
 
     def _compiles(self, *, key: str, fn: Any, **_: Any) -> bool:
         self.keys.setdefault(fn.name.split(".")[-1], set()).add(key)

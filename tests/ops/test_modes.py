@@ -170,6 +170,7 @@ def test_vmap_is_the_batch(backend):
 
 @each_loss
 def test_a_tangent_is_not_lost_without_a_word(name):
+    """But where a compiled graph has dropped it before: see docs/in_your_trainer.md."""
     x = flat(N, V)
     with pytest.raises(RuntimeError, match=f"{name} has no forward-mode derivative"):
         torch.func.jvp(LOSSES[name], (x,), (x,))
