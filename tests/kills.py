@@ -2,7 +2,7 @@
 
 A kill is SIGKILL: from outside after a random time, or by the process itself before a random line of what it runs while
 it writes a checkpoint, say. After each, a copy of the folder is trained to the end, and the folder itself to the next
-kill.
+kill. What a kill left half written must be refused by an error that names it, or removed.
 """
 
 import json
@@ -32,6 +32,7 @@ class Trainer(ABC):
     AIMS: ClassVar[dict[CodeType, str]]  # when the process kills itself: while one of these functions runs
     MOMENTS: tuple[str, ...]  # of the kills, in turn; "time" is one from outside
     SAVED = r"saved (\d+)"  # what is said of a step that is saved
+    undisturbed: Path  # the folder of the run that nobody disturbs, which is trained first
 
     @abstractmethod
     def train(self, folder: Path) -> None:
@@ -45,7 +46,11 @@ class Trainer(ABC):
     def states(self, folder: Path) -> dict[str, Any]:
         """Return all that a finished run left, without what was measured."""
 
-    def steps_lost(self, folder: Path, undisturbed: Path, saved: int) -> int:
+    @abstractmethod
+    def leftovers(self, folder: Path) -> list[Path]:
+        """Return what a kill left half written; `train` tries each by `try_leftover`, or removes it."""
+
+    def steps_lost(self, folder: Path, saved: int) -> int:
         """Count the steps up to ``saved`` that the folder does not hold."""
         return max(0, saved - self.newest(folder))
 
@@ -56,10 +61,23 @@ class Kill:
 
     moment: str
     where: str  # seconds after the start, or the line
-    steps_said_saved: int
+    folder: int  # the number of the folder, in which several kills may fall
+    steps_said_saved: int  # in this folder, up to this kill
     steps_lost: int  # of those
-    refused: str  # what was said of a checkpoint that was left incomplete
+    left: list["Leftover"]
     differing: list[str]  # from the undisturbed run, after the copy was trained to its end
+
+
+@dataclass
+class Leftover:
+    """What this kill left half written, or an earlier one in the same folder, and what the copy made of it."""
+
+    GOOD: ClassVar = ("refused by name", "removed", "accepted, whole")
+    BAD: ClassVar = ("refused without its name", "accepted, damaged", "neither tried nor removed")
+
+    name: str
+    became: str  # one of the above
+    error: str
 
 
 class Lines:
@@ -106,6 +124,19 @@ class Lines:
 def say(text: str) -> None:
     """Write a line that a kill right after it does not take back."""
     os.write(1, f"\n{text}\n".encode())
+
+
+def try_leftover(path: Path, load: Callable[[], Any], whole: bool = False) -> None:
+    """Load what a kill left, and say what became of it; ``whole`` where nothing is missing but the mark that it is."""
+    error = ""
+    try:
+        load()
+    except Exception as refusal:
+        error = str(refusal).replace("\n", " ")
+        became = "refused by name" if str(path) in error else "refused without its name"
+    else:
+        became = "accepted, whole" if whole else "accepted, damaged"
+    say(f"left {json.dumps([path.name, became, error])}")
 
 
 def start(trainer: Trainer, folder: Path, output: Path, lines: Lines | None = None) -> int:
@@ -161,19 +192,17 @@ def differing(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
 def kill_often(trainer: Trainer, kills: int, seed: int, work: Path) -> list[Kill]:
     """Kill so many times, in the folder ``work``; the undisturbed run's is made there too."""
     rng = random.Random(seed)
-    undisturbed, scratch, output = work / "undisturbed", work / "copy", work / "output"
+    trainer.undisturbed, scratch, output = work / "undisturbed", work / "copy", work / "output"
     began, lines = time.monotonic(), Lines(trainer.AIMS)
     sys.settrace(lines)
-    trainer.train(undisturbed)
+    trainer.train(trainer.undisturbed)
     sys.settrace(None)
     seconds = time.monotonic() - began
-    expected = trainer.states(undisturbed)
+    expected = trainer.states(trainer.undisturbed)
 
     found: list[Kill] = []
-    folder: Path | None = None
+    folder, folders, text = work / "killed 1", 1, ""
     while len(found) < kills:
-        if folder is None:
-            folder, text = work / f"killed after {len(found)}", ""
         moment = trainer.MOMENTS[len(found) % len(trainer.MOMENTS)]
         if moment == "time":
             after = rng.uniform(0, seconds)
@@ -186,11 +215,13 @@ def kill_often(trainer: Trainer, kills: int, seed: int, work: Path) -> list[Kill
         if status != -signal.SIGKILL:  # it was through before
             if status:
                 raise RuntimeError(text)
-            folder = None
+            folders += 1
+            folder, text = work / f"killed {folders}", ""
             continue
         where = where or re.findall(r"killed at (.*)", text)[-1]
         saved = max(map(int, re.findall(trainer.SAVED, text)), default=0)
-        lost = trainer.steps_lost(folder, undisturbed, saved)
+        lost = trainer.steps_lost(folder, saved)
+        left = trainer.leftovers(folder)
         shutil.rmtree(scratch, ignore_errors=True)
         if folder.exists():
             shutil.copytree(folder, scratch)
@@ -198,22 +229,49 @@ def kill_often(trainer: Trainer, kills: int, seed: int, work: Path) -> list[Kill
         said = output.read_text()
         if ended:
             raise RuntimeError(said)
-        refused = "; ".join(re.findall(r"^refused: (.*)$", said, re.MULTILINE)).replace(str(scratch), "")
-        found.append(Kill(moment, where, saved, lost, refused, differing(trainer.states(scratch), expected)))
-        print(*asdict(found[-1]).values(), flush=True)
+        became = what_became([path.name for path in left], said, scratch)
+        differs = differing(trainer.states(scratch), expected)
+        found.append(Kill(moment, where, folders, saved, lost, became, differs))
+        print(json.dumps(asdict(found[-1])), flush=True)
     return found
 
 
+def what_became(left: list[str], said: str, folder: Path) -> list[Leftover]:
+    """Return of each name that was left in a folder what `try_leftover` said, or whether it is gone by now."""
+    tried = [json.loads(line) for line in re.findall(r"^left (.*)$", said, re.MULTILINE)]
+    found = [Leftover(name, became, error.replace(str(folder), "")) for name, became, error in tried]
+    for name in set(left) - {leftover.name for leftover in found}:
+        found.append(Leftover(name, "neither tried nor removed" if (folder / name).exists() else "removed", ""))
+    return found
+
+
+def once_a_folder(kills: list[Kill], steps: str) -> int:
+    """Sum the most of each folder: each later kill there puts the same steps to the test again."""
+    most: Counter[int] = Counter()
+    for kill in kills:
+        most[kill.folder] = max(most[kill.folder], getattr(kill, steps))
+    return most.total()
+
+
 def summary(kills: list[Kill]) -> dict[str, Any]:
+    left = Counter(leftover.became for kill in kills for leftover in kill.left)
     return {
         "kills": len(kills),
         "kills_by_moment": dict(Counter(kill.moment for kill in kills)),
-        "steps_said_saved": sum(kill.steps_said_saved for kill in kills),
-        "steps_lost_that_were_said_saved": sum(kill.steps_lost for kill in kills),
-        "incomplete_checkpoints_refused_by_name": sum(bool(kill.refused) for kill in kills),
+        "steps_said_saved": once_a_folder(kills, "steps_said_saved"),
+        "steps_lost_that_were_said_saved": once_a_folder(kills, "steps_lost"),
+        "leftovers_met_by_resumes": {became: left[became] for became in (*Leftover.GOOD, *Leftover.BAD)},
         "resumes_equal_to_the_bit": sum(not kill.differing for kill in kills),
         "each": [asdict(kill) for kill in kills],
     }
+
+
+def is_bad(record: dict[str, Any]) -> bool:
+    return (
+        record["steps_lost_that_were_said_saved"] > 0
+        or record["resumes_equal_to_the_bit"] < record["kills"]
+        or any(record["leftovers_met_by_resumes"][became] for became in Leftover.BAD)
+    )
 
 
 def kill_in_new_process(module: str, kills: int = 2) -> dict[str, Any]:
@@ -253,4 +311,4 @@ def command(
 
         versions = {package: version(package) for package in packages}
         write_json(options.out, provenance() | {"versions": versions} | measure(work / "measured") | record)
-    sys.exit(record["steps_lost_that_were_said_saved"] > 0 or record["resumes_equal_to_the_bit"] < record["kills"])
+    sys.exit(is_bad(record))

@@ -1,4 +1,5 @@
-"""Bad arguments, by the hundred: each works, or is refused by a TypeError or ValueError that names it; nothing changes.
+"""Bad arguments, by the hundred: each is refused by a TypeError or ValueError that names it, and nothing changes, or it
+works: what comes back is of the same kind as of good arguments, and the same where the argument means the same.
 
 ``PAEC_FUZZ_EXAMPLES`` sets how many calls are made of each function; the first ones are always the same.
 """
@@ -6,11 +7,14 @@
 import dataclasses
 import fractions
 import math
+import numbers
 import os
 import random
 import re
+import types
+import typing
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -101,7 +105,7 @@ def bad_value(rng: random.Random, good: Any) -> Any:
 
 # The argument that an error may name in place of one that it does not fit.
 FITS = {
-    **dict.fromkeys(("logits", "weight"), ("vocab_size", "token_ids")),
+    **{"logits": ("vocab_size", "token_ids", "inplace_backward"), "weight": ("vocab_size", "token_ids")},
     **{"vocab_size": ("token_ids",), "algo": ("method",), "model": ("chat",), "run": ("chat",)},
 }
 
@@ -328,23 +332,118 @@ def snapshot(value: Any) -> Any:
     return repr(value.detach().tolist()) if isinstance(value, Tensor) else None  # as text NaN equals itself
 
 
-def failure(case: Case, rng: random.Random) -> str | None:
-    """Make one call with one or two arguments replaced; say what was wrong with the answer."""
+def is_named(name: str, message: str) -> bool:
+    """Tell whether an error is about the argument: as what must be so, or as what that is held against.
+
+    Elsewhere it may be prose, as in "for a valid row".
+    """
+    subject, *rest = re.split(" must | needs ", message, maxsplit=1)
+    held_against = rf" (of|and|<=) (stats\.)?{name}(, | = | ?\[)"
+    return bool(rest) and (name in re.split(r"\W+", subject) or re.search(held_against, rest[0]) is not None)
+
+
+def is_plain(value: Any) -> bool:
+    """Tell whether it is a tensor whose values are at hand; another can only work where it is not looked at."""
+    return (
+        isinstance(value, Tensor)
+        and (value.device.type, value.layout) == ("cpu", torch.strided)
+        and not value.is_quantized
+        and not value.is_nested
+    )
+
+
+def is_tame(value: Any) -> bool:
+    """Tell whether floats cannot overflow, or divide by 0, for what is in a value."""
+    if is_plain(value) and value.is_floating_point():
+        sizes = value.detach().double().abs()
+        return bool(((sizes > 0) & (sizes <= 10)).all())
+    if isinstance(value, list | tuple):
+        return all(map(is_tame, value))
+    return not isinstance(value, numbers.Real) or 0 < abs(value) <= 10
+
+
+def means_the_same(value: Any, good: Any) -> bool:
+    if is_plain(value) and isinstance(good, Tensor) and not value.is_complex():
+        return value.shape == good.shape and torch.equal(value.detach().double(), good.detach().double())
+    return isinstance(value, numbers.Real) and isinstance(good, numbers.Real) and value == good
+
+
+def oddities(found: Any, good: Any, bad: dict[str, Any], same: bool, where: str = "result") -> Iterator[str]:
+    """Yield where what a call with bad arguments returned is of another kind than what one with good ones did.
+
+    Args:
+        same: the bad arguments mean the same, so that the results must agree too.
+    """
+    if type(found) is not type(good):
+        yield f"{where} is a {type(found).__name__}, not a {type(good).__name__}"
+    elif isinstance(good, dict):
+        if found.keys() != good.keys():
+            yield f"{where} has {list(found)}, not {list(good)}"
+        for name in found.keys() & good.keys():
+            yield from oddities(found[name], good[name], bad, same, f"{where}.{name}")
+    elif isinstance(good, tuple | list):
+        if len(found) not in (len(good), *(len(value) for value in bad.values() if isinstance(value, tuple | list))):
+            yield f"{where} has {len(found)} items, not {len(good)}"
+        for i, pair in enumerate(zip(found, good, strict=False)):
+            yield from oddities(*pair, bad, same, f"{where}[{i}]")
+    elif dataclasses.is_dataclass(good):
+        for name, hint in typing.get_type_hints(type(good)).items():
+            if not fits(getattr(found, name), hint):
+                yield f"{where}.{name} is {getattr(found, name)!r:.80}, not a {hint}"
+    elif isinstance(good, Tensor):
+        given = [x for x in bad.values() if isinstance(x, Tensor) and not x.is_nested]
+        if found.layout != good.layout or found.device not in (good.device, *(x.device for x in given)):
+            yield f"{where} is a {found.layout} tensor on {found.device}, not a {good.layout} one on {good.device}"
+        elif found.shape not in (good.shape, *(x.shape for x in given)):
+            yield f"{where} has shape {tuple(found.shape)}, not {tuple(good.shape)}"
+        elif found.is_floating_point() != good.is_floating_point() or found.is_complex():
+            yield f"{where} is {found.dtype}, not {good.dtype}"
+        elif found.is_meta:  # as a tensor that was given: it has no values
+            return
+        elif good.isfinite().all() and is_tame([*bad.values()]) and not found.isfinite().all():
+            yield f"{where} is not finite"
+        elif same and not torch.allclose(found.double(), good.double(), rtol=1e-3, atol=1e-5, equal_nan=True):
+            yield f"{where} differs, though the arguments mean the same"
+
+
+def fits(value: Any, hint: Any) -> bool:
+    """Tell whether a config's value is of the annotated type: of itself for plain values, and never NaN."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(fits(value, one) for one in arguments)
+    if origin is typing.Literal:
+        return value in arguments
+    if origin in (tuple, list):
+        return isinstance(value, origin) and all(fits(item, arguments[0]) for item in value)
+    if hint in (bool, int, str, float):
+        return type(value) is hint and value == value
+    return isinstance(value, origin or hint)
+
+
+def failure(case: Case, rng: random.Random, result: Any) -> str | None:
+    """Make one call with one or two arguments replaced; say what was wrong with the answer.
+
+    Args:
+        result: of the same call with good arguments.
+    """
     arguments = case.arguments()
     replaced = rng.sample(sorted(arguments.keys() - {"self"}), k=1 if len(arguments) < 3 else rng.choice((1, 1, 1, 2)))
     good = {name: value for name, value in arguments.items() if name not in replaced}
     before = {name: snapshot(value) for name, value in good.items()}
     bad = {name: bad_value(rng, arguments[name]) for name in replaced}
     try:
-        backward(case.call(**good, **bad))
-    except (TypeError, ValueError, NotImplementedError) as error:
+        found = case.call(**good, **bad)
+        backward(found)
+    except (TypeError, ValueError) as error:
         names = {other for name in replaced for other in (name, *FITS.get(name, ()))}
-        if not any(re.search(rf"\b{name}\b", str(error)) for name in names):
+        if not any(is_named(name, str(error)) for name in names):
             return f"{bad_text(bad)}: {type(error).__name__} names none of them: {error}"
     except Exception as error:
         return f"{bad_text(bad)}: {type(error).__name__}: {error}"
     else:
-        return None
+        same = all(means_the_same(value, arguments[name]) for name, value in bad.items())
+        odd = list(oddities(found, result, bad, same))
+        return f"{bad_text(bad)}: works, but {'; '.join(odd)}" if odd else None
     if before != {name: snapshot(value) for name, value in good.items()}:
         return f"{bad_text(bad)}: refused, but something changed"
     return None
@@ -357,9 +456,12 @@ def bad_text(bad: dict[str, Any]) -> str:
         if isinstance(value, Tensor):
             texts.append(f"{name} = {value.layout} {value.dtype} tensor on {value.device}, {value.dim()} dimensions")
         elif isinstance(value, int) and abs(value) > 10**100:
-            texts.append(f"{name} = 10 ** {len(bin(value)) * 0.30103:.0f}")
+            texts.append(f"{name} = {'-' if value < 0 else ''}10 ** {len(bin(value)) * 0.30103:.0f}")
         else:
-            texts.append(f"{name} = {value!r}"[:150])
+            try:
+                texts.append(f"{name} = {value!r}"[:150])
+            except ValueError:  # of an integer that Python does not write out
+                texts.append(f"{name} = a {type(value).__name__}")
     return ", ".join(texts)
 
 
@@ -368,12 +470,14 @@ def bad_text(bad: dict[str, Any]) -> str:
 @pytest.mark.parametrize("name", CASES)
 def test_bad_arguments_work_or_are_named(name):
     rng = random.Random(name)
+    torch.manual_seed(0)
+    result = CASES[name].call(**CASES[name].arguments())
     failures = []
     for _ in range(EXAMPLES):
         torch.manual_seed(0)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            found = failure(CASES[name], rng)
+            found = failure(CASES[name], rng, result)
         failures += [found] if found else []
     assert not failures, f"{len(failures)} of {EXAMPLES} calls:\n" + "\n".join(failures[:20])
 
@@ -383,6 +487,52 @@ def test_bad_arguments_work_or_are_named(name):
 def test_good_arguments_work(name):
     """Else the test above would see nothing but refusals."""
     backward(CASES[name].call(**CASES[name].arguments()))
+
+
+@pytest.mark.parametrize(
+    ("name", "message", "named"),
+    [
+        ("valid", "valid must be a tensor, got 3", True),
+        ("valid", "logp, valid must have one tensor for each micro-batch", True),
+        ("entropy", "stats.margin must have the shape of stats.entropy, (2, 3), got (2,)", True),
+        ("valid", "token_ids must be below 7 in the rows of valid tokens, got 9", False),
+        ("valid", "what is valid overflows", False),
+        ("logp", "old_logp must be a tensor, got logp", False),
+    ],
+)
+def test_prose_names_no_argument(name: str, message: str, named: bool) -> None:
+    assert is_named(name, message) == named
+
+
+@pytest.mark.parametrize(
+    ("found", "good", "bad", "said"),
+    [
+        (None, torch.ones(2), {}, "result is a NoneType, not a Tensor"),
+        ((torch.ones(2),), (torch.ones(2), {}), {}, "result has 1 items, not 2"),
+        ({"a": torch.ones(())}, {"a": torch.ones(2)}, {}, "result.a has shape (), not (2,)"),
+        (torch.ones(3), torch.ones(2), {"x": torch.ones(3)}, None),
+        (torch.ones(2, dtype=torch.int32), torch.ones(2), {}, "result is torch.int32, not torch.float32"),
+        (torch.tensor(math.nan), torch.ones(()), {"x": 0.5}, "result is not finite"),
+        (torch.tensor(math.nan), torch.ones(()), {"x": math.inf}, None),
+        (torch.ones(()), torch.zeros(()), {"x": np.float64(0.5)}, "result differs, though the arguments mean the same"),
+        (pk.AERConfig(), pk.AERConfig(), {}, None),
+    ],
+)
+def test_what_is_returned_is_looked_at(found: Any, good: Any, bad: dict[str, Any], said: str | None) -> None:
+    same = said is not None and said.endswith("mean the same")
+    assert list(oddities(found, good, bad, same)) == ([said] if said else [])
+
+
+@pytest.mark.parametrize(
+    ("value", "hint", "fitting"),
+    [
+        (1, int, True), (np.int64(1), int, False), (True, int, False), (math.nan, float, False),
+        (None, int | None, True), ("x", list[str], False), ((1, "x"), tuple[int, ...], False),
+        ("b", typing.Literal["a"], False),
+    ],
+)  # fmt: skip
+def test_a_configs_values_are_of_its_types(value: Any, hint: Any, fitting: bool) -> None:
+    assert fits(value, hint) == fitting
 
 
 def test_every_public_name_is_called():

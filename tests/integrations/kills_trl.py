@@ -14,7 +14,6 @@ import torch
 from integrations import tiny_trl
 from safetensors.torch import load_file
 from transformers import Trainer, TrainerCallback
-from transformers.trainer_utils import get_last_checkpoint
 
 from paec_kernels.integrations.trl import PAECGRPOTrainer
 
@@ -43,19 +42,17 @@ class Killed(kills.Trainer):
         warnings.simplefilter("ignore")
         step = self.newest(folder)
         newest = str(folder / f"checkpoint-{step}") if step else None
-        last = get_last_checkpoint(folder) if folder.exists() else None
-        if last != newest:  # what is left of a checkpoint that was being written
-            try:
-                self._made(folder).train(resume_from_checkpoint=True)
-            except Exception as error:
-                if str(last) in str(error):
-                    kills.say(f"refused: {error}".replace("\n", " "))
+        for path in self.leftovers(folder):  # one at most, the last
+            kills.try_leftover(path, lambda: self._made(folder).train(resume_from_checkpoint=True))
         if step < STEPS:
             self._made(folder).train(resume_from_checkpoint=newest)
 
     def newest(self, folder: Path) -> int:
         steps = [int(path.name.split("-")[1]) for path in folder.glob("checkpoint-*") if self._complete(path)]
         return max(steps, default=0)
+
+    def leftovers(self, folder: Path) -> list[Path]:
+        return [path for path in folder.glob("checkpoint-*") if not self._complete(path)]
 
     def states(self, folder: Path) -> dict[str, Any]:
         checkpoint = folder / f"checkpoint-{STEPS}"

@@ -13,3 +13,4 @@ def test_two_kills() -> None:
     assert record["kills_by_moment"] == {"checkpoint": 2}
     assert record["steps_said_saved"] > 0
     assert record["steps_lost_that_were_said_saved"] == 0
+    assert record["leftovers_met_by_resumes"]["refused by name"] > 0

@@ -5,7 +5,10 @@
 REPOSITORY is a copy of https://github.com/huggingface/trl, best at the tag of the installed version; the installed trl
 is what is tested. No network is needed: the tiny models and the datasets that the tests take from the Hugging Face hub
 are made by the scripts of that repository, with tokenizers and configurations made here in place of those that the
-scripts download. What cannot be made here is left out, and named.
+scripts download. What cannot be made here is left out, and named. GPUs are hidden, so that the table is the same on
+every machine; what needs one is skipped, and named too.
+
+It fails where a test passes with the stock trainer alone, and where too little ran to tell: see `shortcomings`.
 """
 
 import argparse
@@ -69,8 +72,9 @@ IDS = {qwens: 256 + i for i, qwens in enumerate([*WORDS, *SPECIAL])}
 TEMPLATES = {"Qwen/Qwen2.5": "qwen2_5", "Qwen/Qwen3": "qwen3", "meta-llama/Llama-3.2": "llama3_2"}
 CONFIGS = {"Qwen/Qwen2.5": "Qwen2Config", "Qwen/Qwen3": "Qwen3Config", "meta-llama": "LlamaConfig"}
 
-
-REASONS = {"test requires liger-kernel": "needs a GPU, for Liger's kernels"}  # as the plug-in has it
+# Of the tests that are not skipped: those of TRL 1.10 are 130, of which the stock trainer of 1.16 passed 118.
+LEAST_PASSED = 0.5
+NOT_RUN = ("not run", "not run")
 
 
 def by_prefix(table: dict[str, str], model_id: str, otherwise: str = "") -> str:
@@ -165,8 +169,8 @@ def rewrite_ids(tests: Path) -> None:
     tests.write_text(re.sub(r"^ *\[[\d, ]+\]", ours, tests.read_text(), flags=re.MULTILINE))
 
 
-def run(trainer: str, tests: Path, hub: Path, selected: list[str]) -> dict[str, tuple[str, str]]:
-    """Outcome and reason of each test, by name."""
+def run(trainer: str, tests: Path, hub: Path, selected: list[str]) -> tuple[int, dict[str, tuple[str, str]]]:
+    """Pytest's exit status, and the outcome and reason of each test by name."""
     report = tests.parent / f"{trainer}.xml"
     environment = os.environ | {
         "TRL_OWN_TESTS_HUB": str(hub), "TRL_OWN_TESTS_TRAINER": trainer, "HF_HOME": str(hub), "HF_HUB_OFFLINE": "1",
@@ -177,18 +181,17 @@ def run(trainer: str, tests: Path, hub: Path, selected: list[str]) -> dict[str, 
         *(sys.executable, "-m", "pytest", "-p", "integrations.trl_own_tests_plugin", "tests/test_grpo_trainer.py"),
         *("-q", "-p", "no:cacheprovider", "--tb=short", "-W", "ignore", f"--junitxml={report}", *selected),
     ]
-    subprocess.run(command, cwd=tests.parent, env=environment, check=False)
-    outcomes = {}
-    for case in ET.parse(report).iter("testcase"):
+    status = subprocess.run(command, cwd=tests.parent, env=environment, check=False).returncode
+    outcomes: dict[str, tuple[str, str]] = {}
+    for case in ET.parse(report).iter("testcase") if report.exists() else ():
         name = f"{case.get('classname').split('.')[-1]}::{case.get('name')}"
         outcome, reason = "passed", ""
         for kind in ("failure", "error", "skipped"):
             for found in case.iter(kind):
                 outcome = "skipped" if kind == "skipped" else "failed"
-                message = re.sub(r"\s+", " ", found.get("message") or found.text or "")[:300]
-                reason = REASONS.get(message, message)
+                reason = re.sub(r"\s+", " ", found.get("message") or found.text or "")[:300]
         outcomes[name] = (outcome, reason)
-    return outcomes
+    return status, outcomes
 
 
 def table(stock: dict[str, tuple[str, str]], ours: dict[str, tuple[str, str]]) -> dict:
@@ -197,10 +200,29 @@ def table(stock: dict[str, tuple[str, str]], ours: dict[str, tuple[str, str]]) -
         "tests": len(stock),
         "passed_by_stock": len(passed),
         "passed_by_ours": sum(outcome == "passed" for outcome, _ in ours.values()),
-        "passed_by_stock_alone": {name: ours[name][1] for name in passed if ours[name][0] != "passed"},
+        "passed_by_stock_alone": {
+            name: reason for name in passed for outcome, reason in [ours.get(name, NOT_RUN)] if outcome != "passed"
+        },
         "skipped": {name: reason for name, (outcome, reason) in stock.items() if outcome == "skipped"},
         "failed_by_stock": {name: reason for name, (outcome, reason) in stock.items() if outcome == "failed"},
     }
+
+
+def shortcomings(found: dict) -> list[str]:
+    """Say what keeps the table from showing that PAEC's trainer does what the stock one does."""
+    ran, passed = found["tests"] - len(found["skipped"]), found["passed_by_stock"]
+    said = [
+        f"pytest ended with status {status} with the trainer {trainer}"
+        for trainer, status in found["pytest_status"].items()
+        if status not in (0, 1)
+    ]
+    if passed == 0 or passed < LEAST_PASSED * ran:
+        said.append(f"the stock trainer passed {passed} of the {ran} tests that were not skipped")
+    if found["models_not_made"]:
+        said.append(f"{len(found['models_not_made'])} models were not made")
+    if found["passed_by_stock_alone"]:
+        said.append(f"{len(found['passed_by_stock_alone'])} tests passed with the stock trainer alone")
+    return said
 
 
 def main() -> int:
@@ -219,12 +241,14 @@ def main() -> int:
         rewrite_ids(copy / "tests" / "test_grpo_trainer.py")
         selected = ["-k", options.selected] if options.selected else []
         with ThreadPoolExecutor() as both:
-            stock, ours = both.map(lambda trainer: run(trainer, copy / "tests", hub, selected), ("stock", "ours"))
+            runs = both.map(lambda trainer: run(trainer, copy / "tests", hub, selected), ("stock", "ours"))
+            (stock_status, stock), (our_status, ours) = runs
     names = ("trl", "transformers", "accelerate", "peft", "torch", "datasets")
     found = {
         "versions": {name: version(name) for name in names},
         "tests_are_of_trl": tests_version,
         "models_not_made": failed,
+        "pytest_status": {"stock": stock_status, "ours": our_status},
         **table(stock, ours),
     }
     print(json.dumps(found, indent=1))
@@ -232,7 +256,9 @@ def main() -> int:
         from benchmarks.provenance import provenance  # reads which files are loaded, so last
 
         write_json(options.out, provenance() | found)
-    return int(bool(found["passed_by_stock_alone"]))
+    for text in shortcomings(found):
+        print(text, file=sys.stderr)
+    return int(bool(shortcomings(found)))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@ PYTHONPATH=tests:. python -m integrations_verl.kills_verl --kills 20 --out bench
 import shutil
 import tempfile
 import warnings
+import zipfile
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -38,10 +40,11 @@ class Killed(kills.Trainer):
         tiny_verl.start_process_group(0, 1, free_port())
         worker = tiny_verl.worker(self.model, PAEC)
         done = self.newest(folder)
-        for path in folder.glob("global_step_*"):
-            if int(path.name.split("_")[-1]) > done:  # what is left of a checkpoint that was being written
-                self._refused(path)
-                shutil.rmtree(path)
+        for path in self.leftovers(folder):
+            load = partial(tiny_verl.worker(self.model, PAEC).load_checkpoint, str(path / "actor"))
+            whole = is_whole(path / "actor", self.undisturbed / path.name / "actor")
+            kills.try_leftover(path, load, whole)
+            shutil.rmtree(path)
         metrics: dict[int, dict[str, Any]] = {}
         if done:
             latest = Path(find_latest_ckpt_path(str(folder)))
@@ -69,12 +72,26 @@ class Killed(kills.Trainer):
     def states(self, folder: Path) -> dict[str, Any]:
         return torch.load(folder / "end.pt", weights_only=True)
 
-    def _refused(self, checkpoint: Path) -> None:
-        try:
-            tiny_verl.worker(self.model, PAEC).load_checkpoint(str(checkpoint / "actor"))
-        except Exception as error:
-            if str(checkpoint) in str(error):
-                kills.say(f"refused: {error}".replace("\n", " "))
+    def leftovers(self, folder: Path) -> list[Path]:
+        done = self.newest(folder)
+        return [path for path in folder.glob("global_step_*") if int(path.name.split("_")[-1]) > done]
+
+
+def is_whole(checkpoint: Path, other: Path) -> bool:
+    """Tell whether a checkpoint has every file of another, and none is cut off.
+
+    Bytes would not do: in a file of tensors there is the process' random state too. What marks one as whole is the zip
+    directory at its end.
+    """
+    files, others = (
+        {path.relative_to(folder) for path in folder.rglob("*") if path.is_file()} for folder in (checkpoint, other)
+    )
+    return files == others and all(
+        zipfile.is_zipfile(checkpoint / file)
+        if file.suffix == ".pt"
+        else (checkpoint / file).read_bytes() == (other / file).read_bytes()
+        for file in files
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Offsets beyond 2^31 and more rows than 65,535, in little memory: rows and columns far apart, most rows not valid."""
+"""Offsets beyond 2^31 and more rows than 65,535, in little memory: far apart, not valid or made a chunk at a time."""
 
 import math
 
@@ -58,12 +58,7 @@ def test_logits_far_apart(request, pages, place, backend):
         assert torch.equal(far, expected[-1] if inplace else dense)
 
 
-N, V = 70_000, 32_768  # more than 2^31 together
-
-
-def some_valid() -> torch.Tensor:
-    """Rows at both ends and around 65,535 of N."""
-    return torch.zeros(N, dtype=torch.bool).index_fill(0, torch.tensor([0, 1, 65_534, 65_535, 65_536, N - 1]), True)
+N, V = 70_000, 32_768
 
 
 def test_many_rows():
@@ -81,15 +76,20 @@ def test_many_rows():
     torch.testing.assert_close(leaf.grad, weights[:, None] * few.grad[token_ids], rtol=1e-5, atol=1e-7)
 
 
-def test_more_elements_than_an_int32():
-    """Of one row in memory, N times."""
-    logits, valid = flat(1, V).expand(N, V), some_valid()
-    token_ids = torch.arange(N).index_fill(0, torch.tensor([N - 1]), V - 1) % V
+def test_more_elements_than_an_int32(pages):
+    """Of one piece of memory, with rows that differ on both sides of its element 2^31."""
+    n = FAR // V + 3
+    logits, valid = pages[: n * V].view(n, V), torch.zeros(n, dtype=torch.bool)
+    rows = [0, 1, n - 4, n - 3, n - 2, n - 1]
+    valid[rows] = True
+    logits[rows] = flat(len(rows), V).bfloat16()
+    token_ids = torch.arange(n).index_fill(0, torch.tensor([n - 1]), V - 1) % V
     stats = pk.token_stats(logits, token_ids, valid=valid, backend="torch")
-    expected = pk.token_stats(logits[valid], token_ids[valid], backend="torch")
+    expected = pk.token_stats(logits[rows], token_ids[rows], backend="torch")
     for value, other in zip(stats, expected, strict=True):
-        assert torch.equal(value[valid], other)
+        assert torch.equal(value[rows], other)
         assert (value[~valid] == 0).all()
+    assert len(expected.entropy.unique()) == len(rows)
 
 
 @pytest.mark.slow
@@ -110,19 +110,29 @@ def test_a_gradient_of_more_elements_than_an_int32(pages):
     assert (logits[-2] == 0).all()
 
 
+@pytest.mark.slow
 def test_the_linear_form_of_more_logits_than_an_int32():
-    hidden, weight = torch.randn(N, 4), torch.randn(V, 4, requires_grad=True)
-    valid, token_ids = some_valid(), torch.arange(N) % V
-    leaf = hidden.clone().requires_grad_()
-    stats = pk.linear_token_stats(leaf, weight, token_ids.int(), valid=valid)
-    gradients = torch.autograd.grad((stats.logp - stats.entropy).sum(), (leaf, weight))
-    few = hidden[valid].requires_grad_()
-    expected = pk.linear_token_stats(few, weight, token_ids[valid])
-    expected_gradients = torch.autograd.grad((expected.logp - expected.entropy).sum(), (few, weight))
-    torch.testing.assert_close(stats.logp[valid], expected.logp, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(gradients[0][valid], expected_gradients[0], rtol=1e-4, atol=1e-5)
-    assert (gradients[0][~valid] == 0).all()
-    torch.testing.assert_close(gradients[1], expected_gradients[1], rtol=1e-4, atol=1e-5)
+    """All of them made, of eleven tokens again and again, each time with another weight in the loss."""
+    n = FAR // V + 3
+    kind, weights = torch.arange(n) % 11, torch.rand(n)
+    weights[[0, -3, -2, -1]] = 1e3  # so that none of these is lost in the weight's gradient
+    hidden, weight = torch.randn(11, 4), torch.randn(V, 4, requires_grad=True)
+    token_ids = torch.linspace(0, V - 1, 11).long()
+
+    def statistics_and_gradients(hidden, token_ids, weights):
+        leaf = hidden.requires_grad_()
+        stats = pk.linear_token_stats(leaf, weight, token_ids, top_p=1.0, backend="torch")
+        loss = (weights * (stats.logp - stats.entropy)).sum()
+        return stats, *torch.autograd.grad(loss, (leaf, weight))
+
+    stats, d_hidden, d_weight = statistics_and_gradients(hidden[kind], token_ids[kind], weights)
+    expected, d_each, _ = statistics_and_gradients(hidden, token_ids, torch.ones(11))
+    for value, other in zip(stats, expected, strict=True):
+        torch.testing.assert_close(value, other[kind], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(d_hidden, weights[:, None] * d_each[kind], rtol=1e-4, atol=1e-5)
+    totals = torch.zeros(11).index_add_(0, kind, weights)
+    _, _, expected_d_weight = statistics_and_gradients(hidden, token_ids, totals)
+    torch.testing.assert_close(d_weight, expected_d_weight, rtol=1e-3, atol=1e-3)
 
 
 def test_a_policy_loss_of_many_tokens():

@@ -13,6 +13,7 @@ import kills
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from paec_kernels import cli, saved_state
+from paec_kernels.saved_state import OLD, PARTIAL
 from paec_kernels.train import out_folder, run_folder
 from paec_kernels.train.report.evaluate import Evaluation
 
@@ -71,10 +72,14 @@ class Killed(kills.Trainer):
             },
         }
 
-    def steps_lost(self, folder: Path, undisturbed: Path, saved: int) -> int:
+    def leftovers(self, folder: Path) -> list[Path]:
+        """Return what was to replace a file; the checkpoint itself must be whole, else `newest` raises."""
+        return [*folder.glob(f"*{PARTIAL}"), *folder.glob(f"*{OLD}")]
+
+    def steps_lost(self, folder: Path, saved: int) -> int:
         """Count the steps up to ``saved`` that the folder does not hold, in its checkpoint or in its log."""
-        kept = [a == b for a, b in zip(rows(folder)[:saved], rows(undisturbed)[:saved], strict=False)]
-        return max(super().steps_lost(folder, undisturbed, saved), saved - sum(kept))
+        kept = [a == b for a, b in zip(rows(folder)[:saved], rows(self.undisturbed)[:saved], strict=False)]
+        return max(super().steps_lost(folder, saved), saved - sum(kept))
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:
