@@ -21,10 +21,12 @@ from paec_kernels.integrations.common import STATE_NAME, loss_scale, numbers, re
 from paec_kernels.losses.paec import PAEC, Plan
 from paec_kernels.losses.paec_config import PAECConfig
 from paec_kernels.ops.linear import backward_node, linear_token_stats
+from paec_kernels.saved_state import read_json
 from paec_kernels.types import TokenStats
 
 with extra("trl"):
     from transformers import TrainerCallback
+    from transformers.trainer import TRAINER_STATE_NAME
     from transformers.trainer_utils import get_last_checkpoint
     from trl import GRPOConfig, GRPOTrainer
     from trl.models.utils import disable_gradient_checkpointing
@@ -98,7 +100,8 @@ class PAECGRPOTrainer(GRPOTrainer):
             later micro-batches would not be generated yet; or a model whose forward is not TRL's.
         RuntimeError: ``train`` once more after it was left within an optimiser step, by an exception; or from a
             checkpoint of another PAEC config.
-        FileNotFoundError, UnreadableFileError: ``train`` from a checkpoint without PAEC's state, or with a damaged one.
+        FileNotFoundError, UnreadableFileError: ``train`` from a checkpoint without PAEC's state or the trainer's, or
+            with a damaged one.
     """
 
     def __init__(self, model: Any, reward_funcs: Any = None, args: Any = None, *others: Any, **options: Any) -> None:
@@ -175,6 +178,8 @@ class PAECGRPOTrainer(GRPOTrainer):
         last = resume_from_checkpoint is True
         checkpoint = get_last_checkpoint(self.args.output_dir) if last else resume_from_checkpoint
         if checkpoint:  # refused before the weights are loaded
+            # Written last: a run that was killed leaves it missing or cut off, which its reader does not name.
+            read_json(Path(checkpoint) / TRAINER_STATE_NAME, "the state of a trainer", REMEDY)
             read_state(self.paec, Path(checkpoint) / STATE_NAME, REMEDY)
         return super().train(resume_from_checkpoint, *args, **options)
 

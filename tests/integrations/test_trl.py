@@ -457,6 +457,15 @@ def test_a_damaged_state_is_refused_before_anything_changes(damage: str, checkpo
     run.train()
 
 
+@pytest.mark.parametrize("written", [0, 20])
+def test_a_trainers_state_that_was_being_written_is_named(written: int, checkpoint: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(checkpoint, tmp_path / "checkpoint-2")
+    state = copy / "trainer_state.json"
+    state.write_bytes(state.read_bytes()[:written])
+    with pytest.raises(UnreadableFileError, match=r"checkpoint-2/trainer_state.json must be the state of a trainer"):
+        trainer(tmp_path, **RESUMED).train(resume_from_checkpoint=True)
+
+
 # -- the log and the config -----------------------------------------------------------------------------------------
 
 
