@@ -195,14 +195,17 @@ def test_a_row_is_the_same_to_the_bit_whatever_batch_it_is_in(backend, real_logi
             assert torch.equal(value, expected[rows])
 
 
-@pytest.mark.parametrize("value", [None, 1.5])
-def test_columns_far_apart(backend, monkeypatch, value):
+@pytest.mark.parametrize(
+    ("width", "apart", "value"),
+    [(4100, 1_500_016, None), (4100, 1_500_016, 1.5), (8200, 2**19 + 16, None)],
+    ids=["blocks", "readings", "rounds of two blocks"],
+)
+def test_columns_far_apart(backend, monkeypatch, width, apart, value):
     """Offsets of a few thousand columns pass 2^31, in the row's pass and in the readings of tied rows."""
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # as below
-    near = flat(2, 4100).bfloat16() if value is None else torch.full((2, 4100), value, dtype=torch.bfloat16)
-    apart = 1_500_016
-    logits = torch.empty(4100 * apart, dtype=torch.bfloat16).as_strided(near.shape, (1, apart)).copy_(near)
-    token_ids = torch.tensor([3, 4099])
+    near = flat(2, width).bfloat16() if value is None else torch.full((2, width), value, dtype=torch.bfloat16)
+    logits = torch.empty(width * apart, dtype=torch.bfloat16).as_strided(near.shape, (1, apart)).copy_(near)
+    token_ids = torch.tensor([3, width - 1])
     check_against(pk.token_stats(logits, token_ids, backend=backend), truth_of(near, token_ids))
 
 
