@@ -322,6 +322,34 @@ FORWARD = [
         "return (z - top) / temperature, top",
         "ops/test_values.py::test_temperature_per_row[torch]",
     ),
+    Fault(
+        "torch: the margin and lse of a broken row are numbers",
+        "ops/torch_backend.py",
+        "    rest.masked_fill_(broken, math.nan)\n",
+        "",
+        "ops/test_values.py::test_broken_rows_are_nan_alone",
+    ),
+    Fault(
+        "torch: a broken row has a nucleus",
+        "ops/torch_backend.py",
+        "nucleus.size.masked_fill(broken, 0).int()",
+        "nucleus.size.int()",
+        "ops/test_values.py::test_broken_rows_are_nan_alone",
+    ),
+    Fault(
+        "an ignored token has a log-prob",
+        "ops/forward.py",
+        "tl.where(has_token, logp, 0.0)",
+        "logp",
+        "ops/test_values.py::test_ignored_and_missing_token_ids",
+    ),
+    Fault(
+        "torch: the statistics of a broken row are numbers",
+        "ops/torch_backend.py",
+        "    stats.masked_fill_(broken, math.nan)\n",
+        "",
+        "ops/test_values.py::test_broken_rows_are_nan_alone",
+    ),
 ]
 NUCLEUS = [
     Fault(
@@ -620,6 +648,35 @@ BACKWARD = [
         "a[:, None]",
         "ops/test_linear.py::test_options",
     ),
+    Fault(
+        "torch: an ignored token has a gradient",
+        "ops/torch_backend.py",
+        "    a = torch.where(token_ids == IGNORE_INDEX, 0.0, a)\n",
+        "",
+        "ops/test_gradients.py::test_rows_not_valid_ignored_tokens_and_padding_get_zero",
+    ),
+    Fault(
+        "an ignored token has a gradient",
+        "ops/backward.py",
+        "tl.where(token >= 0, tl.load(d_stats_ptr + layout.LOGP * n_rows + row), 0.0)",
+        "tl.load(d_stats_ptr + layout.LOGP * n_rows + row)",
+        "ops/test_gradients.py::test_rows_not_valid_ignored_tokens_and_padding_get_zero",
+    ),
+    Fault(
+        "a masked token is 0 times minus infinity in the gradient",
+        "ops/backward.py",
+        "    log2_p = tl.maximum(log2_p, UNDERFLOW, propagate_nan=tl.PropagateNan.ALL)  # -inf times p = 0 would be "
+        "NaN\n",
+        "",
+        "ops/test_gradients.py::test_hard_rows",
+    ),
+    Fault(
+        "torch: a masked token is 0 times minus infinity",
+        "ops/torch_backend.py",
+        ".clamp_(min=LOWEST)",
+        "",
+        "ops/test_gradients.py::test_hard_rows",
+    ),
 ]
 LINEAR = [
     Fault(
@@ -768,6 +825,27 @@ LINEAR = [
         "d_hidden[numbers] = z @ weight",
         "d_hidden[block] = z @ weight",
         "ops/test_one_pass.py::test_a_sum_over_tokens_is_exact",
+    ),
+    Fault(
+        "rows that are not valid are multiplied, too",
+        "ops/linear.py",
+        "    kept = None if valid is None else valid.nonzero().squeeze(1)\n    n_kept",
+        "    kept = None\n    n_kept",
+        "ops/test_linear.py::test_temperature_per_row_and_rows_that_are_not_valid",
+    ),
+    Fault(
+        "the first rows' temperatures in place of the valid ones' in the gradient",
+        "ops/linear.py",
+        "hidden, rows = hidden[kept], rows.take(kept)",
+        "hidden, rows = hidden[kept], rows.take(kept)._replace(temperature=temperature[: len(kept)])",
+        "ops/test_linear.py::test_temperature_per_row_and_rows_that_are_not_valid",
+    ),
+    Fault(
+        "padding of the head is multiplied",
+        "ops/chunks.py",
+        "    if scaling.vocab_size not in (None, len(weight)):",
+        "    if False:",
+        "ops/test_linear.py::test_options",
     ),
 ]
 CALIBRATION = [
@@ -1314,6 +1392,34 @@ LOSSES = [
         "distance = plan.target - plan.mean_entropy",
         "losses/test_rivals.py::test_siren_by_hand",
     ),
+    Fault(
+        "group advantages are not divided by the deviation",
+        "losses/policy.py",
+        "centred / (std + STD_EPSILON / spread)",
+        "centred",
+        "losses/test_policy.py::test_group_advantages",
+    ),
+    Fault(
+        "CISPO counts clipping by the advantage's sign",
+        "losses/policy.py",
+        '    metrics |= {"clip_fraction": low + high, "clip_fraction_low": low, "clip_fraction_high": high}\n',
+        "",
+        "losses/test_policy.py::test_cispo_by_hand",
+    ),
+    Fault(
+        "the reference's objective takes the greater surrogate",
+        "reference.py",
+        "objective = torch.minimum(",
+        "objective = torch.maximum(",
+        "losses/test_policy.py::test_equals_the_definition",
+    ),
+    Fault(
+        "the reference's KL is a bonus",
+        "reference.py",
+        "objective = objective - kl_coef",
+        "objective = objective + kl_coef",
+        "losses/test_policy.py::test_equals_the_definition",
+    ),
 ]
 TRAINING = [
     Fault(
@@ -1583,6 +1689,34 @@ TRAINING = [
         "            pass\n",
         "train/test_run_folder.py::test_rows_are_written_before_the_checkpoint_that_follows",
     ),
+    Fault(
+        "results of earlier weights stay",
+        "train/loop.py",
+        "            set_results_aside(config.out, run.steps_done)\n",
+        "            pass\n",
+        "train/test_loop.py::test_an_evaluation_of_earlier_weights_is_set_aside",
+    ),
+    Fault(
+        "a step's metric is the rank's own",
+        "train/algorithms.py",
+        "return mean_over_ranks(total, None) / ",
+        "return total / ",
+        "train/test_algorithms.py::test_ranks_average_to_the_whole_step",
+    ),
+    Fault(
+        "the log's metrics are of one rank",
+        "train/loop.py",
+        "metrics = {name: mean_over_ranks(torch.stack([each[name] for each in shares]).sum(), None) for",
+        "metrics = {name: torch.stack([each[name] for each in shares]).sum() for",
+        "train/test_loop.py::test_two_processes_equal_one[paec]",
+    ),
+    Fault(
+        "an algorithm's state of other options is taken",
+        "train/algorithms.py",
+        '        refuse_other_config(saved, self.get_extra_state(), "algorithm")\n',
+        "",
+        "train/test_algorithms.py::test_a_checkpoint_of_other_options_is_refused_and_changes_nothing",
+    ),
 ]
 INTEGRATIONS = [
     Fault(
@@ -1756,6 +1890,28 @@ INTEGRATIONS = [
         "        if True:\n            self.paec.step()",
         "integrations_verl/test_verl_worker.py::test_a_skipped_step_leaves_the_anchor_as_it_was",
         ".venv-verl",
+    ),
+    Fault(
+        "TRL: evaluation has the term in its loss",
+        "integrations/trl.py",
+        "        if not self.model.training:\n            return loss\n",
+        "",
+        "integrations/test_trl.py::test_evaluation_is_the_stock_trainers",
+    ),
+    Fault(
+        "verl: each step leaves a hook on the optimiser",
+        "integrations/verl.py",
+        "            hook.remove()\n",
+        "            pass\n",
+        "integrations_verl/test_verl_worker.py::test_mini_batches_are_steps_of_their_own",
+        ".venv-verl",
+    ),
+    Fault(
+        "TRL: statistics of a generation's passes are kept",
+        "integrations/trl.py",
+        "        self._scored.clear()\n",
+        "",
+        "integrations/test_trl.py::test_plan_and_gradient_are_those_of_the_whole_step[old log-probs seen]",
     ),
 ]
 

@@ -99,11 +99,12 @@ def test_tie_weight_of_a_sort(backend):
     assert pk.token_stats(torch.zeros(1, 4), top_p=0.5, backend=backend).nucleus_size.item() == 2
 
 
+@pytest.mark.parametrize("softcap", [None, 15.0])  # which makes infinity a number
 @pytest.mark.parametrize("name", broken_rows())
-def test_broken_rows_are_nan_alone(backend, name):
+def test_broken_rows_are_nan_alone(backend, name, softcap):
     good = flat(1, 5003)[0]
     logits = torch.stack([good, broken_rows()[name], good])
-    stats = pk.token_stats(logits, torch.tensor([7, 8, 7]), backend=backend)
+    stats = pk.token_stats(logits, torch.tensor([7, 8, 7]), softcap=softcap, backend=backend)
     for value in stats[:5]:
         assert value[1].isnan()
         assert value[[0, 2]].isfinite().all()
