@@ -54,6 +54,10 @@ def test_what_is_no_number_is_refused(value) -> None:
 
 def test_integers() -> None:
     assert type(checks.integer("n", np.int64(3), least=1)) is int
+    for bound in (1, 4):
+        assert checks.integer("n", bound, least=1, most=4) == bound
+    for longest in (-(2**63), 2**63 - 1):
+        assert checks.integer("n", longest) == longest
     for value in (True, 1.0, "1", None):
         with pytest.raises(TypeError, match=re.escape(f"n must be an int, got {value!r}")):
             checks.integer("n", value)
@@ -61,6 +65,9 @@ def test_integers() -> None:
         checks.integer("n", 0, least=1)
     with pytest.raises(ValueError, match=re.escape("n must be in [1, 4], got 5")):
         checks.integer("n", 5, least=1, most=4)
+    for value in (-(2**63) - 1, 2**63):
+        with pytest.raises(ValueError, match=re.escape(f"n must be an int of 64 bits, got {value}")):
+            checks.integer("n", value)
 
 
 def test_bools_and_choices() -> None:

@@ -145,6 +145,7 @@ def test_plan_and_gradient_are_those_of_the_whole_step(case: str, tmp_path: Path
     run, steps = recorded(tmp_path, reward=tiny_trl.constant, **options)
     run.train()
     assert len(steps) == run.args.max_steps
+    assert not run._scored
     exacts = truths(steps, run.args.paec_config(), temperature=run.args.temperature)
     for name in ("threshold", "mean_entropy", "mask_sum", "penalty"):
         expected = [exact.metrics[name].item() for exact in exacts]

@@ -145,7 +145,9 @@ def test_in_verls_other_ways_to_train_the_term_is_there(folder: Path, options: d
 def test_mini_batches_are_steps_of_their_own(folder: Path) -> None:
     one = worker(folder)
     data = batch(sequences(8, seed=4), mini_batch_size=4, epochs=2, dataloader_kwargs={"shuffle": False})
+    hooks = len(one.engine.optimizer._optimizer_step_post_hooks)
     metrics = tu.get(one.train_mini_batch(data), "metrics")
+    assert len(one.engine.optimizer._optimizer_step_post_hooks) == hooks
     assert one.paec.anchor_count == 1
     assert len(metrics["paec/threshold"]) == 4
     assert len(set(metrics["paec/threshold"])) == 4

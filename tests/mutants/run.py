@@ -3,8 +3,9 @@
     PYTHONPATH=tests .venv/bin/python -m mutants.run [--only NAME ...]
 
 The named tests must pass first without any fault. A fault that they do not notice then meets all tests. Tests that run
-out of time, or whose process crashes, have noticed; those that are killed, as where memory runs out, have not. A fault
-that keeps tests from being collected is none, and neither is one that is noticed by a test which fails without it.
+out of time, or whose process crashes, have noticed; those that are killed, as where memory runs out, have not. Where
+one of several processes dies, what its test does alone decides. A fault that keeps tests from being collected is none,
+and neither is one that is noticed by a test which fails without it.
 """
 
 import argparse
@@ -79,6 +80,9 @@ def run_pytest(tree: Path, venv: str, *arguments: str) -> Outcome:
     if failed is None:
         return Outcome("void", None, None, output)
     test, message = failed.groups(default="")
+    if message.startswith("worker '"):  # one of pytest-xdist has died, which does not say by what signal
+        alone = run_pytest(tree, venv, test)
+        return alone._replace(test=test, verdict="void" if alone.verdict == "survives" else alone.verdict)
     verdict = "hangs" if message.startswith("Failed: Timeout") else "caught"
     return Outcome(verdict, test, message[:MESSAGE_LENGTH], output)
 

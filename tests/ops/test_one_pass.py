@@ -59,7 +59,7 @@ def test_bias_options_and_no_grad(device):
     def entropy(stats, rows):
         return (stats.entropy * policy.advantages[rows]).sum()
 
-    options = {"temperature": 0.7, "softcap": 9.0, "vocab_size": 500, "top_p": 0.8}
+    options = {"temperature": 0.5 + torch.rand(N), "softcap": 9.0, "vocab_size": 500, "top_p": 0.8}
     leaves = [*policy.leaves(), bias.clone().requires_grad_()]
     pk.one_pass_loss(leaves[0], leaves[1], None, entropy, bias=leaves[2], chunk_rows=30, **options).backward()
     exact = [*policy.leaves(), bias.clone().requires_grad_()]

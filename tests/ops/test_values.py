@@ -99,11 +99,12 @@ def test_tie_weight_of_a_sort(backend):
     assert pk.token_stats(torch.zeros(1, 4), top_p=0.5, backend=backend).nucleus_size.item() == 2
 
 
+@pytest.mark.parametrize("softcap", [None, 15.0])  # which makes infinity a number
 @pytest.mark.parametrize("name", broken_rows())
-def test_broken_rows_are_nan_alone(backend, name):
+def test_broken_rows_are_nan_alone(backend, name, softcap):
     good = flat(1, 5003)[0]
     logits = torch.stack([good, broken_rows()[name], good])
-    stats = pk.token_stats(logits, torch.tensor([7, 8, 7]), backend=backend)
+    stats = pk.token_stats(logits, torch.tensor([7, 8, 7]), softcap=softcap, backend=backend)
     for value in stats[:5]:
         assert value[1].isnan()
         assert value[[0, 2]].isfinite().all()
@@ -195,14 +196,17 @@ def test_a_row_is_the_same_to_the_bit_whatever_batch_it_is_in(backend, real_logi
             assert torch.equal(value, expected[rows])
 
 
-@pytest.mark.parametrize("value", [None, 1.5])
-def test_columns_far_apart(backend, monkeypatch, value):
+@pytest.mark.parametrize(
+    ("width", "apart", "value"),
+    [(4100, 1_500_016, None), (4100, 1_500_016, 1.5), (8200, 2**19 + 16, None)],
+    ids=["blocks", "readings", "rounds of two blocks"],
+)
+def test_columns_far_apart(backend, monkeypatch, width, apart, value):
     """Offsets of a few thousand columns pass 2^31, in the row's pass and in the readings of tied rows."""
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # as below
-    near = flat(2, 4100).bfloat16() if value is None else torch.full((2, 4100), value, dtype=torch.bfloat16)
-    apart = 1_500_016
-    logits = torch.empty(4100 * apart, dtype=torch.bfloat16).as_strided(near.shape, (1, apart)).copy_(near)
-    token_ids = torch.tensor([3, 4099])
+    near = flat(2, width).bfloat16() if value is None else torch.full((2, width), value, dtype=torch.bfloat16)
+    logits = torch.empty(width * apart, dtype=torch.bfloat16).as_strided(near.shape, (1, apart)).copy_(near)
+    token_ids = torch.tensor([3, width - 1])
     check_against(pk.token_stats(logits, token_ids, backend=backend), truth_of(near, token_ids))
 
 

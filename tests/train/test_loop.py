@@ -348,6 +348,12 @@ def test_steps_are_said_to_be_saved_once_they_are(config):
     assert said == [2, 4, 5]
 
 
+def test_rows_are_on_the_disk_before_the_checkpoint_of_their_steps(config, calls):
+    done = calls((loop.RunLog, "sync"), (loop, "save_checkpoint"))
+    loop.train(replace(config, steps=2))
+    assert done == ["sync", "save_checkpoint"]
+
+
 def test_a_full_disk_stops_the_run_and_its_checkpoint_stands(config, monkeypatch):
     loop.train(replace(config, steps=2))
     saved = weights(config.out)
@@ -424,6 +430,24 @@ def test_two_processes_equal_one(config, algo):
     for a, b in zip(one, two, strict=True):
         assert_alike(a, b, rel=1e-3)
     assert_same_weights(weights(config.out / "one"), weights(config.out / "two"), config.learning_rate)
+
+
+def stopped_rank(rank: int, config: TrainConfig) -> str:
+    """Train, the second rank being interrupted in the first step; return what it said when it stopped."""
+    dist.init_process_group("gloo")
+    if rank == 1:
+        sample = loop.sample
+        loop.sample = lambda *arguments: (signal.raise_signal(signal.SIGINT), sample(*arguments))[1]
+    with pytest.raises(loop.Interrupted) as stopped:
+        loop.train(config)
+    return str(stopped.value)
+
+
+def test_an_interruption_of_one_rank_stops_all(config):
+    from helpers import on_ranks  # which this file does not find where it is run
+
+    said = on_ranks(2, stopped_rank, config.out.parent, config)
+    assert said == ["stopped after step 1 of 5"] * 2
 
 
 def test_prompts_must_divide_among_updates(config):

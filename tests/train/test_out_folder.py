@@ -1,5 +1,6 @@
 """A folder is held by one process, whose death frees it, and is known to be writable before the work."""
 
+import fcntl
 import os
 import re
 import signal
@@ -58,6 +59,22 @@ def test_the_process_that_holds_it_goes_on(tmp_path):
             pass
         assert (tmp_path / "a" / out_folder.LOCK).exists()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_lock_whose_file_its_holder_has_just_removed_is_none(tmp_path, monkeypatch):
+    """As where the holder lets go between the opening of its file and the locking."""
+    locked = []
+
+    def flock(descriptor, how, was=fcntl.flock):
+        was(descriptor, how)
+        locked.append(how)
+        if len(locked) == 1:
+            (tmp_path / out_folder.LOCK).unlink()
+
+    monkeypatch.setattr(out_folder.fcntl, "flock", flock)
+    with held(tmp_path):
+        assert (tmp_path / out_folder.LOCK).read_text().startswith(f"process {os.getpid()} ")
+    assert len(locked) == 2
 
 
 def test_what_was_written_stays_and_what_a_killed_writer_left_goes(tmp_path):
