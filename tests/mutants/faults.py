@@ -1608,8 +1608,8 @@ TRAINING = [
     Fault(
         "a checkpoint is written before its steps' rows are on the disk",
         "train/loop.py",
-        "                log.sync()\n                save_checkpoint(run.state_dict(), path)\n",
-        "                save_checkpoint(run.state_dict(), path)\n                log.sync()\n",
+        "                log.sync()\n                write_saved(path, run.state_dict())\n",
+        "                write_saved(path, run.state_dict())\n                log.sync()\n",
         "train/test_loop.py::test_rows_are_on_the_disk_before_the_checkpoint_of_their_steps",
     ),
     Fault(
@@ -1692,9 +1692,37 @@ TRAINING = [
     Fault(
         "results of earlier weights stay",
         "train/loop.py",
-        "            set_results_aside(config.out, run.steps_done)\n",
-        "            pass\n",
+        "            set_results_aside(config.out, run.steps_done or count_rows(config.out))",
+        "            pass",
         "train/test_loop.py::test_an_evaluation_of_earlier_weights_is_set_aside",
+    ),
+    Fault(
+        "results whose checkpoint is gone are said to be of no steps",
+        "train/loop.py",
+        "run.steps_done or count_rows(config.out)",
+        "run.steps_done",
+        "train/test_loop.py::test_an_evaluation_of_earlier_weights_is_set_aside",
+    ),
+    Fault(
+        "an answer is not graded whose process was killed before it",
+        "train/tasks/grader.py",
+        "            self.close()\n            self._make_sure_it_runs()\n            self._send(request)\n",
+        '            raise GaveUp("the process has ended") from None\n',
+        "train/tasks/test_grader.py::test_a_process_that_is_killed_between_answers_is_replaced",
+    ),
+    Fault(
+        "the state of TRL's trainer is read after the weights",
+        "integrations/trl.py",
+        '            read_json(Path(checkpoint) / TRAINER_STATE_NAME, "the state of a trainer", REMEDY)\n',
+        "",
+        "integrations/test_trl.py::test_a_trainers_state_that_was_being_written_is_named",
+    ),
+    Fault(
+        "tangents in a compiled function are dropped",
+        "ops/operator.py",
+        "        if value is not None and torch.autograd",
+        "        if value is not None and not torch.compiler.is_compiling() and torch.autograd",
+        "ops/test_modes.py::test_a_tangent_is_not_lost_without_a_word",
     ),
     Fault(
         "a step's metric is the rank's own",
