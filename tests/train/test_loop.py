@@ -349,9 +349,9 @@ def test_steps_are_said_to_be_saved_once_they_are(config):
 
 
 def test_rows_are_on_the_disk_before_the_checkpoint_of_their_steps(config, calls):
-    done = calls((loop.RunLog, "sync"), (loop, "save_checkpoint"))
+    done = calls((loop.RunLog, "sync"), (loop, "write_saved"))
     loop.train(replace(config, steps=2))
-    assert done == ["sync", "save_checkpoint"]
+    assert done == ["sync", "write_saved"]
 
 
 def test_a_full_disk_stops_the_run_and_its_checkpoint_stands(config, monkeypatch):
