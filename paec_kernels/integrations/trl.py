@@ -178,9 +178,9 @@ class PAECGRPOTrainer(GRPOTrainer):
         last = resume_from_checkpoint is True
         checkpoint = get_last_checkpoint(self.args.output_dir) if last else resume_from_checkpoint
         if checkpoint:  # refused before the weights are loaded
-            # Written last: a run that was killed leaves it missing or cut off, which its reader does not name.
-            read_json(Path(checkpoint) / TRAINER_STATE_NAME, "the state of a trainer", REMEDY)
             read_state(self.paec, Path(checkpoint) / STATE_NAME, REMEDY)
+            # Written last: a run that was killed may leave it cut off, and its own reader does not name it.
+            read_json(Path(checkpoint) / TRAINER_STATE_NAME, "the state of a trainer", REMEDY)
         return super().train(resume_from_checkpoint, *args, **options)
 
     def training_step(self, *args, **options):
