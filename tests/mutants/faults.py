@@ -1868,8 +1868,8 @@ INTEGRATIONS = [
     Fault(
         "TRL: a state is refused only after the weights are loaded",
         "integrations/trl.py",
-        "            read_state(self.paec, Path(checkpoint) / STATE_NAME, REMEDY)\n        return",
-        "            pass\n        return",
+        "            read_state(self.paec, Path(checkpoint) / STATE_NAME, REMEDY)\n            # Written last",
+        "            # Written last",
         "integrations/test_trl.py::test_a_damaged_state_is_refused_before_anything_changes",
     ),
     Fault(
