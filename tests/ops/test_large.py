@@ -86,7 +86,7 @@ def test_more_elements_than_an_int32(pages):
     logits, valid = pages[: n * V].view(n, V), torch.zeros(n, dtype=torch.bool)
     rows = [0, 1, n - 4, n - 3, n - 2, n - 1]
     valid[rows] = True
-    logits[rows] = flat(len(rows), V).bfloat16()
+    logits[rows] = flat(len(rows), V).half()
     token_ids = torch.arange(n).index_fill(0, torch.tensor([n - 1]), V - 1) % V
     stats = pk.token_stats(logits, token_ids, valid=valid, backend="torch")
     expected = pk.token_stats(logits[rows], token_ids[rows], backend="torch")
