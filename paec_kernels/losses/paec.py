@@ -84,6 +84,13 @@ class PAEC(EntropyTerm):
         loss, mask = self._loss_and_mask(stats, valid, plan)
         return PAECOutput(loss, mask, plan._asdict())
 
+    @torch.no_grad()
+    def mask(self, stats: TokenStats, valid: Tensor, plan: Plan) -> Tensor:
+        """Return the soft mask of a micro-batch under the step's plan, ``[...]`` as ``valid``, 0 where it is False."""
+        score = position_score(stats, valid, self.config, self.backend)
+        mask, _ = soft_mask(score, self._entropy(stats), plan.threshold, self.config.tau_m, self.backend)
+        return mask.view(valid.shape)
+
     def _observation(self, stats: TokenStats, valid: Tensor) -> Tensor:
         """Return the scores and entropies, ``[2, N]``."""
         return torch.stack([position_score(stats, valid, self.config, self.backend), self._entropy(stats)])

@@ -47,9 +47,11 @@ from paec_kernels.losses.rivals import (
 )
 from paec_kernels.saved_state import refuse_other_config
 from paec_kernels.train.models.policy import Rollout
+from paec_kernels.train.tasks.task import FORK, ROLES
 from paec_kernels.types import TokenStats
 
 LossAndMetrics = tuple[Tensor, dict[str, Tensor]]
+HARD_TAU_M = 1e-9  # scores are at least as far apart, or equal to the threshold, where m is 1/2
 NO_NUCLEUS = 1e-9  # a top_p that the likeliest token reaches alone: no statistic of the nucleus takes less time
 UNIFORM_TAU_M = 1e30  # (s - q) / tau_m vanishes beside 1: every m is 1/2 to the bit, in float32 and float64
 
@@ -127,6 +129,29 @@ class GlobalOptions(GRPOOptions):
 
 
 @dataclass(frozen=True)
+class OracleOptions(GRPOOptions):
+    """GRPO with an entropy bonus at the true forks alone, which only tasks with known roles can tell.
+
+    The ceiling of what any mask could select, at a weight a token that compares with ``global``'s.
+    """
+
+    coef: float = 0.1
+    """Weight of the entropy of a token at a fork, >= 0, per nat."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        checks.number("coef", self.coef, least=0)
+
+    def policy_loss(self, batch: MicroBatch, normalizer: Tensor) -> LossAndMetrics:
+        loss, metrics = super().policy_loss(batch, normalizer)
+        if batch.rollout.roles is None:
+            raise ValueError("the oracle needs tasks whose forks are known, as the long families, got others")
+        forks = batch.valid & (batch.rollout.roles == ROLES.index(FORK))
+        bonus = self.coef * torch.where(forks, batch.stats.entropy, 0.0).sum() / (normalizer + (normalizer == 0))
+        return loss - bonus, metrics
+
+
+@dataclass(frozen=True)
 class PAECOptions(GRPOOptions):
     """GRPO with PAEC (arXiv 2606.08543)."""
 
@@ -135,6 +160,14 @@ class PAECOptions(GRPOOptions):
 
     def entropy_term(self) -> PAEC:
         return PAEC(self.paec)
+
+
+@dataclass(frozen=True)
+class PAECHardMaskOptions(PAECOptions):
+    """PAEC on a hard top fifth: the mask is 1 above the threshold and 0 below it, paec.tau_m unused."""
+
+    def entropy_term(self) -> PAEC:
+        return PAEC(replace(self.paec, tau_m=HARD_TAU_M))
 
 
 @dataclass(frozen=True)
@@ -242,6 +275,8 @@ ALGORITHMS: dict[str, type[Method]] = {
     "paec": PAECOptions,
     "paec-no-mask": PAECNoMaskOptions,
     "paec-no-penalty": PAECNoPenaltyOptions,
+    "paec-hard-mask": PAECHardMaskOptions,
+    "oracle": OracleOptions,
     "cispo": CISPOOptions,
     "clip-cov": ClipCovOptions,
     "kl-cov": KLCovOptions,
@@ -324,6 +359,8 @@ class Algorithm(nn.Module):
             sizes = [batch.stats.nucleus_size.to(batch.old_logp.dtype) for batch in micro_batches]
             metrics |= {"nucleus_size": step_mean(sizes), "selected_entropy": measured.mean_entropy}
             metrics |= {"floor": measured.floor, "anchor": measured.anchor}
+        if micro_batches[0].rollout.roles is not None:
+            metrics |= self._by_role(micro_batches, measured)
         if term is not None:
             # "items" is no metric of the step: it is divided by the ranks.
             metrics |= {f"term/{name}": value for name, value in term._asdict().items() if name != "items"}
@@ -331,6 +368,26 @@ class Algorithm(nn.Module):
         if selected is not None:
             micro_batches = [batch._replace(selected=s) for batch, s in zip(micro_batches, selected, strict=True)]
         return list(micro_batches), Plan(normalizer, term, metrics)
+
+    def _by_role(self, micro_batches: Sequence[MicroBatch], measured: PAECPlan | None) -> dict[str, Tensor]:
+        """Return the mean entropy (nats), and PAEC's mean mask where it measures, at the places of each role."""
+        columns = []  # for each micro-batch and role: sums of entropy and mask, tokens
+        for batch in micro_batches:
+            mask = torch.zeros_like(batch.stats.entropy)
+            if measured is not None:
+                paec = self.term if self.measures_itself else self.monitor
+                assert isinstance(paec, PAEC)
+                mask = paec.mask(batch.stats, batch.valid, measured)
+            assert batch.rollout.roles is not None
+            of_role = [batch.valid & (batch.rollout.roles == role) for role in range(len(ROLES))]
+            values = (batch.stats.entropy, mask, torch.ones_like(mask))
+            columns.append(torch.stack([torch.where(at, x, 0.0).sum() for at in of_role for x in values]))
+        sums = mean_over_ranks(torch.stack(columns).sum(0), None).view(len(ROLES), 3)
+        entropy, mask = (sums[:, :2] / sums[:, 2:]).unbind(1)  # NaN for a role that no token has
+        found = {f"entropy/{role}": value for role, value in zip(ROLES, entropy, strict=True)}
+        if measured is not None:
+            found |= {f"mask/{role}": value for role, value in zip(ROLES, mask, strict=True)}
+        return found
 
     def loss(self, batch: MicroBatch, plan: Plan) -> LossAndMetrics:
         """Return a micro-batch's share of the step's loss.

@@ -118,6 +118,7 @@ class OwnPrompt:
 
     text: str
     name: str = "prompt"
+    roles: tuple[str, ...] = ()
 
     def train_problem(self, index: int) -> Problem:
         return Problem(self.name, self.text, "")

@@ -41,7 +41,7 @@ from paec_kernels.train.run_folder import (
     refuse_full_disk,
     set_results_aside,
 )
-from paec_kernels.train.tasks.task import Problem, Task
+from paec_kernels.train.tasks.task import ROLES, Problem, Task
 
 Row = dict[str, float]
 PROBLEMS_OF_A_SEED = 10**9
@@ -220,9 +220,26 @@ def sample(
         temperature=config.temperature,
         seeds=[seed_of(config.seed, "sample", step, place) for place in places],
     )
+    if any(task.roles for task in tasks):  # on every rank, whichever tasks it has asked
+        rollout = rollout._replace(roles=roles_of([task for task, _ in asked], config.answers, rollout.valid))
     texts = iter(policy.texts(rollout))
     rewards = [[task.reward(problem, next(texts)) for _ in range(config.answers)] for task, problem in asked]
     return rollout, torch.tensor(rewards, device=rollout.sequences.device)
+
+
+def roles_of(tasks: Sequence[Task], answers: int, valid: Tensor) -> Tensor:
+    """Return the index in ROLES of each place of the ``answers`` of each task's problem, -1 where it has none.
+
+    Args:
+        valid: bool [B, T], of the answers.
+    Returns:
+        int64 [B, T].
+    """
+    roles = valid.new_full((len(tasks), valid.shape[1]), -1, dtype=torch.int64)
+    for row, task in zip(roles, tasks, strict=True):
+        known = [ROLES.index(role) for role in task.roles[: valid.shape[1]]]
+        row[: len(known)] = torch.tensor(known, dtype=torch.int64, device=valid.device)
+    return roles.repeat_interleave(answers, dim=0)
 
 
 def problem_at(tasks: Sequence[Task], seed: int, index: int) -> tuple[Task, Problem]:

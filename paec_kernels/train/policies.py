@@ -47,9 +47,10 @@ def trained_policy(run: Path, device: torch.device) -> Policy:
         UnreadableFileError: the checkpoint or config.json is damaged; the message names it.
     """
     state = read_checkpoint(run / CHECKPOINT)
-    config = read_config(run, ["model", "chat", "precision"])
+    config = read_config(run, ["model", "chat", "precision", "warm_start"])
     if config["model"] == "tiny":
-        policy: Policy = TinyPolicy(TinyModel().to(device))
+        start = config["warm_start"]
+        policy: Policy = TinyPolicy(TinyModel(start["width"], start["layers"]).to(device))
     else:
         policy = _hugging_face(config["model"], config["chat"], config["precision"], device)
     with fitting(run / CHECKPOINT):

@@ -13,6 +13,7 @@ class Rollout(NamedTuple):
     attention_mask: Tensor  # int64 [B, P + T]
     prompt_length: int  # P
     valid: Tensor  # bool [B, T]: an answer's tokens up to and with its end token
+    roles: Tensor | None = None  # int64 [B, T]: each place's index in `tasks.task.ROLES`, where a task knows roles
 
     @property
     def token_ids(self) -> Tensor:
@@ -28,8 +29,9 @@ class Rollout(NamedTuple):
         valid = self.valid[rows]
         length = max(1, int(valid.sum(1).max()))
         end = self.prompt_length + length
+        roles = None if self.roles is None else self.roles[rows, :length]
         return Rollout(
-            self.sequences[rows, :end], self.attention_mask[rows, :end], self.prompt_length, valid[:, :length]
+            self.sequences[rows, :end], self.attention_mask[rows, :end], self.prompt_length, valid[:, :length], roles
         )
 
 

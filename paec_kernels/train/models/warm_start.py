@@ -5,23 +5,31 @@ import json
 import math
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 from torch.nn import functional as F
 
-from paec_kernels.checks import fields, integer, number
+from paec_kernels.checks import fields, integer, number, one_of
 from paec_kernels.saved_state import load_saved, write_saved
 from paec_kernels.train.models.tiny import PAD_ID, TinyModel, encode
+from paec_kernels.train.tasks.by_name import OF_LETTERS
 from paec_kernels.train.tasks.families import END, FAMILIES, Family, Habits
+from paec_kernels.train.tasks.long_families import LongFamily
 
 
 @dataclass(frozen=True)
 class WarmStart:
     """Supervised steps on noisy worked solutions of training problems: first both routes, then the habit."""
 
+    families: tuple[str, ...] = tuple(FAMILIES)
+    """Families whose solutions are learned."""
     habits: Habits = field(default_factory=Habits)
+    width: int = 96
+    """Size of the model's hidden states."""
+    layers: int = 3
+    """Layers of the model."""
     skill_steps: int = 1000
     """Steps in which half of the solutions take the careful route, so that it is learned at all."""
     habit_steps: int = 200
@@ -35,21 +43,26 @@ class WarmStart:
 
     def __post_init__(self) -> None:
         fields(self)
-        for name, least in (("skill_steps", 1), ("habit_steps", 0), ("batch", 1), ("seed", 0)):
-            integer(name, getattr(self, name), least=least)
+        for name in ("width", "layers", "skill_steps", "batch"):
+            integer(name, getattr(self, name), least=1)
+        for name in ("habit_steps", "seed"):
+            integer(name, getattr(self, name), least=0)
+        for name in self.families:
+            one_of("families", name, OF_LETTERS)
         number("learning_rate", self.learning_rate, above=0)
 
 
-def batch_loss(model: TinyModel, families: Sequence[Family], options: WarmStart, step: int) -> torch.Tensor:
+def batch_loss(
+    model: TinyModel, families: Sequence[Family | LongFamily], options: WarmStart, step: int
+) -> torch.Tensor:
     """Return the mean cross-entropy (nats) of the letters in the step's solutions, drawn evenly from the families."""
-    habits = options.habits if step >= options.skill_steps else replace(options.habits, careful=0.5)
     rng = random.Random(f"warm start {options.seed} {step}")
     prompts, solutions = [], []
     for row in range(options.batch):
         family = families[row % len(families)]
         problem = family.train_problem(rng.randrange(10**9))
         prompts.append(problem.prompt)
-        solutions.append(family.solution(problem, habits, rng) + END)
+        solutions.append(family.solution(problem, options.habits, rng, skill=step < options.skill_steps) + END)
     prompt_ids, prompt_mask = encode(prompts)
     answer_ids, answer_mask = (x.flip(1) for x in encode([text[::-1] for text in solutions]))  # padded on the right
     ids = torch.cat((prompt_ids, answer_ids), dim=1)
@@ -69,7 +82,7 @@ def warm_start(
         ValueError: the file that should hold the start is damaged; the message names it.
     """
     torch.manual_seed(options.seed)
-    model = TinyModel()
+    model = TinyModel(options.width, options.layers)
     key = hashlib.sha256(json.dumps(asdict(options), sort_keys=True).encode()).hexdigest()[:16]
     path = folder / f"tiny-{key}.pt"
     if path.exists():
@@ -77,7 +90,7 @@ def warm_start(
         model.load_state_dict(load_saved(path, "the tiny model's start", remedy, list(model.state_dict())))
         return model
     folder.mkdir(parents=True, exist_ok=True)  # before the work, for which there must be a place
-    families = list(FAMILIES.values())
+    families = [OF_LETTERS[name] for name in options.families]
     optimizer = torch.optim.AdamW(model.parameters(), lr=options.learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
     for step in range(options.skill_steps + options.habit_steps):
         cooled = (1 + math.cos(math.pi * min(1, step / options.skill_steps))) / 2

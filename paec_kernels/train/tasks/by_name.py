@@ -9,8 +9,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from paec_kernels.train.tasks import jsonl
-from paec_kernels.train.tasks.families import FAMILIES
+from paec_kernels.train.tasks.families import FAMILIES, Family
+from paec_kernels.train.tasks.long_families import LONG_FAMILIES, LongFamily
 from paec_kernels.train.tasks.task import Task
+
+OF_LETTERS: dict[str, Family | LongFamily] = {**FAMILIES, **LONG_FAMILIES}  # for the tiny model, which learns them
 
 
 def load_tasks(train: Sequence[str], evaluation: Sequence[str] | None = None) -> tuple[list[Task], list[Task]]:
@@ -32,8 +35,8 @@ def load_tasks(train: Sequence[str], evaluation: Sequence[str] | None = None) ->
 
 
 def _generated(name: str) -> Task:
-    if name in FAMILIES:
-        return FAMILIES[name]
+    if name in OF_LETTERS:
+        return OF_LETTERS[name]
     if name.startswith("gym:"):
         # Imported where it is needed: reasoning-gym takes seconds.
         from paec_kernels.train.tasks.gym import GymTask
@@ -43,7 +46,7 @@ def _generated(name: str) -> Task:
         if not all(equals for _, equals, _ in pairs):
             raise ValueError(f"tasks of reasoning-gym must be gym:NAME,FIELD=VALUE,..., got {name!r}")
         return GymTask(dataset, **{field: _value(text) for field, _, text in pairs})
-    raise ValueError(f"tasks must be among {', '.join(FAMILIES)}, gym:NAME or a .jsonl file, got {name!r}")
+    raise ValueError(f"tasks must be among {', '.join(OF_LETTERS)}, gym:NAME or a .jsonl file, got {name!r}")
 
 
 def _value(text: str) -> Any:

@@ -42,6 +42,10 @@ class Habits:
     """Share of solutions that take the careful route: so rare that a policy which narrows early never tries it."""
     slip: float = 0.15
     """Share of solutions with one digit replaced by a random one."""
+    rare: float = 0.2
+    """In the long families, share of forks that take a rare route, for each of them."""
+    step_slip: float = 0.004
+    """In the long families, share of computed values replaced by another."""
 
 
 def add(prompt: str) -> Work:
@@ -111,6 +115,7 @@ class Family:
     name: str
     draw: Callable[[random.Random], str]
     work: Callable[[str], Work]
+    roles: tuple[str, ...] = ()
 
     def train_problem(self, index: int) -> Problem:
         return self._problem(f"train {self.name} {index}", held_out=False)
@@ -134,10 +139,14 @@ class Family:
     def same(self, one: str, other: str) -> bool:
         return one == other
 
-    def solution(self, problem: Problem, habits: Habits, rng: random.Random) -> str:
-        """Return a worked solution as the model first learns them, without its end token."""
+    def solution(self, problem: Problem, habits: Habits, rng: random.Random, *, skill: bool = False) -> str:
+        """Return a worked solution as the model first learns them, without its end token.
+
+        Args:
+            skill: as many are careful as quick, so that both are learned at all.
+        """
         work = self.work(problem.prompt)
-        if rng.random() < habits.careful:
+        if rng.random() < (0.5 if skill else habits.careful):
             text = f"c{';'.join(work.steps)}={work.answer}"
         else:
             text = f"q={work.quick}"

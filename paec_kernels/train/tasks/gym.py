@@ -44,6 +44,8 @@ class GymTask:
         ValueError: the library has no such dataset, or refuses the configuration.
     """
 
+    roles: tuple[str, ...] = ()
+
     def __init__(self, dataset: str, **config: Any) -> None:
         checks.one_of("dataset", dataset, sorted(DATASETS))
         self.name = ",".join([f"gym:{dataset}", *(f"{field}={value}" for field, value in config.items())])

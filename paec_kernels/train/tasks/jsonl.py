@@ -55,6 +55,8 @@ class JsonlTask:
         ValueError: the file, a line or a field is not as the module says; the message names them.
     """
 
+    roles: tuple[str, ...] = ()
+
     def __init__(self, path: str | Path, use: Literal["train", "eval", "both"]) -> None:
         checks.one_of("use", use, ("train", "eval", "both"))
         self.path, self.use = Path(path), use

@@ -1,6 +1,10 @@
 """A question with its verifier's answer, and where such questions come from."""
 
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
+
+FORK, STEP, FREE = "fork", "step", "free"  # a choice of route; what follows from it; a choice that changes nothing
+ROLES = (FORK, STEP, FREE)
 
 
 class Problem(NamedTuple):
@@ -16,6 +20,11 @@ class Task(Protocol):
 
     @property
     def name(self) -> str: ...
+
+    @property
+    def roles(self) -> Sequence[str]:
+        """The role of each place of an answer, of ROLES, up to the last that has one; none where they are unknown."""
+        ...
 
     def train_problem(self, index: int) -> Problem:
         """Return the ``index``-th training problem, for any index >= 0 always the same one."""

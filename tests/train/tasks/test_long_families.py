@@ -1,0 +1,135 @@
+import random
+from itertools import product
+
+import pytest
+
+from paec_kernels.train.models.tiny import MAX_POSITIONS
+from paec_kernels.train.tasks.families import ALPHABET, END, Habits
+from paec_kernels.train.tasks.long_families import BASE, COLUMNS, LONG_FAMILIES, MODULUS, SEPARATORS, WORDS
+from paec_kernels.train.tasks.task import FORK, FREE, STEP, Problem
+
+EXACT = Habits(rare=0.0, step_slip=0.0)
+
+
+@pytest.fixture(params=LONG_FAMILIES.values(), ids=LONG_FAMILIES)
+def family(request):
+    return request.param
+
+
+def problems(family) -> list[Problem]:
+    return [family.train_problem(i) for i in range(200)] + family.eval_problems(50)
+
+
+def is_easy(family, problem: Problem) -> bool:
+    return family.needed(problem.prompt) == family.routes[0] * family.forks
+
+
+def written(family, problem: Problem, routes: str, seed: int = 0) -> str:
+    """Write a solution by these routes."""
+
+    class Fixed(random.Random):
+        def choices(self, population, *weights, k=1):
+            return list(routes) if population == family.routes else super().choices(population, *weights, k=k)
+
+    return family.solution(problem, EXACT, Fixed(seed))
+
+
+def chain_by_hand(prompt: str) -> str:
+    value, answer = 0, ""
+    for half in (prompt[1:6], prompt[6:11]):
+        for digit in map(int, half):
+            value = {"e": value + digit, "x": value - digit, "y": digit - value, "z": value + digit + 3}[prompt[0]]
+        answer += str(value % MODULUS)
+    return answer
+
+
+def scan_by_hand(prompt: str) -> str:
+    digits = prompt[1:11]
+    order = {"e": "0123456789", "x": "9876543210", "y": "0246813579", "z": "5678901234"}[prompt[0]]
+    return str(sum(int(digits[int(i)]) * 3 ** (9 - n) for n, i in enumerate(order)) % MODULUS)
+
+
+def carry_by_hand(prompt: str) -> str:
+    one, other = (int(number, BASE) for number in prompt[1:-1].split("+"))
+    total = one + other
+    return "".join(str(total // BASE**column % BASE) for column in range(COLUMNS))
+
+
+BY_HAND = {"chain": chain_by_hand, "scan": scan_by_hand, "carry": carry_by_hand}
+
+
+def test_the_answer_is_right(family):
+    by_hand = BY_HAND[family.name.removesuffix("+")]
+    assert [p.answer for p in problems(family)] == [by_hand(p.prompt) for p in problems(family)]
+
+
+def test_half_of_the_problems_need_a_rare_route(family):
+    assert 70 <= sum(is_easy(family, problem) for problem in problems(family)[:200]) <= 130
+
+
+def test_only_the_routes_that_are_needed_give_the_answer(family):
+    for problem in problems(family)[:60]:
+        right = {
+            routes
+            for routes in map("".join, product(family.routes, repeat=family.forks))
+            if family.reward(problem, written(family, problem, routes))
+        }
+        assert right == {family.needed(problem.prompt)}
+
+
+def test_evaluation_problems_are_never_trained_on_and_differ(family):
+    evaluated = [p.prompt for p in family.eval_problems(200)]
+    assert len(set(evaluated)) == len(evaluated) == 200
+    assert not set(evaluated) & {family.train_problem(i).prompt for i in range(1000)}
+    assert family.train_problem(12345) == family.train_problem(12345)
+
+
+def test_routes_are_taken_blindly(family):
+    """As often as the habits say, whatever the problem needs; all alike while the skill is learned."""
+    rng = random.Random(0)
+    forks = [i for i, role in enumerate(family.roles) if role == FORK]
+    for skill, rare in ((False, 0.1), (True, 1 / len(family.routes))):
+        for easy in (True, False):
+            chosen = [p for p in problems(family)[:200] if is_easy(family, p) == easy] * 4
+            texts = [family.solution(p, Habits(rare=0.1), rng, skill=skill) for p in chosen]
+            taken = "".join(text[i] for text in texts for i in forks)
+            for route in family.routes[1:]:
+                assert taken.count(route) / len(taken) == pytest.approx(rare, abs=0.05)
+
+
+def test_roles_by_the_letters(family):
+    """Forks hold routes, free places words and separators, and steps neither; a letter a role, on every solution."""
+    for problem in problems(family)[:50]:
+        text = family.solution(problem, Habits(), random.Random(problem.prompt)) + END
+        assert len(text) == len(family.roles)
+        for letter, role in zip(text, family.roles, strict=True):
+            expected = FORK if letter in "abcdp" else FREE if letter in WORDS + SEPARATORS else STEP
+            assert role == expected, (text, letter)
+    assert family.roles.count(FORK) == family.forks
+    assert (FREE in family.roles) == family.free
+
+
+def test_harmless_choices_change_nothing(family):
+    problem = family.train_problem(0)
+    texts = {written(family, problem, family.needed(problem.prompt), seed) for seed in range(20)}
+    assert len(texts) > 10 if family.free else len(texts) == 1
+    assert all(family.reward(problem, text) for text in texts)
+
+
+def test_a_slip_is_followed_and_is_seldom_right(family):
+    right = slipped = 0
+    for problem in problems(family):
+        text = family.solution(problem, Habits(rare=0.0, step_slip=0.1), random.Random(problem.prompt))
+        clean = family.solution(problem, EXACT, random.Random(problem.prompt))
+        if is_easy(family, problem) and [a for a in text if a not in WORDS] != [a for a in clean if a not in WORDS]:
+            slipped += 1
+            right += family.reward(problem, text)
+    assert slipped >= 30
+    assert right / slipped < 0.5
+
+
+def test_texts_fit_the_model(family):
+    for problem in problems(family)[:50]:
+        text = problem.prompt + family.solution(problem, Habits(), random.Random(0)) + END
+        assert len(text) <= MAX_POSITIONS
+        assert set(text) <= set(ALPHABET + END)
