@@ -103,6 +103,10 @@ class Method:
         """Make a fresh entropy term."""
         return None
 
+    def where(self, batch: MicroBatch) -> Tensor:
+        """Tell which tokens the entropy term is about, bool ``[B, T]``."""
+        return batch.valid
+
 
 @dataclass(frozen=True)
 class GRPOOptions(Method):
@@ -126,29 +130,6 @@ class GlobalOptions(GRPOOptions):
 
     def entropy_term(self) -> GlobalEntropy:
         return GlobalEntropy(self.bonus)
-
-
-@dataclass(frozen=True)
-class OracleOptions(GRPOOptions):
-    """GRPO with an entropy bonus at the true forks alone, which only tasks with known roles can tell.
-
-    The ceiling of what any mask could select, at a weight a token that compares with ``global``'s.
-    """
-
-    coef: float = 0.1
-    """Weight of the entropy of a token at a fork, >= 0, per nat."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        checks.number("coef", self.coef, least=0)
-
-    def policy_loss(self, batch: MicroBatch, normalizer: Tensor) -> LossAndMetrics:
-        loss, metrics = super().policy_loss(batch, normalizer)
-        if batch.rollout.roles is None:
-            raise ValueError("the oracle needs tasks whose forks are known, as the long families, got others")
-        forks = batch.valid & (batch.rollout.roles == ROLES.index(FORK))
-        bonus = self.coef * torch.where(forks, batch.stats.entropy, 0.0).sum() / (normalizer + (normalizer == 0))
-        return loss - bonus, metrics
 
 
 @dataclass(frozen=True)
@@ -176,6 +157,19 @@ class PAECNoMaskOptions(PAECOptions):
 
     def entropy_term(self) -> PAEC:
         return PAEC(replace(self.paec, tau_m=UNIFORM_TAU_M))
+
+
+@dataclass(frozen=True)
+class OracleOptions(PAECNoMaskOptions):
+    """PAEC's bonus and floor on the mean entropy of the true forks, which only tasks with known roles can tell.
+
+    The ceiling of what any mask could select.
+    """
+
+    def where(self, batch: MicroBatch) -> Tensor:
+        if batch.rollout.roles is None:
+            raise ValueError("the oracle needs tasks whose forks are known, as the long families, got others")
+        return batch.valid & (batch.rollout.roles == ROLES.index(FORK))
 
 
 @dataclass(frozen=True)
@@ -340,8 +334,10 @@ class Algorithm(nn.Module):
         _check(micro_batches)  # all of them, before any is observed
         seed = checks.integer("seed", seed)
         for batch in micro_batches:
-            for module in self._entropy_modules().values():
-                module.observe(batch.stats, batch.valid)
+            if self.term is not None:
+                self.term.observe(batch.stats, self.options.where(batch))
+            if self.monitor is not None:
+                self.monitor.observe(batch.stats, batch.valid)
         term = None if self.term is None else self.term.plan()
         measured = term if self.measures_itself else None
         if self.monitor is not None:
@@ -405,7 +401,7 @@ class Algorithm(nn.Module):
         metrics = {name: share * mean for name, mean in metrics.items() if name != "ratio_max"}
         metrics |= {"policy_loss": loss.detach(), "entropy_loss": torch.zeros_like(loss)}
         if self.term is not None:
-            term = self.term.term(batch.stats, batch.valid, plan.term, batch.accuracy)
+            term = self.term.term(batch.stats, self.options.where(batch), plan.term, batch.accuracy)
             metrics["entropy_loss"] = term.detach()
             loss = loss + term
         return loss, metrics
