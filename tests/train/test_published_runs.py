@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from paec_kernels.train.report.compare import Comparison, compare, run_scores
-from paec_kernels.train.report.metrics import paired_difference
 from paec_kernels.train.report.runs import Run, find_runs, read_run
-from paec_kernels.train.report.tables import _cell, save
+from paec_kernels.train.report.statistics import holm, paired_differences, t_interval
+from paec_kernels.train.report.tables import _cell, difference_cell, save
 
 PUBLISHED = Path(__file__).parents[2] / "bench_results" / "rlvr"
 
@@ -56,6 +56,7 @@ def claims(comparison: Comparison, runs: list[Run]) -> Iterator[str]:
     yield f"{settings.problems} problems of each task that training never sees, each with a greedy answer and "
     yield f"{settings.samples} samples at temperature {settings.temperature:g}."
     yield "95 % t interval"  # the comparison's own
+    yield f"of the {2 ** max(seeds)} ways"
 
     routeless = [run for run in runs if run_scores(run)["length"] < 10]
     by_arm = {arm: sum(run.arm == arm for run in routeless) for arm in comparison.arms}
@@ -65,23 +66,27 @@ def claims(comparison: Comparison, runs: list[Run]) -> Iterator[str]:
     shown = [name for name in comparison.metrics if name not in ("pass@1", "pass@2", "pass@4", "pass@8")]
     found: dict[str, list[str]] = {}
     for row in comparison.rows:
-        if row.metric in shown and row.difference and row.difference.low * row.difference.high > 0:
-            found.setdefault(row.arm, []).append(f"{row.metric} {_cell(row.metric, row.difference, signed=True)}")
-    n_intervals = len(shown) * (len(comparison.arms) - 1)
-    yield f"that excludes 0, {sum(map(len, found.values()))} of the {n_intervals} in the table: "
-    yield " ".join(f"- `{arm}`: {', '.join(cells)}" for arm, cells in found.items()) + " ##"
-    yield f"of {n_intervals} that hold nothing but noise a few would exclude 0."
+        if row.metric in shown and row.p_value <= 0.05:
+            found.setdefault(row.arm, []).append(f"{row.metric} {difference_cell(row)}")
+    n_differences = len(shown) * (len(comparison.arms) - 1)
+    yield f"p of 0.05 at most, {sum(map(len, found.values()))} of the {n_differences} in the table: "
+    yield " ".join(f"- `{arm}`: {'; '.join(cells)}" for arm, cells in found.items()) + " ##"
+    yield f"of {n_differences} that hold nothing but noise a few would have p of 0.05 at most."
+    for name in shown:  # "nine" on the page is one fewer than the arms
+        adjusted = holm({row.arm: row.p_value for row in comparison.rows if row.metric == name and row.difference})
+        assert min(adjusted.values()) > 0.05
+    yield "no p is 0.05 or less"
 
     difference = comparison.row("paec", "maj@16").difference
     assert difference.low < 0 < difference.high
-    yield "The interval includes 0."
+    yield f"The interval includes 0, and p is {comparison.row('paec', 'maj@16').p_value:.2g}."
     votes = {arm: {run.seed: run_scores(run)["maj@16"] for run in runs if run.arm == arm} for arm in ("paec", "grpo")}
     differences = {seed: votes["paec"][seed] - votes["grpo"][seed] for seed in votes["grpo"]}
     worst = max(differences, key=differences.__getitem__)
     assert differences[worst] > 0.5 * sum(differences.values())
     assert ("grpo", worst) in {(run.arm, run.seed) for run in routeless}
     del votes["paec"][worst]
-    without = paired_difference(votes["paec"], votes["grpo"])
+    without = t_interval(paired_differences(votes["paec"], votes["grpo"]))
     assert without.high - without.low < 0.5 * (difference.high - difference.low)
     yield f"without seed {worst} it is {_cell('maj@16', without, signed=True)}."
 

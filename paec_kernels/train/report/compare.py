@@ -1,15 +1,21 @@
 """Arms x seeds side by side: means with intervals over seeds, and differences from a baseline paired by seed."""
 
 import json
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 from paec_kernels.train.algorithms import ALGORITHMS
-from paec_kernels.train.report import metrics
 from paec_kernels.train.report.evaluate import mean_scores
-from paec_kernels.train.report.metrics import Estimate
 from paec_kernels.train.report.runs import Run
+from paec_kernels.train.report.statistics import (
+    Estimate,
+    paired_differences,
+    reward_area,
+    sign_flip_test,
+    t_interval,
+)
 
 OF_TRAINING = ("training reward", "final entropy")
 FINAL_SHARE = 0.1  # the last tenth of the steps gives the final entropy
@@ -23,6 +29,7 @@ class Row(NamedTuple):
     seeds: int
     estimate: Estimate
     difference: Estimate | None
+    p_value: float  # of the difference by itself, from `sign_flip_test`; NaN where the difference has no interval
 
 
 @dataclass(frozen=True)
@@ -52,7 +59,8 @@ class Comparison:
 def compare(runs: Sequence[Run], *, baseline: str = "grpo", arm_fields: Sequence[str] = ("algo",)) -> Comparison:
     """Return each arm's macro-averages over its seeds with 95 % t intervals, and paired differences from ``baseline``.
 
-    Fewer than `metrics.ENOUGH` seeds give no interval; without a run of the baseline there are no differences.
+    Fewer than `statistics.ENOUGH` seeds give no interval; without a run of the baseline there are no differences. Where
+    one seed makes most of a difference its t interval misleads: the p-value of a sign-flip test stands beside it.
 
     Args:
         arm_fields: the fields that the runs were read with.
@@ -69,8 +77,12 @@ def compare(runs: Sequence[Run], *, baseline: str = "grpo", arm_fields: Sequence
         for name in names:
             values = {seed: scores[name] for seed, scores in seeds.items()}
             base = {seed: scores[name] for seed, scores in by_arm.get(baseline, {}).items()}
-            difference = None if arm == baseline else metrics.paired_difference(values, base)
-            rows.append(Row(arm, name, len(values), metrics.t_interval(list(values.values())), difference))
+            estimate, difference, p_value = t_interval(list(values.values())), None, math.nan
+            differences = paired_differences(values, base)
+            if arm != baseline and len(differences):
+                difference = t_interval(differences)
+                p_value = math.nan if math.isnan(difference.low) else sign_flip_test(differences)
+            rows.append(Row(arm, name, len(values), estimate, difference, p_value))
     return Comparison(list(by_arm), names, baseline, rows, _differing(runs, {"seed", *arm_fields}), by_arm)
 
 
@@ -78,7 +90,7 @@ def run_scores(run: Run) -> dict[str, float]:
     """Return a run's macro-averages and OF_TRAINING: "training reward", the mean over all its steps, which is the
     higher the sooner the policy learns; and "final entropy", the mean over the last tenth of them, in nats."""
     final = run.log["entropy"][-max(1, round(FINAL_SHARE * len(run.log["step"]))) :]
-    of_training = (float(run.log["reward"].mean()), float(final.mean()))
+    of_training = (reward_area(run.log["reward"]), float(final.mean()))
     return mean_scores(run.evaluation)["macro"] | dict(zip(OF_TRAINING, of_training, strict=True))
 
 

@@ -16,7 +16,7 @@ from paec_kernels.saved_state import write_json
 from paec_kernels.train.config import EvalOptions, seed_of
 from paec_kernels.train.models.policy import Policy
 from paec_kernels.train.report import metrics
-from paec_kernels.train.report.metrics import Estimate
+from paec_kernels.train.report.statistics import Estimate, bootstrap
 from paec_kernels.train.tasks.task import Problem, Task
 
 Summary = dict[str, Estimate]  # by metric; see `summarise`
@@ -150,7 +150,7 @@ def summarise(evaluation: Evaluation) -> dict[str, Summary]:
     The metrics: "greedy", "mean@k", "maj@k", "pass@1" to "pass@k" in powers of two (k samples each), "distinct"
     (answers of a problem's samples) and "length" (tokens of a sampled response).
     """
-    return _by_task(evaluation, metrics.bootstrap)
+    return _by_task(evaluation, bootstrap)
 
 
 def mean_scores(evaluation: Evaluation) -> dict[str, dict[str, float]]:

@@ -1,4 +1,4 @@
-"""Scores of sampled answers, a value for each problem, and the intervals that go with their means.
+"""Scores of sampled answers, a value for each problem.
 
 ``correct`` is bool ``[problems, k]``; ``answers`` is ``[problems][k]``, each a string that equal answers share (see
 `vote_classes`), or None for a response without an answer.
@@ -7,28 +7,12 @@
 import itertools
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import numpy as np
 
-from paec_kernels.extras import extra
-
-with extra("train"):
-    from scipy import stats  # type: ignore[import-untyped]
-
-CONFIDENCE = 0.95  # of every interval
-ENOUGH = 5  # values for a t interval; with two it is 18 times as wide as with many, and tells nothing
 UNDECIDED = 3  # pairs of a problem's answers, after which no more are compared: each takes seconds
 
 Answers = Sequence[Sequence[str | None]]
-
-
-class Estimate(NamedTuple):
-    """A mean with its interval; ``low`` and ``high`` are NaN where the data cannot give one."""
-
-    mean: float
-    low: float
-    high: float
 
 
 def mean_at_k(correct: np.ndarray) -> np.ndarray:
@@ -98,65 +82,6 @@ def vote_classes(answers: Sequence[str | None], same: Callable[[str, str], bool 
 def distinct_answers(answers: Answers) -> np.ndarray:
     """Return how many different answers a problem got, None not counted; float64 ``[problems]``."""
     return np.array([float(len(set(row) - {None})) for row in answers])
-
-
-def bootstrap(tasks: Sequence[np.ndarray], *, resamples: int = 2000, seed: int = 0) -> list[Estimate]:
-    """Return macro-averages over tasks with 95 % percentile intervals, problems resampled within each task.
-
-    A task weighs the same whatever the number of its problems. The interval tells what other problems of the same
-    kind would have given; training again with another seed is not in it.
-
-    Args:
-        tasks: for each, values ``[problems, M]``; problems may differ in number, M may not.
-        seed: seed of the resampling, which is the same for each of the M columns.
-    Returns:
-        M estimates.
-    Raises:
-        ValueError: no task, or one without problems.
-    """
-    if not tasks or any(values.ndim != 2 or not len(values) for values in tasks):
-        raise ValueError(f"tasks must be [problems, M] each, problems >= 1, got {[v.shape for v in tasks]}")
-    rng = np.random.default_rng(seed)
-    means = np.mean([values.mean(axis=0) for values in tasks], axis=0)  # [M]
-    resampled = np.mean(
-        # How often each problem is drawn, instead of which: [resamples, problems] @ [problems, M].
-        [rng.multinomial(len(v), np.full(len(v), 1 / len(v)), size=resamples) @ v / len(v) for v in tasks],
-        axis=0,
-    )  # [resamples, M]
-    low, high = np.quantile(resampled, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2], axis=0)
-    return [Estimate(*row) for row in np.stack([means, low, high], axis=1).tolist()]
-
-
-def t_interval(values: Sequence[float]) -> Estimate:
-    """Return the mean with Student's 95 % t interval: of runs with different seeds, or of their paired differences.
-
-        mean +- t(n - 1) * s / sqrt(n)
-
-    Args:
-        values: n numbers; with fewer than ENOUGH the interval is NaN. A NaN among them makes everything NaN.
-    Raises:
-        ValueError: no values.
-    """
-    n = len(values)
-    if n == 0:
-        raise ValueError("values must hold at least one number, got none")
-    mean = float(np.mean(values))
-    if n < ENOUGH:
-        return Estimate(mean, np.nan, np.nan)
-    half = stats.t.ppf((1 + CONFIDENCE) / 2, n - 1) * np.std(values, ddof=1) / np.sqrt(n)
-    return Estimate(mean, mean - half, mean + half)
-
-
-def paired_difference(values: dict[int, float], baseline: dict[int, float]) -> Estimate | None:
-    """Return values - baseline by seed with the paired t interval, or None if no seed is in both.
-
-    Runs with the same seed start from the same weights and see the same problems, so much of what a seed does
-    cancels. The interval takes the differences of the seeds as draws from one normal distribution.
-    """
-    seeds = sorted(values.keys() & baseline.keys())
-    if not seeds:
-        return None
-    return t_interval([values[seed] - baseline[seed] for seed in seeds])
 
 
 def _checked(correct: np.ndarray) -> np.ndarray:

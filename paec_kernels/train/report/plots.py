@@ -12,8 +12,8 @@ from paec_kernels.extras import extra
 from paec_kernels.saved_state import whole_file
 from paec_kernels.train.report.compare import Comparison, run_scores, sort_arms
 from paec_kernels.train.report.evaluate import pass_ks
-from paec_kernels.train.report.metrics import ENOUGH, Estimate, t_interval
 from paec_kernels.train.report.runs import Run
+from paec_kernels.train.report.statistics import ENOUGH, Estimate, t_interval
 
 with extra("train"):
     from matplotlib.axes import Axes

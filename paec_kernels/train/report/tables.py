@@ -9,10 +9,10 @@ from typing import Any
 
 from paec_kernels.extras import extra
 from paec_kernels.saved_state import whole_file, without_nan, write_json
-from paec_kernels.train.report.compare import OF_TRAINING, Comparison, run_scores
+from paec_kernels.train.report.compare import OF_TRAINING, Comparison, Row, run_scores
 from paec_kernels.train.report.evaluate import Evaluation, mean_scores, summarise
-from paec_kernels.train.report.metrics import ENOUGH, Estimate
 from paec_kernels.train.report.runs import Run
+from paec_kernels.train.report.statistics import ENOUGH, Estimate
 
 with extra("train"):
     from rich.box import SIMPLE_HEAD
@@ -47,7 +47,8 @@ class Fitted:
             end = done + 1
             while end < len(self.header):
                 wider = self._table(range(done, end + 1), options.max_width)
-                if console.measure(wider, options=unbounded).minimum > options.max_width:
+                # The maximum, since rich takes spaces for places to break in the minimum of columns that do not wrap.
+                if console.measure(wider, options=unbounded).maximum > options.max_width:
                     break
                 end += 1
             yield self._table(range(done, end), options.max_width)
@@ -93,7 +94,8 @@ def format_comparison(comparison: Comparison) -> list[Fitted]:
         table = Fitted(title, header)
         for line in lines:
             style = "dim" if line[0].startswith(A_SEED) else None
-            table.add_row(escape(line[0]), *(cell.replace(" ", "\n", 1) for cell in line[1:]), style=style)
+            cells = (cell.replace(" ±", "\n±").replace(", p", "\np") for cell in line[1:])
+            table.add_row(escape(line[0]), *cells, style=style)
         tables.append(table)
     return tables
 
@@ -114,12 +116,12 @@ def to_markdown(comparison: Comparison) -> str:
 def save(comparison: Comparison, runs: Sequence[Run], out: Path) -> list[Path]:
     """Write comparison.json, comparison.csv (its rows), runs.csv (each run's scores by task) and comparison.md."""
     columns = [f"{kind}{part}" for kind in ("", "difference_") for part in ("mean", "low", "high")]
-    summary: list[list[Any]] = [["arm", "metric", "seeds", *columns]]
+    summary: list[list[Any]] = [["arm", "metric", "seeds", *columns, "p_value"]]
     rows = []
     for row in comparison.rows:
         difference = row.difference and row.difference._asdict()
         rows.append(row._asdict() | {"estimate": row.estimate._asdict(), "difference": difference})
-        numbers = [*row.estimate, *(row.difference or [math.nan] * 3)]
+        numbers = [*row.estimate, *(row.difference or [math.nan] * 3), row.p_value]
         summary.append([row.arm, row.metric, row.seeds, *("" if math.isnan(x) else x for x in numbers)])
     raw: list[list[Any]] = [["arm", "seed", "task", "metric", "value"]]
     for run in runs:
@@ -151,19 +153,22 @@ def _tables(comparison: Comparison) -> Iterator[tuple[str, list[str], list[list[
         means.append([f"{arm} ({rows[0].seeds})", *(_cell(row.metric, row.estimate) for row in rows)])
         means += _seeds(comparison.scores[arm], shown)
         if arm != comparison.baseline:
-            differences.append([arm, *(_cell(row.metric, row.difference, signed=True) for row in rows)])
+            differences.append([arm, *map(difference_cell, rows)])
             differences += _seeds(comparison.differences(arm), shown, signed=True)
-    intervals = "95 % t intervals over seeds"
-    if any(line[0].startswith(A_SEED) for line in (*means, *differences)):
-        intervals = f"95 % t intervals over {ENOUGH} seeds or more, else each seed"
+    few = any(line[0].startswith(A_SEED) for line in (*means, *differences))
+    seeds = f"{ENOUGH} seeds or more, else each seed" if few else "seeds"
     yield (
-        f"Macro-averages over tasks with {intervals}; scores in per cent, entropy in nats",
+        f"Macro-averages over tasks with 95 % t intervals over {seeds}; scores in per cent, entropy in nats",
         ["arm (seeds)", *shown],
         means,
     )
     if any(row.difference for row in comparison.rows):
-        title = f"Differences from {comparison.baseline}, paired by seed, with {intervals.removesuffix(' over seeds')}"
-        yield title, ["arm", *shown], differences
+        yield (
+            f"Differences from {comparison.baseline}, paired by seed, with 95 % t intervals and uncorrected p of "
+            f"sign-flip tests over {seeds}",
+            ["arm", *shown],
+            differences,
+        )
 
 
 def _seeds(scores: dict[int, dict[str, float]], shown: Sequence[str], signed: bool = False) -> list[list[str]]:
@@ -187,6 +192,12 @@ def _cell(metric: str, estimate: Estimate | None, signed: bool = False) -> str:
     sign = "+" if signed and estimate.mean > 0 else ""
     mean, half = (_number(metric, x) for x in (estimate.mean, estimate.high - estimate.mean))  # t's are symmetric
     return f"{sign}{mean}" if math.isnan(estimate.high) else f"{sign}{mean} ± {half}"
+
+
+def difference_cell(row: Row) -> str:
+    """Return a difference with its interval and p-value, for which there may be too few seeds."""
+    p = "" if math.isnan(row.p_value) else f", p {row.p_value:.2g}"
+    return _cell(row.metric, row.difference, signed=True) + p
 
 
 def _number(metric: str, value: float) -> str:

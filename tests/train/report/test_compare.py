@@ -49,13 +49,17 @@ def test_means_and_paired_differences(runs: list[Run]) -> None:
     assert grpo.difference is None
     assert paec.difference is not None
     assert paec.difference == pytest.approx((0.1875, math.nan, math.nan), nan_ok=True)  # two seeds, no interval
+    assert math.isnan(paec.p_value)
     assert [scores["mean@4"] for scores in found.differences("paec").values()] == pytest.approx([0.25, 0.125])
 
 
 def test_intervals(tmp_path: Path) -> None:
-    difference = compare(many_seeds(tmp_path)).row("paec", "mean@4").difference
+    found = compare(many_seeds(tmp_path))
+    paec = found.row("paec", "mean@4")
     # 0.25, 0.25, 0.125, 0.125, -0.375: mean 0.075, s / sqrt(5) = 0.11592, t of 0.975 at four degrees of freedom 2.776.
-    assert difference == pytest.approx((0.075, 0.075 - 2.776 * 0.11592, 0.075 + 2.776 * 0.11592), rel=1e-3)
+    assert paec.difference == pytest.approx((0.075, 0.075 - 2.776 * 0.11592, 0.075 + 2.776 * 0.11592), rel=1e-3)
+    assert paec.p_value == 22 / 32  # sums of eighths below 3 are 1 and -1, five sign patterns each
+    assert math.isnan(found.row("grpo", "mean@4").p_value)
 
 
 def test_what_the_log_gives(runs: list[Run]) -> None:
@@ -107,7 +111,7 @@ def test_files(runs: list[Run], tmp_path: Path) -> None:
     with (tmp_path / "out" / "comparison.csv").open() as file:
         rows = {(line["arm"], line["metric"]): line for line in csv.DictReader(file)}
     assert float(rows["paec", "mean@4"]["difference_mean"]) == pytest.approx(0.1875)
-    assert rows["grpo", "mean@4"]["difference_mean"] == ""
+    assert rows["grpo", "mean@4"]["difference_mean"] == rows["paec", "mean@4"]["p_value"] == ""
     assert rows["paec", "mean@4"]["seeds"] == "3"
 
     with (tmp_path / "out" / "runs.csv").open() as file:
@@ -147,7 +151,7 @@ def test_tables_of_enough_seeds(tmp_path: Path) -> None:
     text = to_markdown(compare(many_seeds(tmp_path)))
     paec = next(line for line in text.splitlines() if line.startswith("| paec (5) |"))
     assert "| 45.0 ± 32.2 |" in paec  # 2.776 * 0.2592 / sqrt(5)
-    assert "| +7.5 ± 32.2 |" in text
+    assert "| +7.5 ± 32.2, p 0.69 |" in text
     assert "seed 0" not in text
 
 
@@ -164,9 +168,13 @@ def test_every_number_fits(tmp_path: Path, width: int, seeds: int) -> None:
     printed = capture.get()
     assert all(len(line) <= width for line in printed.splitlines())
     assert "…" not in printed
-    cells = [cell.split() for line in to_markdown(found).splitlines() for cell in line.strip("| ").split(" | ")[1:]]
+    cells = [
+        cell.replace(",", "").split()
+        for line in to_markdown(found).splitlines()
+        for cell in line.strip("| ").split(" | ")[1:]
+    ]
     numbers = [number for cell in cells for number in cell if number[-1:].isdigit() and "@" not in number]
-    lines = {1: 3, 2: 6 + 3, 5: 3}[seeds]  # of arms and seeds; five seeds have intervals, each another number
+    lines = {1: 3, 2: 6 + 3, 5: 3}[seeds]  # of arms and seeds; five seeds have intervals and p, further numbers
     assert len([number for number in numbers if number in printed.split()]) == len(numbers) >= 8 * lines
 
 
