@@ -16,7 +16,7 @@ with extra("train"):
 CONFIDENCE = 0.95  # of every interval
 ENOUGH = 5  # values for an interval over seeds; a t interval of two is 18 times as wide as of many, and tells nothing
 RESAMPLES = 10_000  # of a bootstrap over seeds
-EXACT_UP_TO = 20  # differences, whose 2^20 sign patterns a sign-flip test sums in 4 MB; more of them are drawn
+EXACT_UP_TO = 20  # differences: half of the sums of their 2^20 sign patterns take 4 MB, and the other half none
 SIGN_PATTERNS = 100_000  # drawn for more differences than that
 ROUNDING = 1e-9  # of what is summed: equal sums in another order differ by less
 

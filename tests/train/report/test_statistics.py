@@ -201,12 +201,12 @@ def test_discovery() -> None:
     reward = [0.0, 0.6, 0.0, 0.0, 0.6, 0.6, 0.6]
     assert batches_to_discovery(reward, 0.6, 1) == 2
     assert batches_to_discovery(reward, 0.6, 2) == 6  # the fifth and the sixth
-    assert batches_to_discovery(reward, 0.6, 3) == 7  # in the last window; thirds of 1.8 may round below it
+    assert batches_to_discovery(reward, 0.6, 3) == 7  # in the last window
     assert batches_to_discovery(reward, 0.61, 1) == 8  # never
     assert batches_to_discovery(reward, 0.3, 7) == 7  # the only window
     assert batches_to_discovery(reward, 0.35, 7) == 8
     assert batches_to_discovery(reward, 0.0, 4) == 4  # no window ends sooner
-    assert batches_to_discovery([0.1] * 10, 0.1, 10) == 10
+    assert batches_to_discovery([0.1, 0.7], 0.4, 2) == 2  # whose mean rounds below 0.4
 
 
 def test_the_area_under_the_reward() -> None:
