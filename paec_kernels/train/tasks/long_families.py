@@ -216,6 +216,8 @@ class LongFamily:
         rare = 1 / len(self.routes) if skill else habits.rare
         shares = [1 - rare * (len(self.routes) - 1)] + [rare] * (len(self.routes) - 1)
         routes = "".join(rng.choices(self.routes, shares, k=self.forks))
+        if skill and rng.random() < 0.5:
+            routes = self.needed(problem.prompt)
         pen = Pen(rng, slip=0.0 if skill else habits.step_slip, free=self.free)
         self.script(problem.prompt, routes, pen)
         return "".join(pen.letters)
