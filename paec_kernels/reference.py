@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from paec_kernels.types import IGNORE_INDEX, MAX_LOG_RATIO, TokenStats
+from paec_kernels.types import CERTAIN, IGNORE_INDEX, MAX_LOG_RATIO, TokenStats
 
 
 def scaled_logits(z: Tensor, temperature: float | Tensor = 1.0, softcap: float | None = None) -> tuple[Tensor, Tensor]:
@@ -163,12 +163,13 @@ def soft_mask(score: Tensor, valid: Tensor, config) -> tuple[Tensor, Tensor]:
 def paec_loss(
     stats: TokenStats, valid: Tensor, config, anchor: float | None = None
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """L = -beta * H_bar + lam * max(0, rho_min * anchor - H_bar)^2 of the whole batch [reported].
+    """L = -beta * H_bar + lam * max(0, floor - H_bar)^2 of the whole batch, floor = rho_min * anchor [reported].
 
-    H_bar = sum(m * H) / sum(m). Without an anchor the penalty is inactive; with no valid token the loss is 0.
+    H_bar = sum(m * H) / sum(m). The relative penalty is max(0, 1 - H_bar / floor)^2 [ours]. Without an anchor the
+    penalty is inactive; with no valid token the loss is 0.
 
     Returns:
-        loss (0-d, differentiable), mask ``[...]``, and metrics: mean_entropy, penalty, threshold, mask_sum.
+        loss (0-d, differentiable), mask ``[...]``, and metrics by the names of ``losses.paec.Plan``.
     """
     with torch.no_grad():
         mask, threshold = soft_mask(position_score(stats, config), valid, config)
@@ -176,9 +177,26 @@ def paec_loss(
     mask_sum = mask.sum()
     mean_entropy = torch.where(valid, mask * entropy, 0.0).sum() / mask_sum.clamp(min=torch.finfo(mask.dtype).tiny)
     floor = 0.0 if anchor is None else config.rho_min * anchor
-    penalty = (floor - mean_entropy).clamp(min=0).square() if bool(valid.any()) else 0.0 * mean_entropy
+    unit = floor if config.penalty == "relative" else 1.0  # nats
+    shortfall = 0.0 * mean_entropy
+    if floor > 0 and bool(valid.any()):
+        shortfall = (floor / unit - mean_entropy / unit).clamp(min=0)
+    penalty = shortfall.square()
     loss = -config.beta * mean_entropy + config.lam * penalty
-    metrics = {"mean_entropy": mean_entropy, "penalty": penalty, "threshold": threshold, "mask_sum": mask_sum}
+    ratio = mean_entropy / floor if floor > 0 and bool(valid.any()) else mean_entropy.new_full((), math.nan)
+    n = valid.sum()
+    metrics = {
+        "mean_entropy": mean_entropy,
+        "penalty": penalty,
+        "threshold": threshold,
+        "mask_sum": mask_sum,
+        "mean_mask": mask_sum / n,
+        "mask_on_certain": torch.where(entropy < CERTAIN, mask, 0.0).sum() / mask_sum,
+        "floor_ratio": ratio,
+        "penalty_active": (penalty > 0).to(mask.dtype),
+        "bonus_per_token": config.beta * n / mask_sum,
+        "penalty_per_token": 2 * config.lam * shortfall / (unit or 1.0) * n / mask_sum,
+    }
     return loss, mask, {name: value.detach() for name, value in metrics.items()}
 
 

@@ -14,6 +14,8 @@ from typing import IO, Any
 import torch
 
 ABSENT = "absent"
+# Fields that configs have got since, with what every checkpoint without them was made with.
+ADDED = {"penalty": "absolute", "anchor_unit": "optimiser_step"}
 PARTIAL = ".partial"
 OLD = ".old"
 # What `_beside` names.
@@ -212,10 +214,13 @@ def options_as_json(options: Any) -> Any:
 
 
 def differing_fields(saved: Mapping[str, Any], ours: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """List ``field: checkpoint VALUE, here VALUE`` for each that differs; nested fields by their dotted names."""
+    """List ``field: checkpoint VALUE, here VALUE`` for each that differs; nested fields by their dotted names.
+
+    A field of ADDED that the checkpoint does not have counts as its default.
+    """
     found = []
     for name in {**ours, **saved}:
-        theirs, own = saved.get(name, ABSENT), ours.get(name, ABSENT)
+        theirs, own = saved.get(name, ADDED.get(name, ABSENT)), ours.get(name, ABSENT)
         if isinstance(theirs, Mapping) and isinstance(own, Mapping):
             found += differing_fields(theirs, own, f"{prefix}{name}.")
         elif theirs != own:

@@ -5,6 +5,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 IGNORE_INDEX = -100
+CERTAIN = 0.02  # nats: a token of less entropy is settled, some 1 sample in 350 is another token [ours]
 MAX_LOG_RATIO = 20.0  # verl's; the exponential of more overflows, and infinity times advantage 0 is NaN
 
 

@@ -7,7 +7,6 @@ import torch
 from torch import nn
 
 from paec_kernels.losses.paec import PAEC, Plan
-from paec_kernels.losses.paec_config import PAECConfig
 from paec_kernels.saved_state import load_saved, write_saved
 
 STATE_NAME = "paec.pt"  # in a trainer's checkpoint
@@ -29,7 +28,7 @@ def read_state(paec: PAEC, path: str | Path, remedy: str) -> dict[str, Any]:
     """
     if not Path(path).exists():
         raise FileNotFoundError(f"{path} is missing, which every complete checkpoint of a run with PAEC has. {remedy}")
-    trial = PAEC(paec.config)
+    trial = PAEC(paec.config, steps_per_batch=paec.steps_per_batch)
     state = load_saved(path, "PAEC's state", remedy, fields=list(trial.state_dict()))
     try:
         trial.load_state_dict(state)
@@ -46,12 +45,18 @@ def loss_scale(scaler: Any) -> float:
     return 1.0 if scaler is None else scaler.get_scale()
 
 
-def numbers(plan: Plan, config: PAECConfig) -> dict[str, float]:
-    """Read the plan for a log, with the ``loss`` it makes, without what is NaN, as the anchor until it is set."""
-    loss = config.lam * plan.penalty - config.beta * plan.mean_entropy
+def numbers(plan: Plan, paec: PAEC) -> dict[str, float]:
+    """Read PAEC's plan for a log, with the ``loss`` it makes, without what is NaN, as the anchor until it is set.
+
+    Warns as ``PAEC.warn_unless_selective``.
+    """
+    loss = paec.config.lam * plan.penalty - paec.config.beta * plan.mean_entropy
     values = plan._asdict() | {"loss": loss}
     read = torch.stack(list(values.values())).tolist()  # one wait for the device
-    return {name: value for name, value in zip(values, read, strict=True) if value == value}
+    found = {name: value for name, value in zip(values, read, strict=True) if value == value}
+    if "threshold" in found:
+        paec.warn_unless_selective(found["threshold"])
+    return found
 
 
 def sources_of_noise(model: nn.Module) -> list[str]:

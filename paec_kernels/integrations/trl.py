@@ -66,8 +66,10 @@ class PAECGRPOConfig(GRPOConfig):
     paec_beta: float = _option("beta", "weight of the masked mean entropy, a bonus, >= 0.")
     paec_lam: float = _option("lam", "weight of the penalty below the floor, >= 0.")
     paec_rho_min: float = _option("rho_min", "entropy floor as a fraction of the anchor, >= 0.")
-    paec_anchor_steps: int = _option("anchor_steps", "optimiser steps averaged into the anchor, >= 1.")
+    paec_anchor_steps: int = _option("anchor_steps", "steps averaged into the anchor, >= 1.")
     paec_entropy_support: str = _option("entropy_support", "whose entropy is kept up: 'full' or 'nucleus'.")
+    paec_penalty: str = _option("penalty", "how the shortfall counts: 'absolute' in nats, or 'relative' to the floor.")
+    paec_anchor_unit: str = _option("anchor_unit", "what the anchor's steps are: 'optimiser_step' or 'rollout_batch'.")
     paec_vocab_size: int | None = _option("vocab_size", "vocabulary size, for nucleus_norm 'log_vocab'.")
 
     def __post_init__(self) -> None:
@@ -121,7 +123,9 @@ class PAECGRPOTrainer(GRPOTrainer):
         super().__init__(model, reward_funcs, args, *others, **options)
         if args.gradient_accumulation_steps > 1:
             _refuse_noise(self.model, args)
-        self.paec = PAEC(args.paec_config())
+        micro_batches = self.args.steps_per_generation * self.num_iterations  # on a batch of rollouts
+        steps_per_batch = micro_batches // args.gradient_accumulation_steps
+        self.paec = PAEC(args.paec_config(), steps_per_batch=steps_per_batch)
         self._within_step = False
         self._plan: Plan | None = None  # of the optimiser step under way
         self._scored: list[tuple[Tensor, TokenStats]] = []  # log-probs and statistics of the policy's last passes
@@ -229,7 +233,7 @@ class PAECGRPOTrainer(GRPOTrainer):
     def _new_plan(self) -> Plan:
         """Plan over what was observed, and put the plan's numbers into the trainer's log."""
         plan = self.paec.plan()
-        for name, value in numbers(plan, self.paec.config).items():
+        for name, value in numbers(plan, self.paec).items():
             self._metrics["train"][f"paec/{name}"].append(value)
         return plan
 

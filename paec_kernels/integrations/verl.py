@@ -52,11 +52,15 @@ class PAECPolicyLossConfig(PolicyLossConfig):
 
     Any ``loss_mode`` goes with PAEC, which adds its term to it.
 
+    ``steps_per_batch`` is needed by ``paec.anchor_unit=rollout_batch``: how many optimiser steps the trainer takes
+    on a batch, data.train_batch_size / actor.ppo_mini_batch_size * actor.ppo_epochs. The worker is not told the first.
+
     Raises:
         TypeError, ValueError: as ``PAECConfig``.
     """
 
     paec: dict[str, Any] = field(default_factory=dict)
+    steps_per_batch: int | None = None
 
     def __post_init__(self) -> None:
         self.paec_config()
@@ -86,13 +90,18 @@ class PAECTrainingWorker(TrainingWorker):
         """Set the policy loss. verl's own carries the actor's configuration; a later one keeps PAEC as it is.
 
         Raises:
-            ValueError: an engine that does not offer its logits, or noise in the model.
+            ValueError: an engine that does not offer its logits, noise in the model, or an ``anchor_unit`` of
+            rollout_batch without ``steps_per_batch``.
         """
         options = getattr(loss_fn, "keywords", {})
         policy_loss = getattr(options.get("config"), "policy_loss", None)
         if isinstance(policy_loss, PAECPolicyLossConfig):
             self._refuse_what_cannot_work(distillation=options.get("distillation_config") is not None)
-            self.paec = PAEC(policy_loss.paec_config(), self.engine.get_data_parallel_group())
+            self.paec = PAEC(
+                policy_loss.paec_config(),
+                self.engine.get_data_parallel_group(),
+                steps_per_batch=policy_loss.steps_per_batch,
+            )
         super().set_loss_fn(loss_fn if self.paec is None else _LossWithPAEC(loss_fn, self.paec))
 
     def train_batch(self, data: TensorDict) -> TensorDict | None:
@@ -175,7 +184,7 @@ class _LossWithPAEC:
 
     def make_plan(self) -> None:
         self.plan = self.paec.plan()
-        self.metrics = {f"paec/{name}": value for name, value in numbers(self.plan, self.paec.config).items()}
+        self.metrics = {f"paec/{name}": value for name, value in numbers(self.plan, self.paec).items()}
 
     def __call__(
         self,

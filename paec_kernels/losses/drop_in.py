@@ -28,7 +28,7 @@ class PAECLoss(nn.Module):
         clip_low, clip_high, kl_coef: as in ``grpo_loss``.
         temperature, softcap, vocab_size, inplace_backward, backend: as in ``token_stats``; log-probabilities
             and entropies are those of the scaled logits.
-        process_group: as in ``PAEC``.
+        process_group, steps_per_batch: as in ``PAEC``.
 
     Raises:
         TypeError, ValueError: an option of the wrong type or range, by name, when the module is made.
@@ -46,10 +46,11 @@ class PAECLoss(nn.Module):
         vocab_size: int | None = None,
         inplace_backward: bool = False,
         process_group: dist.ProcessGroup | None = None,
+        steps_per_batch: int | None = None,
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        self.paec = PAEC(config, process_group, backend=backend)
+        self.paec = PAEC(config, process_group, steps_per_batch=steps_per_batch, backend=backend)
         self.clip_low, self.clip_high, self.kl_coef, _ = check_numbers(clip_low, clip_high, kl_coef)
         _, self.temperature, self.softcap, self.vocab_size = check_options(
             config.top_p, temperature, softcap, vocab_size

@@ -196,7 +196,7 @@ class EntropyTerm(nn.Module):
         extra, what = state_dict[prefix + "_extra_state"], self.CONFIG.__name__
         if not isinstance(extra, dict) or not isinstance(extra.get("config"), dict):
             raise RuntimeError(f"{prefix}_extra_state must hold the {what} of the checkpoint, got {extra!r}")
-        refuse_other_config(extra["config"], asdict(self.config), what)
+        refuse_other_config(extra["config"], self.get_extra_state()["config"], what)
 
 
 def check_stats(stats: TokenStats, valid: Tensor) -> None:

@@ -61,22 +61,14 @@ def soft_mask(
     return mask, torch.stack([mask.sum(), (mask * torch.where(valid, entropy, 0.0)).sum()])
 
 
-def penalty_coefficients(
-    mask: Tensor,
-    mask_sum: Tensor,
-    mean_entropy: Tensor,
-    floor: Tensor,
-    config: PAECConfig,
-    backend: str = "auto",
-) -> Tensor:
-    """b_t = dL/dH_t = g * m_t / sum(m), g = dL/dH_bar = -beta - 2 lam max(0, floor - H_bar); ``[N]``.
+def penalty_coefficients(mask: Tensor, mask_sum: Tensor, slope: Tensor, backend: str = "auto") -> Tensor:
+    """b_t = dL/dH_t = g * m_t / sum(m), ``[N]``.
 
     Args:
-        mask: ``[N]``; mask_sum, mean_entropy, floor: 0-d, of the whole batch.
+        mask: ``[N]``; mask_sum, slope: 0-d, of the whole batch; slope is g = dL/dH_bar.
     """
     if kernels := _kernels(backend, mask):
-        return kernels.penalty_coefficients(mask, mask_sum, mean_entropy, floor, config.beta, config.lam)
-    slope = -config.beta - 2 * config.lam * (floor - mean_entropy).clamp(min=0)
+        return kernels.penalty_coefficients(mask, mask_sum, slope)
     # 0 at invalid positions even where the scale is not finite: without any valid token, or in a NaN step.
     return torch.where(mask == 0, 0.0, slope / mask_sum * mask)
 

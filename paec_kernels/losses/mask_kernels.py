@@ -53,14 +53,10 @@ def _soft_mask_kernel(mask_ptr, partial_ptr, score_ptr, entropy_ptr, threshold_p
 
 
 @triton.jit(do_not_specialize=["n"], do_not_specialize_on_alignment=VECTORS)
-def _penalty_coefficients_kernel(
-    coefficient_ptr, mask_ptr, mask_sum_ptr, mean_entropy_ptr, floor_ptr, beta, lam, n, BLOCK: tl.constexpr
-):
+def _penalty_coefficients_kernel(coefficient_ptr, mask_ptr, mask_sum_ptr, slope_ptr, n, BLOCK: tl.constexpr):
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = offsets < n
-    shortfall = tl.load(floor_ptr) - tl.load(mean_entropy_ptr)
-    slope = -beta - 2 * lam * tl.maximum(shortfall, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    scale = slope / tl.load(mask_sum_ptr)
+    scale = tl.load(slope_ptr) / tl.load(mask_sum_ptr)
     mask = tl.load(mask_ptr + offsets, mask=inside, other=0.0)
     tl.store(coefficient_ptr + offsets, tl.where(mask == 0, 0.0, scale * mask), mask=inside)
 
@@ -113,20 +109,17 @@ def _(score, entropy, threshold, tau_m):
 
 
 @torch.library.custom_op("paec::penalty_coefficients", mutates_args=())
-def penalty_coefficients(
-    mask: Tensor, mask_sum: Tensor, mean_entropy: Tensor, floor: Tensor, beta: float, lam: float
-) -> Tensor:
-    """b_t = (-beta - 2 lam max(0, floor - mean_entropy)) * m_t / mask_sum; float32 ``[N]``."""
+def penalty_coefficients(mask: Tensor, mask_sum: Tensor, slope: Tensor) -> Tensor:
+    """b_t = slope * m_t / mask_sum; float32 ``[N]``."""
     n = mask.numel()
     coefficient = torch.empty_like(mask)
     with torch.cuda.device_of(mask):
         _penalty_coefficients_kernel[(triton.cdiv(n, BLOCK),)](
-            coefficient, mask, mask_sum, mean_entropy, floor,
-            beta, lam, n, BLOCK=BLOCK, num_warps=NUM_WARPS, enable_fp_fusion=True,
-        )  # fmt: skip
+            coefficient, mask, mask_sum, slope, n, BLOCK=BLOCK, num_warps=NUM_WARPS, enable_fp_fusion=True
+        )
     return coefficient
 
 
 @penalty_coefficients.register_fake
-def _(mask, mask_sum, mean_entropy, floor, beta, lam):
+def _(mask, mask_sum, slope):
     return torch.empty_like(mask)

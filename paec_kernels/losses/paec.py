@@ -1,6 +1,9 @@
 """PAEC: the calibrated entropy term of one optimiser step, over all its micro-batches and ranks."""
 
-from typing import NamedTuple
+import math
+import warnings
+from dataclasses import asdict
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -8,27 +11,51 @@ from torch import Tensor
 
 from paec_kernels import checks
 from paec_kernels.losses.entropy_term import EntropyTerm
-from paec_kernels.losses.mask import penalty_coefficients, position_score, soft_mask
+from paec_kernels.losses.mask import INVALID, penalty_coefficients, position_score, soft_mask
 from paec_kernels.losses.paec_config import PAECConfig
 from paec_kernels.losses.quantile import as_fraction, quantile
 from paec_kernels.losses.ranks import gather_columns, world_size
 from paec_kernels.ops.operator import BACKENDS
-from paec_kernels.types import TokenStats
+from paec_kernels.types import CERTAIN, TokenStats
+
+SELECTIVE = 3  # a threshold of so many tau_m leaves a token of score 0 a mask of sigmoid(-3) = .05
 
 
 class Plan(NamedTuple):
     """What every micro-batch of an optimiser step must know of the whole batch; 0-d tensors, no gradient.
 
-    ``threshold`` is NaN with no valid token, ``anchor`` (nats) NaN until it is set, ``floor`` (nats) 0 until
-    then, ``penalty`` max(0, floor - mean_entropy)^2, not multiplied by lam.
+    With no valid token ``mean_entropy``, ``penalty``, ``penalty_active`` and ``mask_sum`` are 0, and whatever else is
+    of the tokens is NaN. docs/diagnostics.md says which values are healthy, and what to do about others.
     """
 
     mean_entropy: Tensor
+    """H_bar, in nats."""
     floor: Tensor
+    """rho_min * anchor, in nats; 0 until the anchor is set."""
     penalty: Tensor
+    """max(0, floor - H_bar)^2, or relative, max(0, 1 - H_bar / floor)^2; not multiplied by lam."""
     threshold: Tensor
+    """q, the score at which the mask is 1/2."""
     mask_sum: Tensor
+    """sum(m)."""
     anchor: Tensor
+    """H_0, in nats; NaN until it is set."""
+    mean_mask: Tensor
+    """sum(m) / N over the step's N valid tokens, in [0, 1]; near 1 - rho where the mask selects [ours]."""
+    mask_on_certain: Tensor
+    """Share in [0, 1] of sum(m) that is on tokens with an entropy under CERTAIN = 0.02 nats [ours]."""
+    floor_ratio: Tensor
+    """H_bar / floor; NaN until there is a floor [ours]."""
+    penalty_active: Tensor
+    """1 where H_bar is below the floor, else 0, so that its mean over a log is the share of steps [ours]."""
+    bonus_per_token: Tensor
+    """beta N / sum(m): what the entropy of a token with mask 1 weighs, where its policy gradient weighs 1 [ours].
+
+    With ``penalty_per_token`` it takes .3 to .5 to hold a fork against the policy gradient, measured on a tiny model.
+    """
+    penalty_per_token: Tensor
+    """The same for the penalty: 2 lam (floor - H_bar) N / sum(m) below the floor, or relative, with
+    (1 - H_bar / floor) / floor in place of the difference [ours]."""
 
 
 class PAECOutput(NamedTuple):
@@ -40,30 +67,45 @@ class PAECOutput(NamedTuple):
 
 
 class PAEC(EntropyTerm):
-    """L = -beta * H_bar + lam * max(0, rho_min * H_0 - H_bar)^2, H_bar = sum(m H) / sum(m).  [reported]
+    """L = -beta * H_bar + lam * max(0, floor - H_bar)^2, H_bar = sum(m H) / sum(m), floor = rho_min * H_0.  [reported]
 
     One call is a whole optimiser step; for gradient accumulation ``observe`` every micro-batch, ``plan``, and add
     ``term`` to each micro-batch's loss. Then ``step``. Threshold, sum(m) and H_bar are those of all tokens of the step
     [ours]; sums, state and checkpoints are as `EntropyTerm` says. Nothing waits for the device except ``plan`` and
     ``forward`` with more than one rank.
 
+    The metrics of ``forward`` are the fields of `Plan`, of which the last six are diagnostics. Whoever reads them hands
+    the threshold to ``warn_unless_selective``.
+
     Args:
-        config: the method's constants.
+        config: the method's constants. With ``penalty="relative"`` the square is max(0, 1 - H_bar / floor)^2 [ours].
         process_group: as in `EntropyTerm`.
+        steps_per_batch: optimiser steps that the trainer takes on each batch of rollouts, >= 1; needed by
+            ``anchor_unit="rollout_batch"``, otherwise unused. A step that is skipped, or has no token, is made up for
+            by a later one.
         backend: as in ``token_stats``.
+    Raises:
+        TypeError, ValueError: an argument of the wrong type or range, by name.
     """
 
     CONFIG, PLAN = PAECConfig, Plan
     config: PAECConfig
 
     def __init__(
-        self, config: PAECConfig, process_group: dist.ProcessGroup | None = None, *, backend: str = "auto"
+        self,
+        config: PAECConfig,
+        process_group: dist.ProcessGroup | None = None,
+        *,
+        steps_per_batch: int | None = None,
+        backend: str = "auto",
     ) -> None:
         super().__init__(config, process_group)
         checks.one_of("backend", backend, BACKENDS)
         self.backend = backend
-        self.anchor_steps = config.anchor_steps
+        self.steps_per_batch = steps_per_batch
+        self.anchor_steps = config.anchor_steps * _steps_in_unit(config, steps_per_batch)
         self._rho = as_fraction(config.rho)
+        self._warned = False
 
     def forward(self, stats: TokenStats, valid: Tensor) -> PAECOutput:
         """Take the whole optimiser step of this rank at once.
@@ -91,6 +133,27 @@ class PAEC(EntropyTerm):
         mask, _ = soft_mask(score, self._entropy(stats), plan.threshold, self.config.tau_m, self.backend)
         return mask.view(valid.shape)
 
+    def warn_unless_selective(self, threshold: float) -> None:
+        """Warn, once, where a step's threshold is so near 0 that the mask passes every token.
+
+        Args:
+            threshold: the plan's, as a number: PAEC itself reads none, since that waits for the device. NaN, that of a
+                step without a token, is passed over.
+        """
+        tau_m = self.config.tau_m
+        if not self._warned and threshold < SELECTIVE * tau_m:
+            self._warned = True
+            warnings.warn(
+                f"PAEC's mask is not selective: q < {SELECTIVE} tau_m means every token passes at a sizeable weight, "
+                f"and this step has the threshold q = {threshold:.3g} with tau_m = {tau_m:.3g}. Set a smaller tau_m; "
+                "mean_mask and mask_on_certain tell whether it helps",
+                stacklevel=2,
+            )
+
+    def get_extra_state(self) -> dict[str, Any]:
+        # The anchor is the mean of so many optimiser steps, and that also depends on how many are a batch.
+        return {"config": asdict(self.config) | {"anchor_steps": self.anchor_steps}}
+
     def _observation(self, stats: TokenStats, valid: Tensor) -> Tensor:
         """Return the scores and entropies, ``[2, N]``."""
         return torch.stack([position_score(stats, valid, self.config, self.backend), self._entropy(stats)])
@@ -101,14 +164,30 @@ class PAEC(EntropyTerm):
             torch.cat(observed, dim=1) if observed else self.anchor_sum.new_empty(2, 0), self.process_group
         )
         threshold = quantile(score, self._rho)
-        _, (mask_sum, masked_entropy) = soft_mask(score, entropy, threshold, self.config.tau_m, self.backend)
+        mask, (mask_sum, masked_entropy) = soft_mask(score, entropy, threshold, self.config.tau_m, self.backend)
+        n_valid = (score != INVALID).sum()
         empty = mask_sum == 0
         mean_entropy = torch.where(empty, 0.0, masked_entropy / mask_sum)
         anchor = self.anchor.to(score)
         floor = torch.where(anchor.isnan(), 0.0, self.config.rho_min * anchor)
-        penalty = torch.where(empty, 0.0, (floor - mean_entropy).clamp(min=0).square())
-        plan = Plan(mean_entropy, floor, penalty, threshold, mask_sum, anchor)
-        return plan, torch.where(empty, torch.nan, mean_entropy)
+        known_mean = torch.where(empty, torch.nan, mean_entropy)
+        shortfall, unit = self._shortfall(mean_entropy, floor)
+        penalty = torch.where(empty, 0.0, shortfall.square())
+        plan = Plan(
+            mean_entropy,
+            floor,
+            penalty,
+            threshold,
+            mask_sum,
+            anchor,
+            mean_mask=mask_sum / n_valid,
+            mask_on_certain=torch.where(entropy < CERTAIN, mask, 0.0).sum() / mask_sum,
+            floor_ratio=torch.where(floor == 0, torch.nan, known_mean / floor),
+            penalty_active=(penalty > 0).to(penalty),
+            bonus_per_token=self.config.beta * n_valid / mask_sum,
+            penalty_per_token=2 * self.config.lam * shortfall / unit * n_valid / mask_sum,
+        )
+        return plan, known_mean
 
     def _term(self, stats: TokenStats, valid: Tensor, plan: Plan, accuracy: Tensor | None) -> Tensor:
         return self._loss_and_mask(stats, valid, plan)[0]
@@ -117,20 +196,38 @@ class PAEC(EntropyTerm):
         entropy = self._entropy(stats)
         score = position_score(stats, valid, self.config, self.backend)
         mask, (mask_sum, _) = soft_mask(score, entropy, plan.threshold, self.config.tau_m, self.backend)
-        coefficient = penalty_coefficients(
-            mask, plan.mask_sum, plan.mean_entropy, plan.floor, self.config, self.backend
-        )
         # L is not a sum over tokens, but its tangent at the plan's H_bar is, and equals it there:
         #   L = sum_t m_t / sum(m) * (g H_t + L - g H_bar) = sum_t b_t H_t + (L - g H_bar) sum_t m_t / sum(m)
-        #   g = -beta - 2 lam d,  L - g H_bar = lam d (floor + H_bar),  d = max(0, floor - H_bar)
+        #   g = -beta - 2 lam d / u,  L - g H_bar = lam d (floor + H_bar) / u,  d = max(0, floor - H_bar) / u
         # Times W, as ranks are averaged.
-        shortfall = (plan.floor - plan.mean_entropy).clamp(min=0)
-        offset = self.config.lam * shortfall * (plan.floor + plan.mean_entropy)
+        shortfall, unit = self._shortfall(plan.mean_entropy, plan.floor)
+        slope = -self.config.beta - 2 * self.config.lam * shortfall / unit
+        offset = self.config.lam * shortfall * (plan.floor + plan.mean_entropy) / unit
+        coefficient = penalty_coefficients(mask, plan.mask_sum, slope, self.backend)
         share = torch.where(mask_sum == 0, 0.0, mask_sum / plan.mask_sum)
         tangent = (coefficient * torch.where(valid.reshape(-1), entropy, 0.0)).sum() + offset * share
         return world_size(self.process_group) * tangent, mask.view(valid.shape)
+
+    def _shortfall(self, mean_entropy: Tensor, floor: Tensor) -> tuple[Tensor, Tensor]:
+        """Return d = max(0, floor - H_bar) / u, whose square is the penalty, and u in nats: 1, or relative, the floor.
+
+        Without a floor u is infinite, so that nothing is short of it.
+        """
+        unit = torch.where(floor == 0, math.inf, floor if self.config.penalty == "relative" else 1.0)
+        return (floor - mean_entropy).clamp(min=0) / unit, unit
 
     def _entropy(self, stats: TokenStats) -> Tensor:
         """Return the entropy that the loss is about, flat ``[N]``."""
         entropy = stats.entropy if self.config.entropy_support == "full" else stats.nucleus_entropy
         return entropy.reshape(-1)
+
+
+def _steps_in_unit(config: PAECConfig, steps_per_batch: int | None) -> int:
+    """Return how many optimiser steps the unit of ``anchor_steps`` has."""
+    if steps_per_batch is not None:
+        steps_per_batch = checks.integer("steps_per_batch", steps_per_batch, least=1)
+    if config.anchor_unit == "optimiser_step":
+        return 1
+    if steps_per_batch is None:
+        raise ValueError("steps_per_batch is None, but anchor_unit='rollout_batch' needs an int >= 1")
+    return steps_per_batch

@@ -6,6 +6,8 @@ from paec_kernels import checks
 
 NUCLEUS_NORMS = ("log_size", "log_vocab", "none")
 ENTROPY_SUPPORTS = ("full", "nucleus")
+PENALTIES = ("absolute", "relative")
+ANCHOR_UNITS = ("optimiser_step", "rollout_batch")
 
 
 @dataclass(frozen=True)
@@ -28,10 +30,16 @@ class PAECConfig:
         tau_m: width of the soft mask's sigmoid, in units of the score, > 0. A soft mask is [paper], the
             value [ours].
         beta: weight of the masked mean entropy (a bonus), >= 0, per nat. [ours]
-        lam: weight of the penalty, >= 0, per square nat. [ours]
+        lam: weight of the penalty, >= 0; per square nat where that is absolute, a pure number where it is relative.
+            [ours]
+        penalty: ``"absolute"``, max(0, floor - H_bar)^2 [reported], or ``"relative"``, max(0, 1 - H_bar / floor)^2
+            [ours]. They are equal at a floor of 1 nat. The force of the absolute one falls with the model's own
+            entropy; the relative one makes one lam serve all models, and is none where the floor is 0.
         rho_min: the entropy floor as a fraction of the anchor, >= 0. The floor is [reported], the value
             [ours].
-        anchor_steps: optimiser steps whose masked mean entropy is averaged into the anchor, >= 1. [reported]
+        anchor_steps: steps whose masked mean entropy is averaged into the anchor, >= 1. [reported]
+        anchor_unit: what these steps are: ``"optimiser_step"``, or ``"rollout_batch"``, all optimiser steps that the
+            trainer takes on a batch of rollouts. "Step" can be read either way, hence [ours].
         entropy_support: ``"full"``, the entropy of the whole distribution, or ``"nucleus"``, that of the
             nucleus. [ours]
         vocab_size: vocabulary size, >= 2; needed by ``nucleus_norm="log_vocab"``, otherwise unused. [ours]
@@ -53,6 +61,8 @@ class PAECConfig:
     anchor_steps: int = 4
     entropy_support: str = "full"
     vocab_size: int | None = None
+    penalty: str = "absolute"
+    anchor_unit: str = "optimiser_step"
 
     def __post_init__(self) -> None:
         checks.number_field(self, "top_p", above=0, most=1)
@@ -65,6 +75,8 @@ class PAECConfig:
         checks.integer_field(self, "anchor_steps", least=1)
         checks.one_of("PAECConfig.nucleus_norm", self.nucleus_norm, NUCLEUS_NORMS)
         checks.one_of("PAECConfig.entropy_support", self.entropy_support, ENTROPY_SUPPORTS)
+        checks.one_of("PAECConfig.penalty", self.penalty, PENALTIES)
+        checks.one_of("PAECConfig.anchor_unit", self.anchor_unit, ANCHOR_UNITS)
         if self.vocab_size is not None:
             checks.integer_field(self, "vocab_size", least=2)
         elif self.nucleus_norm == "log_vocab":

@@ -99,8 +99,8 @@ class Method:
         """Return the loss of a micro-batch, and metrics that are means over its tokens."""
         raise NotImplementedError
 
-    def entropy_term(self) -> EntropyTerm | None:
-        """Make a fresh entropy term."""
+    def entropy_term(self, steps_per_batch: int | None) -> EntropyTerm | None:
+        """Make a fresh entropy term, for a trainer that takes so many optimiser steps on each batch of rollouts."""
         return None
 
     def where(self, batch: MicroBatch) -> Tensor:
@@ -128,7 +128,7 @@ class GlobalOptions(GRPOOptions):
     bonus: GlobalEntropyConfig = field(default_factory=GlobalEntropyConfig)
     """The bonus."""
 
-    def entropy_term(self) -> GlobalEntropy:
+    def entropy_term(self, steps_per_batch: int | None) -> GlobalEntropy:
         return GlobalEntropy(self.bonus)
 
 
@@ -139,24 +139,24 @@ class PAECOptions(GRPOOptions):
     paec: PAECConfig = field(default_factory=PAECConfig)
     """PAEC's constants."""
 
-    def entropy_term(self) -> PAEC:
-        return PAEC(self.paec)
+    def entropy_term(self, steps_per_batch: int | None) -> PAEC:
+        return PAEC(self.paec, steps_per_batch=steps_per_batch)
 
 
 @dataclass(frozen=True)
 class PAECHardMaskOptions(PAECOptions):
     """PAEC on a hard top fifth: the mask is 1 above the threshold and 0 below it, paec.tau_m unused."""
 
-    def entropy_term(self) -> PAEC:
-        return PAEC(replace(self.paec, tau_m=HARD_TAU_M))
+    def entropy_term(self, steps_per_batch: int | None) -> PAEC:
+        return PAEC(replace(self.paec, tau_m=HARD_TAU_M), steps_per_batch=steps_per_batch)
 
 
 @dataclass(frozen=True)
 class PAECNoMaskOptions(PAECOptions):
     """PAEC's bonus and floor on the plain mean entropy of all tokens: the mask is uniform, paec.tau_m unused."""
 
-    def entropy_term(self) -> PAEC:
-        return PAEC(replace(self.paec, tau_m=UNIFORM_TAU_M))
+    def entropy_term(self, steps_per_batch: int | None) -> PAEC:
+        return PAEC(replace(self.paec, tau_m=UNIFORM_TAU_M), steps_per_batch=steps_per_batch)
 
 
 @dataclass(frozen=True)
@@ -176,8 +176,8 @@ class OracleOptions(PAECNoMaskOptions):
 class PAECNoPenaltyOptions(PAECOptions):
     """PAEC's bonus at the selected positions without the floor: paec.lam is unused, 0."""
 
-    def entropy_term(self) -> PAEC:
-        return PAEC(replace(self.paec, lam=0.0))
+    def entropy_term(self, steps_per_batch: int | None) -> PAEC:
+        return PAEC(replace(self.paec, lam=0.0), steps_per_batch=steps_per_batch)
 
 
 @dataclass(frozen=True)
@@ -248,7 +248,7 @@ class AEROptions(GRPOOptions):
     aer: AERConfig = field(default_factory=AERConfig)
     """AER's constants."""
 
-    def entropy_term(self) -> AER:
+    def entropy_term(self, steps_per_batch: int | None) -> AER:
         return AER(self.aer)
 
 
@@ -259,7 +259,7 @@ class SIRENOptions(GRPOOptions):
     siren: SIRENConfig = field(default_factory=SIRENConfig)
     """SIREN's constants."""
 
-    def entropy_term(self) -> SIREN:
+    def entropy_term(self, steps_per_batch: int | None) -> SIREN:
         return SIREN(self.siren)
 
 
@@ -296,9 +296,10 @@ class Algorithm(nn.Module):
     Args:
         options: of one of ``ALGORITHMS``.
         monitored: whether to measure what PAEC would select, which takes a nucleus and one more gather over ranks.
+        steps_per_batch: optimiser steps on each batch of rollouts, as in `PAEC`.
     """
 
-    def __init__(self, options: Method, *, monitored: bool = True) -> None:
+    def __init__(self, options: Method, *, monitored: bool = True, steps_per_batch: int | None = None) -> None:
         super().__init__()
         names = [name for name, kind in ALGORITHMS.items() if kind is type(options)]
         if not names:
@@ -306,7 +307,7 @@ class Algorithm(nn.Module):
         checks.boolean("monitored", monitored)
         self.name = names[0]
         self.options = options
-        self.term = options.entropy_term()
+        self.term = options.entropy_term(steps_per_batch)
         self.measures_itself = isinstance(self.term, PAEC) and not isinstance(options, PAECNoMaskOptions)
         self.monitor = PAEC(PAECConfig()) if monitored and not self.measures_itself else None
 
@@ -327,7 +328,8 @@ class Algorithm(nn.Module):
             the micro-batches with what is ``selected``, and the plan. Its metrics: ``entropy`` (nats), the mean over
             the step's valid tokens; what the entropy term plans, as ``term/...``; and where PAEC measures the step,
             ``nucleus_size`` (tokens), a mean as well, ``selected_entropy`` (PAEC's masked mean), ``floor`` (0 until it
-            is set) and ``anchor`` (NaN until then), in nats.
+            is set) and ``anchor`` (NaN until then), in nats, and of its mask ``threshold``, ``mean_mask`` and
+            ``mask_on_certain``.
         Raises:
             TypeError, ValueError: a micro-batch of wrong types, shapes or devices, or none at all.
         """
@@ -354,7 +356,8 @@ class Algorithm(nn.Module):
         if measured is not None:
             sizes = [batch.stats.nucleus_size.to(batch.old_logp.dtype) for batch in micro_batches]
             metrics |= {"nucleus_size": step_mean(sizes), "selected_entropy": measured.mean_entropy}
-            metrics |= {"floor": measured.floor, "anchor": measured.anchor}
+            shown = ("floor", "anchor", "threshold", "mean_mask", "mask_on_certain")
+            metrics |= {name: getattr(measured, name) for name in shown}
         if micro_batches[0].rollout.roles is not None:
             metrics |= self._by_role(micro_batches, measured)
         if term is not None:
@@ -405,6 +408,16 @@ class Algorithm(nn.Module):
             metrics["entropy_loss"] = term.detach()
             loss = loss + term
         return loss, metrics
+
+    def warn_unless_selective(self, row: dict[str, float]) -> None:
+        """Warn as ``PAEC.warn_unless_selective`` where the method selects by PAEC's mask.
+
+        Args:
+            row: the metrics of an optimiser step, as numbers.
+        """
+        if self.measures_itself:
+            assert isinstance(self.term, PAEC)
+            self.term.warn_unless_selective(row["threshold"])
 
     def step(self) -> None:
         """Commit this optimiser step to anchors and coefficients, once for each and after it."""

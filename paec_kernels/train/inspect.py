@@ -166,7 +166,7 @@ def make_report(config: InspectConfig, progress: Progress) -> Report:
         progress.advance(bar)
     answers = [answer for group in groups for answer in group["answers"]]
 
-    paec = pk.PAEC(config.paec)
+    paec = pk.PAEC(config.paec, steps_per_batch=1)
     tokens, before = calibrate(paec, batches)
     add_columns(answers, tokens)
     report: Report = {

@@ -174,7 +174,8 @@ def new_run(config: TrainConfig, policy: Policy) -> Run:
     """Make a run at its start; nothing is read from disk or written to it."""
     model = DistributedDataParallel(policy.module) if world_size() > 1 else policy.module
     optimizer = torch.optim.AdamW(policy.module.parameters(), config.learning_rate, weight_decay=config.weight_decay)
-    return Run(config, policy, model, optimizer, Algorithm(config.method).to(policy.head.device))
+    algorithm = Algorithm(config.method, steps_per_batch=config.updates).to(policy.head.device)
+    return Run(config, policy, model, optimizer, algorithm)
 
 
 def train_step(run: Run, tasks: Sequence[Task], rank: int, world: int) -> Row:
@@ -303,7 +304,9 @@ def optimiser_step(run: Run, micro_batches: Sequence[MicroBatch], seed: int) -> 
     run.algorithm.step()
     metrics = {name: mean_over_ranks(torch.stack([each[name] for each in shares]).sum(), None) for name in shares[0]}
     metrics |= plan.metrics | {"gradient_norm": gradient_norm}
-    return {name: value.item() for name, value in metrics.items()}
+    row = {name: value.item() for name, value in metrics.items()}
+    run.algorithm.warn_unless_selective(row)
+    return row
 
 
 def _gradients_stay_local(model: nn.Module, local: bool) -> AbstractContextManager:

@@ -71,6 +71,9 @@ PAPER = TrainConfig(
             rho_min=0.8,  # [ours]
             anchor_steps=4,  # [reported]
             entropy_support="full",  # [ours]
+            vocab_size=None,  # unused with nucleus_norm="log_size"
+            penalty="absolute",  # [reported]
+            anchor_unit="optimiser_step",  # [ours]
         ),
     ),
     steps=200,  # [ours]

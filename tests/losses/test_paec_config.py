@@ -21,6 +21,8 @@ def test_defaults_are_the_documented_ones():
         "anchor_steps": 4,
         "entropy_support": "full",
         "vocab_size": None,
+        "penalty": "absolute",
+        "anchor_unit": "optimiser_step",
     }
 
 
@@ -40,6 +42,8 @@ def test_defaults_are_the_documented_ones():
         ("anchor_steps", 0, ">= 1"),
         ("entropy_support", "half", "one of"),
         ("vocab_size", 1, ">= 2"),
+        ("penalty", "squared", "one of"),
+        ("anchor_unit", "step", "one of"),
     ],
 )
 def test_value_out_of_range_names_field_value_and_expectation(name, value, expected):
@@ -51,7 +55,7 @@ def test_value_out_of_range_names_field_value_and_expectation(name, value, expec
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("rho", "0.8"), ("beta", True), ("anchor_steps", 4.0), ("nucleus_norm", None), ("vocab_size", "many")],
+    [("rho", "0.8"), ("beta", True), ("anchor_steps", 4.0), ("nucleus_norm", None), ("vocab_size", "many"), ("penalty", None)],
 )
 def test_wrong_type_names_field_and_value(name, value):
     with pytest.raises(TypeError, match=f"PAECConfig.{name} must be .*{value!r}"):
