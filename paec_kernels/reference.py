@@ -184,7 +184,7 @@ def paec_loss(
     penalty = shortfall.square()
     loss = -config.beta * mean_entropy + config.lam * penalty
     ratio = mean_entropy / floor if floor > 0 and bool(valid.any()) else mean_entropy.new_full((), math.nan)
-    n = valid.sum()
+    n = valid.sum().to(mask.dtype)
     metrics = {
         "mean_entropy": mean_entropy,
         "penalty": penalty,

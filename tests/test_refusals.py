@@ -276,12 +276,12 @@ def cases() -> dict[str, Case]:
             lambda: {
                 **{"config": pk.PAECConfig(), "clip_low": 0.2, "clip_high": 0.3, "kl_coef": 0.0, "temperature": 1.0},
                 **{"softcap": None, "vocab_size": None, "inplace_backward": False, "process_group": None},
-                "backend": "auto",
+                **{"steps_per_batch": 2, "backend": "auto"},
             },
         ),
         "PAECLoss.forward": Case(lambda self, **arguments: self(**arguments), drop_in_arguments),
         "PAEC.forward": Case(forward, lambda: term_arguments(TERMS["PAEC"]())),
-        "Algorithm": Case(Algorithm, lambda: {"options": ALGORITHMS["aer"](), "monitored": True}),
+        "Algorithm": Case(Algorithm, lambda: {"options": ALGORITHMS["aer"](), "monitored": True, "steps_per_batch": 2}),
         "Algorithm.plan": Case(
             lambda self, **arguments: self.plan(**arguments),
             lambda: {
@@ -297,7 +297,8 @@ def cases() -> dict[str, Case]:
             pk.linear_token_stats, lambda backend=backend: linear_arguments(backend)
         )
     for name, make in TERMS.items():
-        config = {"config": CONFIGS[name](), "process_group": None} | ({"backend": "auto"} if name == "PAEC" else {})
+        config = {"config": CONFIGS[name](), "process_group": None}
+        config |= {"steps_per_batch": 2, "backend": "auto"} if name == "PAEC" else {}
         found |= {
             name: Case(type(make()), config.copy),
             f"{name}.observe": Case(observe, lambda make=make: term_arguments(make())),

@@ -10,12 +10,15 @@ import re
 import resource
 import zipfile
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
 
+from paec_kernels.losses.paec_config import PAECConfig
 from paec_kernels.saved_state import (
+    ADDED,
     PARTIAL,
     UnreadableFileError,
     differing_fields,
@@ -199,6 +202,16 @@ def test_fields_that_differ_are_named_with_both_values():
         "f: checkpoint 'absent', here 0",
         "e: checkpoint 0, here 'absent'",
     ]
+
+
+def test_a_field_that_came_later_counts_as_its_default_where_the_checkpoint_has_none():
+    defaults = asdict(PAECConfig())
+    assert {name: defaults[name] for name in ADDED} == ADDED
+    assert differing_fields({"paec": {}}, {"paec": ADDED}) == []
+    assert differing_fields({"paec": {}}, {"paec": ADDED | {"penalty": "relative"}}) == [
+        "paec.penalty: checkpoint 'absolute', here 'relative'"
+    ]
+    assert differing_fields({"penalty": "relative"}, {}) == ["penalty: checkpoint 'relative', here 'absent'"]
 
 
 class Code:

@@ -165,7 +165,7 @@ class PAEC(EntropyTerm):
         )
         threshold = quantile(score, self._rho)
         mask, (mask_sum, masked_entropy) = soft_mask(score, entropy, threshold, self.config.tau_m, self.backend)
-        n_valid = (score != INVALID).sum()
+        n_valid = (score != INVALID).sum().to(score.dtype)
         empty = mask_sum == 0
         mean_entropy = torch.where(empty, 0.0, masked_entropy / mask_sum)
         anchor = self.anchor.to(score)

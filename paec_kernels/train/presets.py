@@ -71,7 +71,7 @@ PAPER = TrainConfig(
             rho_min=0.8,  # [ours]
             anchor_steps=4,  # [reported]
             entropy_support="full",  # [ours]
-            vocab_size=None,  # unused with nucleus_norm="log_size"
+            vocab_size=None,  # [ours], as nucleus_norm, which needs none
             penalty="absolute",  # [reported]
             anchor_unit="optimiser_step",  # [ours]
         ),

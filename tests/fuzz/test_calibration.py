@@ -1,6 +1,7 @@
 """One optimiser step however it is cut into micro-batches and ranks: one loss, gradient, plan and anchor."""
 
 import copy
+import dataclasses
 import itertools
 import math
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from torch import Tensor
 from paec_kernels import reference
 from paec_kernels.losses.entropy_term import EntropyTerm
 from paec_kernels.losses.paec import PAEC
-from paec_kernels.losses.paec_config import ENTROPY_SUPPORTS, NUCLEUS_NORMS, PAECConfig
+from paec_kernels.losses.paec_config import ENTROPY_SUPPORTS, NUCLEUS_NORMS, PENALTIES, PAECConfig
 from paec_kernels.types import TokenStats
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, in the interpreter: 1 / 0
@@ -157,6 +158,7 @@ configs = st.builds(
     lam=st.floats(0, 10),
     rho_min=st.floats(0, 2),
     vocab_size=st.just(VOCAB),
+    penalty=st.sampled_from(PENALTIES),
 )
 
 
@@ -178,15 +180,22 @@ def test_paec_is_its_definition_for_any_constants(step, config, anchored):
     return bool(out.mask.any())
 
 
-@holds(tests=10, fuzz=700, step=steps(), cuts=st.lists(sizes(1, 15), min_size=1, max_size=5))
-def test_paec_may_cut_answers_too(step, cuts):
+@holds(
+    tests=10,
+    fuzz=700,
+    step=steps(),
+    cuts=st.lists(sizes(1, 15), min_size=1, max_size=5),
+    penalty=st.sampled_from(PENALTIES),
+)
+def test_paec_may_cut_answers_too(step, cuts, penalty):
+    config = dataclasses.replace(CONFIG, penalty=penalty)
     stats, poisoned, valid, _ = step.tensors()
     flat = [TokenStats(None, *(x.reshape(-1) for x in s[1:])) for s in (stats, poisoned)]
-    whole = with_anchor(PAEC(CONFIG))
+    whole = with_anchor(PAEC(config))
     out = whole(flat[0], valid.reshape(-1))
     edges = [0, *sorted(cut * valid.numel() // 16 for cut in cuts), valid.numel()]
     pieces = [torch.arange(first, last) for first, last in itertools.pairwise(edges)]
-    plan, loss, grads, _ = of_rank(with_anchor(PAEC(CONFIG)), pieces, flat[1], valid.reshape(-1), valid.reshape(-1))
+    plan, loss, grads, _ = of_rank(with_anchor(PAEC(config)), pieces, flat[1], valid.reshape(-1), valid.reshape(-1))
     close(step, loss, out.loss.detach())
     for gradient, expected in zip(grads, gradients(out.loss, flat[0]), strict=True):
         close(step, gradient.reshape(-1), expected.reshape(-1))

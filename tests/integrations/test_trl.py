@@ -1,6 +1,7 @@
 """PAECGRPOTrainer in one process: against the stock trainer without PAEC, against the reference with it."""
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -134,6 +135,7 @@ EXACT = {
     "num_iterations": {"num_iterations": 2, "max_steps": 4},
     "gradient checkpointing": {"gradient_checkpointing": True},
     "temperature": {"temperature": 0.7},
+    "relative": {"paec_penalty": "relative"},
     "nucleus": {"paec_entropy_support": "nucleus", "paec_top_p": 0.8},
     "log_vocab": {"paec_nucleus_norm": "log_vocab", "paec_vocab_size": 32, "paec_alpha": 0.9},
 }
@@ -147,8 +149,8 @@ def test_plan_and_gradient_are_those_of_the_whole_step(case: str, tmp_path: Path
     assert len(steps) == run.args.max_steps
     assert not run._scored
     exacts = truths(steps, run.args.paec_config(), temperature=run.args.temperature)
-    for name in ("threshold", "mean_entropy", "mask_sum", "penalty"):
-        expected = [exact.metrics[name].item() for exact in exacts]
+    for name in exacts[0].metrics:
+        expected = [value for exact in exacts if not math.isnan(value := exact.metrics[name].item())]
         assert logged(run, f"paec/{name}") == pytest.approx(expected, rel=1e-5), name
     for name in ("paec/loss", "loss"):
         assert logged(run, name) == pytest.approx([exact.loss.item() for exact in exacts], abs=1e-5), name
@@ -160,6 +162,22 @@ def test_plan_and_gradient_are_those_of_the_whole_step(case: str, tmp_path: Path
     assert all(exact.metrics["penalty"] > 0.01 for exact in exacts[1:])
     lengths = {int(n) for step in steps for piece in step.pieces for n in piece.completion_mask.sum(1)}
     assert len(lengths) > 2
+
+
+def test_the_anchor_of_rollout_batches_takes_all_their_steps(tmp_path: Path) -> None:
+    """Two optimiser steps on each generation, twice."""
+    options = PAEC_ON | {"paec_anchor_unit": "rollout_batch", "steps_per_generation": 4, "num_iterations": 2}
+    run = trainer(tmp_path, **options, max_steps=5)
+    run.train()
+    anchor = sum(logged(run, "paec/mean_entropy")[:4]) / 4
+    assert logged(run, "paec/anchor") == [pytest.approx(anchor)]
+
+
+def test_a_mask_that_is_not_selective_is_warned_of_once(tmp_path: Path) -> None:
+    run = trainer(tmp_path, **PAEC_ON, paec_tau_m=0.5)
+    with pytest.warns(UserWarning, match="PAEC's mask is not selective") as found:
+        run.train()
+    assert sum("not selective" in str(warning.message) for warning in found) == 1
 
 
 def test_adapters_get_the_gradient_of_the_whole_step(tmp_path: Path) -> None:

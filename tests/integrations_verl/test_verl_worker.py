@@ -23,6 +23,7 @@ from verl.workers.engine_workers import ActorRolloutRefWorker, TrainingWorker
 
 from paec_kernels import PAECConfig, reference
 from paec_kernels.integrations.verl import LOGITS_TO_THE_LOSS, PAECPolicyLossConfig
+from paec_kernels.losses.paec import Plan
 from paec_kernels.saved_state import UnreadableFileError
 
 OFF = PAECPolicyLossConfig(paec={"beta": 0.0, "lam": 0.0})
@@ -223,6 +224,30 @@ def test_a_skipped_step_leaves_the_anchor_as_it_was(folder: Path, scaled: bool, 
     assert [step["paec/step_skipped"] for step in metrics] == [0.0, 1.0, 0.0, 0.0, 0.0]
     anchor = sum(metrics[seed]["paec/mean_entropy"] for seed in (0, 2, 3)) / 3
     assert metrics[4]["paec/anchor"] == pytest.approx(anchor, rel=1e-6)
+
+
+def test_the_anchor_of_rollout_batches_takes_all_their_steps(folder: Path) -> None:
+    options = PAEC | {"anchor_unit": "rollout_batch", "penalty": "relative"}
+    one = worker(folder, PAECPolicyLossConfig(paec=options, steps_per_batch=2))
+    metrics = [take(one, batch(sequences(6, seed), global_token_num=None)).metrics for seed in range(3)]
+    anchor = sum(step["paec/mean_entropy"] for step in metrics[:2]) / 2
+    assert [step.get("paec/anchor") for step in metrics] == [None, None, pytest.approx(anchor, rel=1e-6)]
+    ratio = metrics[2]["paec/mean_entropy"] / (1.2 * anchor)
+    assert metrics[2]["paec/floor_ratio"] == pytest.approx(ratio, rel=1e-5)
+    assert metrics[2]["paec/penalty"] == pytest.approx(max(0.0, 1 - ratio) ** 2, rel=1e-4)
+
+
+def test_an_anchor_of_rollout_batches_needs_their_steps(folder: Path) -> None:
+    with pytest.raises(ValueError, match="steps_per_batch is None, but anchor_unit='rollout_batch'"):
+        worker(folder, PAECPolicyLossConfig(paec=PAEC | {"anchor_unit": "rollout_batch"}))
+
+
+def test_the_mask_is_in_the_log_and_warned_of_where_it_is_not_selective(folder: Path) -> None:
+    one = worker(folder, PAECPolicyLossConfig(paec=PAEC | {"tau_m": 0.5}))
+    with pytest.warns(UserWarning, match="PAEC's mask is not selective") as found:
+        metrics = [take(one, batch(sequences(6, seed), global_token_num=None)).metrics for seed in range(2)]
+    assert sum("not selective" in str(warning.message) for warning in found) == 1
+    assert metrics[1].keys() >= {f"paec/{name}" for name in Plan._fields}
 
 
 def test_unless_asked_for_it_is_verls_worker(folder: Path, tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """PAEC against the definition: whole batches, micro-batches, the anchor, checkpoints, bad input."""
 
 import dataclasses
+import math
+import warnings
 
 import pytest
 import torch
@@ -8,8 +10,9 @@ from losses.batches import ANCHOR, CONFIG, VOCAB, Batch, anchored, flattened, ma
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from paec_kernels import reference
+from paec_kernels.losses.drop_in import PAECLoss
 from paec_kernels.losses.paec import PAEC, Plan
-from paec_kernels.losses.paec_config import PAECConfig
+from paec_kernels.losses.paec_config import PENALTIES, PAECConfig
 from paec_kernels.types import TokenStats
 
 pytestmark = pytest.mark.usefixtures("device")
@@ -19,6 +22,7 @@ CONFIGS = {
     "nucleus": dataclasses.replace(CONFIG, entropy_support="nucleus", nucleus_norm="none"),
     "vocab": dataclasses.replace(CONFIG, nucleus_norm="log_vocab", rho=0.3, alpha=0.9, tau_m=0.2),
     "no penalty": dataclasses.replace(CONFIG, lam=0.0),
+    "relative": dataclasses.replace(CONFIG, penalty="relative"),
 }
 
 
@@ -67,11 +71,61 @@ def test_the_penalty_is_one_sided():
     torch.testing.assert_close(low.loss.detach(), expected, rtol=1e-12, atol=0)
 
 
-def test_float32_backends(backend):
+@pytest.mark.parametrize("penalty", PENALTIES)
+def test_the_gradient_is_that_of_the_value(penalty):
+    # The mask does not depend on the entropy itself, so that the loss is a function of it.
+    batch, paec = make_batch(3, 4), anchored(dataclasses.replace(CONFIG, penalty=penalty))
+    stats = batch.stats
+
+    def loss(entropy: torch.Tensor) -> torch.Tensor:
+        return paec(stats._replace(entropy=entropy), batch.valid).loss
+
+    assert torch.autograd.gradcheck(loss, stats.entropy.detach().requires_grad_())
+
+
+def test_penalties_are_equal_at_a_floor_of_one_nat():
+    batch = make_batch(4, 60)
+    stats = batch.stats._replace(entropy=batch.stats.entropy / 8)
+    outs = []
+    for penalty in PENALTIES:
+        config = dataclasses.replace(CONFIG, penalty=penalty, rho_min=0.5)
+        outs.append(anchored(config, anchor=2.0)(stats, batch.valid))
+        assert outs[-1].metrics["floor"] == 1
+        assert outs[-1].metrics["penalty"] > 0.1
+    assert outs[0].metrics == outs[1].metrics
+    assert torch.equal(*(out.loss for out in outs))
+    assert torch.equal(*(torch.autograd.grad(out.loss, batch.logits, retain_graph=True)[0] for out in outs))
+
+
+def test_a_relative_penalty_has_no_unit():
+    # With all entropies and the anchor c times as large, it is the same.
+    batch, config = make_batch(4, 60), dataclasses.replace(CONFIG, penalty="relative", beta=0.0)
+    found = []
+    for c in (1.0, 0.01):
+        scaled = batch.stats._replace(entropy=c * batch.stats.entropy.detach())
+        found.append(anchored(config, c * ANCHOR)(scaled, batch.valid))
+    torch.testing.assert_close(found[0].loss, found[1].loss, rtol=1e-6, atol=0)
+    shortfall = 1 - found[0].metrics["mean_entropy"] / found[0].metrics["floor"]
+    assert found[0].metrics["penalty"] == pytest.approx(shortfall.item() ** 2, rel=1e-12)
+
+
+@pytest.mark.parametrize("penalty", PENALTIES)
+@pytest.mark.parametrize("paec_of", [PAEC, lambda config: anchored(dataclasses.replace(config, rho_min=0.0))])
+def test_without_a_floor_there_is_no_penalty(penalty, paec_of):
+    batch, config = make_batch(4, 60), dataclasses.replace(CONFIG, penalty=penalty)
+    out = paec_of(config)(batch.stats, batch.valid)
+    assert out.metrics["penalty"] == out.metrics["penalty_per_token"] == out.metrics["penalty_active"] == 0
+    torch.testing.assert_close(out.loss.detach(), -config.beta * out.metrics["mean_entropy"], rtol=1e-12, atol=0)
+    assert gradient(out.loss, batch.logits).isfinite().all()
+
+
+@pytest.mark.parametrize("penalty", PENALTIES)
+def test_float32_backends(backend, penalty):
+    config = dataclasses.replace(CONFIG, penalty=penalty)
     truth = make_batch(5, 300)
-    loss, mask, _ = reference_loss(truth, CONFIG)
+    loss, mask, _ = reference_loss(truth, config)
     batch = make_batch(5, 300, dtype=torch.float32)
-    out = anchored(backend=backend)(batch.stats, batch.valid)
+    out = anchored(config, backend=backend)(batch.stats, batch.valid)
     torch.testing.assert_close(out.loss, loss.float(), rtol=1e-5, atol=0)
     torch.testing.assert_close(out.mask, mask.float(), rtol=1e-4, atol=1e-5)
     grad, true_grad = gradient(out.loss, batch.logits), gradient(loss, truth.logits)
@@ -111,7 +165,67 @@ def test_no_valid_token_is_exactly_nothing(shape, backend):
     assert out.mask.shape == shape
     assert torch.equal(gradient(out.loss, batch.logits), torch.zeros_like(batch.logits))
     assert out.metrics["mean_entropy"] == out.metrics["penalty"] == out.metrics["mask_sum"] == 0
-    assert out.metrics["threshold"].isnan()
+    undefined = ("threshold", "mean_mask", "mask_on_certain", "floor_ratio", "bonus_per_token", "penalty_per_token")
+    assert all(out.metrics[name].isnan() for name in undefined)
+    assert out.metrics["penalty_active"] == 0
+
+
+# Diagnostics
+
+
+def test_diagnostics_by_hand():
+    # A mask of 1/2 on each of 8 valid tokens, 6 of which are certain, and two that are not valid.
+    entropy = torch.tensor([0.0, 0.01, 0.019, 0.01, 0.01, 0.01, 0.021, 0.5, 0.01, math.nan], dtype=torch.float64)
+    valid = torch.arange(10) < 8
+    zero = torch.zeros_like(entropy)
+    stats = TokenStats(None, entropy, zero, zero, zero, zero.int())
+    config = PAECConfig(tau_m=1e30, beta=0.01, lam=0.5, rho_min=0.5)
+    h = entropy[:8].mean().item()
+    for penalty, per_nat in (("absolute", 1.0 - h), ("relative", (1.0 - h) / 1.0)):
+        metrics = anchored(dataclasses.replace(config, penalty=penalty), 2.0)(stats, valid).metrics
+        assert {name: metrics[name].item() for name in list(metrics)[6:]} == pytest.approx(
+            {
+                "mean_mask": 0.5,
+                "mask_on_certain": 0.75,
+                "floor_ratio": h,
+                "penalty_active": 1.0,
+                "bonus_per_token": 0.01 * 2,
+                "penalty_per_token": 2 * 0.5 * per_nat * 2,
+            }
+        )
+    above = anchored(config, h)(stats, valid).metrics
+    assert (above["floor_ratio"].item(), above["penalty_active"]) == (pytest.approx(2.0), 0)
+
+
+@pytest.mark.parametrize("penalty", PENALTIES)
+def test_weights_per_token_are_those_of_the_gradient(penalty):
+    # The policy gradient of one token has the weight 1 / N, and the entropy of one -dL/dH.
+    batch = make_batch(4, 60)
+    entropy = batch.stats.entropy.detach().requires_grad_()
+    out = anchored(dataclasses.replace(CONFIG, penalty=penalty))(batch.stats._replace(entropy=entropy), batch.valid)
+    per_token = (out.metrics["bonus_per_token"] + out.metrics["penalty_per_token"]) * out.mask
+    torch.testing.assert_close(-gradient(out.loss, entropy) * batch.valid.sum(), per_token, rtol=1e-12, atol=0)
+
+
+def test_the_floor_has_no_ratio_before_it_is_set():
+    batch = make_batch(4, 60)
+    metrics = PAEC(CONFIG)(batch.stats, batch.valid).metrics
+    assert metrics["floor_ratio"].isnan()
+    assert metrics["penalty_active"] == 0
+
+
+def test_a_mask_that_passes_every_token_is_warned_of_once():
+    paec = PAEC(PAECConfig(tau_m=0.1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for threshold in (math.nan, 0.9, 0.31):
+            paec.warn_unless_selective(threshold)
+    with pytest.warns(UserWarning, match="not selective: .* q = 0.299 with tau_m = 0.1. Set a smaller tau_m") as found:
+        paec.warn_unless_selective(0.299)
+    assert [warning.filename for warning in found] == [__file__]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        paec.warn_unless_selective(0.1)
 
 
 # Micro-batches
@@ -197,7 +311,63 @@ def test_only_the_last_forward_of_a_step_is_committed():
     assert paec.anchor_sum == out.metrics["mean_entropy"].float()
 
 
+@pytest.mark.parametrize("make", [PAEC, PAECLoss])
+def test_the_anchor_of_rollout_batches_is_the_mean_of_all_their_steps(make):
+    config = dataclasses.replace(CONFIG, anchor_steps=2, anchor_unit="rollout_batch")
+    made = make(config, steps_per_batch=3)
+    paec = getattr(made, "paec", made)
+    means = []
+    for step in range(7):
+        batch = make_batch(2, 30, seed=step)
+        out = paec(batch.stats, batch.valid)
+        assert out.metrics["anchor"].isnan() == (step < 6)
+        means.append(out.metrics["mean_entropy"])
+        paec.step()
+    torch.testing.assert_close(out.metrics["anchor"], torch.stack(means[:6]).mean(), rtol=1e-6, atol=0)
+    state = paec.state_dict()
+    PAEC(config, steps_per_batch=3).load_state_dict(state)
+    with pytest.raises(RuntimeError, match=r"another PAECConfig \(anchor_steps: checkpoint 6, here 4\)"):
+        PAEC(config, steps_per_batch=2).load_state_dict(state)
+
+
+def test_steps_per_batch_matter_to_no_other_anchor():
+    state = PAEC(CONFIG, steps_per_batch=3).state_dict()
+    PAEC(CONFIG).load_state_dict(state)
+    assert PAEC(CONFIG, steps_per_batch=3).anchor_steps == CONFIG.anchor_steps
+
+
+# Checkpoints
+
+
+def test_a_checkpoint_without_later_fields_was_made_with_their_defaults():
+    state = anchored().state_dict()
+    old = {name: x for name, x in state["_extra_state"]["config"].items() if name not in ("penalty", "anchor_unit")}
+    assert len(old) == 12
+    state["_extra_state"] = {"config": old}
+    restored = PAEC(CONFIG)
+    restored.load_state_dict(state)
+    assert restored.anchor == ANCHOR
+    for change, here in (({"penalty": "relative"}, "penalty"), ({"anchor_unit": "rollout_batch"}, "anchor_unit")):
+        other = PAEC(dataclasses.replace(CONFIG, **change), steps_per_batch=1)
+        with pytest.raises(RuntimeError, match=f"another PAECConfig .{here}: checkpoint '.*', here '{change[here]}'"):
+            other.load_state_dict(state)
+        assert other.anchor_count == 0
+
+
 # Misuse
+
+
+@pytest.mark.parametrize(
+    ("steps", "error", "message"),
+    [
+        (None, ValueError, "steps_per_batch is None, but anchor_unit='rollout_batch' needs an int >= 1"),
+        (0, ValueError, "steps_per_batch must be >= 1, got 0"),
+        (2.0, TypeError, "steps_per_batch must be an int, got 2.0"),
+    ],
+)
+def test_steps_per_batch_are_needed_for_an_anchor_of_batches(steps, error, message):
+    with pytest.raises(error, match=message):
+        PAEC(dataclasses.replace(CONFIG, anchor_unit="rollout_batch"), steps_per_batch=steps)
 
 
 def test_forward_among_observed_micro_batches():

@@ -55,7 +55,14 @@ def test_value_out_of_range_names_field_value_and_expectation(name, value, expec
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("rho", "0.8"), ("beta", True), ("anchor_steps", 4.0), ("nucleus_norm", None), ("vocab_size", "many"), ("penalty", None)],
+    [
+        ("rho", "0.8"),
+        ("beta", True),
+        ("anchor_steps", 4.0),
+        ("nucleus_norm", None),
+        ("vocab_size", "many"),
+        ("penalty", None),
+    ],
 )
 def test_wrong_type_names_field_and_value(name, value):
     with pytest.raises(TypeError, match=f"PAECConfig.{name} must be .*{value!r}"):

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import math
+import warnings
 
 import pytest
 import torch
@@ -155,6 +156,7 @@ def test_every_algorithm_is_measured_alike(options):
         "selected_entropy": selected["mean_entropy"],
         "floor": 0.8 * 4.0,
         "anchor": 4.0,
+        **{name: selected[name] for name in ("threshold", "mean_mask", "mask_on_certain")},
     }
     assert {name: float(metrics[name]) for name in expected} == pytest.approx(
         {name: float(value) for name, value in expected.items()}, rel=1e-6
@@ -180,8 +182,26 @@ def test_without_a_monitor_the_loss_is_the_same(options):
     answers, alone = make_answers(), Algorithm(options, monitored=False)
     outcomes = [run_step(algorithm, [answers]) for algorithm in (alone, Algorithm(options))]
     assert torch.equal(outcomes[0].grads[0], outcomes[1].grads[0])
-    measured = {"nucleus_size", "selected_entropy", "floor", "anchor"} & outcomes[0].plan_metrics.keys()
-    assert len(measured) == (4 if type(options) in (PAECOptions, PAECNoPenaltyOptions) else 0)
+    measured = {"nucleus_size", "selected_entropy", "floor", "anchor", "threshold", "mean_mask", "mask_on_certain"}
+    measured &= outcomes[0].plan_metrics.keys()
+    assert len(measured) == (7 if type(options) in (PAECOptions, PAECNoPenaltyOptions) else 0)
+
+
+@each_algorithm
+def test_a_method_that_selects_by_a_mask_warns_where_it_does_not(options):
+    row = {"threshold": 0.1}  # < 3 * 0.05, of the options that select and of the monitor
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        Algorithm(options).warn_unless_selective(row)
+        Algorithm(options).warn_unless_selective(row | {"threshold": 0.2})
+    assert len(found) == (type(options) in (PAECOptions, PAECNoPenaltyOptions))
+
+
+def test_paec_counts_the_steps_of_a_rollout_batch():
+    options = PAECOptions(paec=PAECConfig(anchor_unit="rollout_batch", anchor_steps=2))
+    assert Algorithm(options, steps_per_batch=3).term.anchor_steps == 6
+    with pytest.raises(ValueError, match="steps_per_batch is None"):
+        Algorithm(options)
 
 
 def test_grpo_alone_pays_for_no_nucleus():

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,9 +19,10 @@ import torch
 import torch.distributed as dist
 
 from paec_kernels import reference
+from paec_kernels.losses.paec_config import PAECConfig
 from paec_kernels.saved_state import UnreadableFileError
 from paec_kernels.train import loop
-from paec_kernels.train.algorithms import ALGORITHMS
+from paec_kernels.train.algorithms import ALGORITHMS, PAECOptions
 from paec_kernels.train.config import TrainConfig
 from paec_kernels.train.models.warm_start import WarmStart
 from paec_kernels.train.out_folder import LOCK, FolderInUseError
@@ -104,6 +106,25 @@ def test_every_algorithm_trains(config, algo):
     assert all(0 < row["entropy"] < 4 and 0 < row["selected_entropy"] < 4 for row in rows)
     assert rows[0]["floor"] == 0
     assert rows[0]["anchor"] is None  # JSON has no NaN
+
+
+@pytest.mark.parametrize("algo", ["paec", "paec-no-mask", "grpo"])
+def test_a_mask_that_is_not_selective_is_warned_of_once(config, algo):
+    config = with_algo(replace(config, steps=2), algo)
+    if algo != "grpo":  # no score is above 1
+        config = replace(config, method=replace(config.method, paec=PAECConfig(tau_m=0.5)))
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        loop.train(config)
+    assert sum("not selective" in str(warning.message) for warning in found) == (algo == "paec")
+
+
+def test_an_anchor_of_rollout_batches_is_the_mean_over_them(config):
+    paec = PAECConfig(anchor_unit="rollout_batch", anchor_steps=2)
+    loop.train(replace(config, updates=2, steps=3, method=PAECOptions(paec=paec)))
+    rows = read_rows(config.out)
+    assert [row["anchor"] for row in rows[:2]] == [None, None]
+    assert rows[2]["anchor"] == pytest.approx((rows[0]["selected_entropy"] + rows[1]["selected_entropy"]) / 2)
 
 
 @pytest.mark.parametrize("algo", ["paec", "clip-cov", "aer"])

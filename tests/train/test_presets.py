@@ -1,11 +1,15 @@
 """The presets' tasks; for the paper's, small samples in the formats of its files stand for them."""
 
+import inspect
+import re
 import shutil
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("math_verify", reason="needs the training's packages: pip install 'paec-kernels[train]'")
+from paec_kernels.losses.paec_config import PAECConfig
 from paec_kernels.train import presets
 from paec_kernels.train.presets import PRESETS
 from paec_kernels.train.tasks.by_name import load_tasks
@@ -15,6 +19,14 @@ SAMPLES = Path(__file__).parents[1] / "data" / "math"
 
 def test_each_preset_knows_its_name() -> None:
     assert [config.preset for config in PRESETS.values()] == list(PRESETS)
+
+
+def test_the_papers_preset_names_every_constant() -> None:
+    """So that each has its source beside it."""
+    source = inspect.getsource(presets)
+    listed = source.partition("paec=PAECConfig(")[2].partition("\n        ),")[0]
+    names = re.findall(r"^ {12}(\w+)=.*  # \[(?:reported|ours)\]", listed, re.MULTILINE)
+    assert sorted(names) == sorted(field.name for field in fields(PAECConfig))
 
 
 def test_smollm2s_tasks_have_problems_enough() -> None:
