@@ -1,4 +1,4 @@
-"""The code of docs/in_your_trainer.md, run as it stands there."""
+"""The code of docs/in_your_trainer.md, run as it stands there, and the names in docs/diagnostics.md."""
 
 import copy
 import re
@@ -12,8 +12,10 @@ import torch
 from helpers import on_ranks
 
 import paec_kernels as pk
+from paec_kernels.losses.paec import Plan
 
-PAGE = Path(__file__).parents[1] / "docs" / "in_your_trainer.md"
+DOCS = Path(__file__).parents[1] / "docs"
+PAGE = DOCS / "in_your_trainer.md"
 B, L, V, D = 4, 12, 50, 8
 RANKS = 2
 STEPS = 2
@@ -155,3 +157,9 @@ def test_two_ranks_take_the_step_of_one_process_for_all(page, model, library: st
         assert found["tokens"] == sum(int(batch.valid.sum()) for batch in batches) / RANKS
         before, after = found["anchors"]
         assert before == after == pytest.approx(page["paec"].anchor_sum.item(), rel=1e-6)
+
+
+def test_the_table_of_diagnostics_has_what_the_plan_has():
+    rows = re.findall(r"^\| (`.*?) \|", (DOCS / "diagnostics.md").read_text(), re.MULTILINE)
+    named = set(re.findall(r"`(\w+)`", " ".join(rows)))
+    assert named == set(Plan._fields) - {"penalty", "mask_sum"}  # which the others are made of

@@ -263,6 +263,8 @@ def test_verls_actor_runs_from_verls_own_configuration(folder: Path) -> None:
     overrides = [
         "actor_rollout_ref.actor.policy_loss._target_=paec_kernels.integrations.verl.PAECPolicyLossConfig",
         "+actor_rollout_ref.actor.policy_loss.paec.beta=0.02",
+        "+actor_rollout_ref.actor.policy_loss.paec.anchor_unit=rollout_batch",
+        "+actor_rollout_ref.actor.policy_loss.steps_per_batch=2",
         # and what any run on this model, and on a CPU, needs
         f"actor_rollout_ref.model.path={folder}",
         "+actor_rollout_ref.model.load_tokenizer=false",
@@ -279,7 +281,8 @@ def test_verls_actor_runs_from_verls_own_configuration(folder: Path) -> None:
         config = hydra.compose("ppo_trainer", overrides)
     actor = ActorRolloutRefWorker(config.actor_rollout_ref, role="actor")
     actor.init_model()
-    assert actor.actor.paec.config == PAECConfig(beta=0.02)
+    assert actor.actor.paec.config == PAECConfig(beta=0.02, anchor_unit="rollout_batch")
+    assert actor.actor.paec.anchor_steps == 2 * PAECConfig().anchor_steps
     data = batch(sequences(8, seed=10), mini_batch_size=4, epochs=1, dataloader_kwargs={"shuffle": False})
     metrics = tu.get(actor.update_actor(data), "metrics")
     assert len(metrics["paec/threshold"]) == len(metrics["actor/pg_loss"]) == 2
