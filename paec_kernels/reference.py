@@ -169,7 +169,7 @@ def paec_loss(
     penalty is inactive; with no valid token the loss is 0.
 
     Returns:
-        loss (0-d, differentiable), mask ``[...]``, and metrics by the names of ``losses.paec.Plan``.
+        loss (0-d, differentiable), mask ``[...]``, and metrics by the names that ``losses.paec.Plan`` has for them.
     """
     with torch.no_grad():
         mask, threshold = soft_mask(position_score(stats, config), valid, config)
@@ -180,10 +180,9 @@ def paec_loss(
     unit = floor if config.penalty == "relative" else 1.0  # nats
     shortfall = 0.0 * mean_entropy
     if floor > 0 and bool(valid.any()):
-        shortfall = (floor / unit - mean_entropy / unit).clamp(min=0)
+        shortfall = (floor - mean_entropy).clamp(min=0) / unit
     penalty = shortfall.square()
     loss = -config.beta * mean_entropy + config.lam * penalty
-    ratio = mean_entropy / floor if floor > 0 and bool(valid.any()) else mean_entropy.new_full((), math.nan)
     n = valid.sum().to(mask.dtype)
     metrics = {
         "mean_entropy": mean_entropy,
@@ -192,7 +191,6 @@ def paec_loss(
         "mask_sum": mask_sum,
         "mean_mask": mask_sum / n,
         "mask_on_certain": torch.where(entropy < CERTAIN, mask, 0.0).sum() / mask_sum,
-        "floor_ratio": ratio,
         "penalty_active": (penalty > 0).to(mask.dtype),
         "bonus_per_token": config.beta * n / mask_sum,
         "penalty_per_token": 2 * config.lam * shortfall / (unit or 1.0) * n / mask_sum,
