@@ -6,7 +6,7 @@ summaries of its text, [ours] this package's documented choice.
 """
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -161,27 +161,47 @@ def soft_mask(score: Tensor, valid: Tensor, config) -> tuple[Tensor, Tensor]:
 
 
 def paec_loss(
-    stats: TokenStats, valid: Tensor, config, anchor: float | None = None
+    stats: TokenStats,
+    valid: Tensor,
+    config,
+    anchor: float | None = None,
+    anchor_stats: TokenStats | None = None,
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """L = -beta * H_bar + lam * max(0, floor - H_bar)^2 of the whole batch, floor = rho_min * anchor [reported].
 
     H_bar = sum(m * H) / sum(m). The relative penalty is max(0, 1 - H_bar / floor)^2 [ours]. Without an anchor the
     penalty is inactive; with no valid token the loss is 0.
 
+    With another ``config.anchored`` than "mean" the scores are of ``anchor_stats``, the anchor policy's on the same
+    tokens [ours]. With "positions" the penalty is sum(m * max(0, rho_min * H_anchor - H)^2) / sum(m), position by position,
+    H_anchor the anchor policy's entropy, and the anchor that the floor is made of is sum(m * H_anchor) / sum(m) [ours].
+
     Returns:
         loss (0-d, differentiable), mask ``[...]``, and metrics by the names that ``losses.paec.Plan`` has for them.
     """
     with torch.no_grad():
-        mask, threshold = soft_mask(position_score(stats, config), valid, config)
+        scored = stats if config.anchored == "mean" else cast(TokenStats, anchor_stats)
+        mask, threshold = soft_mask(position_score(scored, config), valid, config)
     entropy = stats.entropy if config.entropy_support == "full" else stats.nucleus_entropy
     mask_sum = mask.sum()
-    mean_entropy = torch.where(valid, mask * entropy, 0.0).sum() / mask_sum.clamp(min=torch.finfo(mask.dtype).tiny)
+
+    def masked_mean(x: Tensor) -> Tensor:
+        return torch.where(valid, mask * x, 0.0).sum() / mask_sum.clamp(min=torch.finfo(mask.dtype).tiny)
+
+    mean_entropy = masked_mean(entropy)
     floor = 0.0 if anchor is None else config.rho_min * anchor
     unit = floor if config.penalty == "relative" else 1.0  # nats
     shortfall = 0.0 * mean_entropy
     if floor > 0 and bool(valid.any()):
         shortfall = (floor - mean_entropy).clamp(min=0) / unit
     penalty = shortfall.square()
+    active = (penalty > 0).to(mask.dtype)
+    if config.anchored == "positions":
+        anchor_entropy = scored.entropy if config.entropy_support == "full" else scored.nucleus_entropy
+        shortfalls = (config.rho_min * anchor_entropy.detach() - entropy).clamp(min=0)
+        shortfall, penalty, active = map(
+            masked_mean, (shortfalls, shortfalls.square(), (shortfalls > 0).to(mask.dtype))
+        )
     loss = -config.beta * mean_entropy + config.lam * penalty
     n = valid.sum().to(mask.dtype)
     metrics = {
@@ -191,7 +211,7 @@ def paec_loss(
         "mask_sum": mask_sum,
         "mean_mask": mask_sum / n,
         "mask_on_certain": torch.where(entropy < CERTAIN, mask, 0.0).sum() / mask_sum,
-        "penalty_active": (penalty > 0).to(mask.dtype),
+        "penalty_active": active,
         "bonus_per_token": config.beta * n / mask_sum,
         "penalty_per_token": 2 * config.lam * shortfall / (unit or 1.0) * n / mask_sum,
     }

@@ -15,7 +15,7 @@ import torch
 
 ABSENT = "absent"
 # Fields that configs have got since, with what every checkpoint without them was made with.
-ADDED = {"penalty": "absolute", "anchor_unit": "optimiser_step"}
+ADDED = {"penalty": "absolute", "anchor_unit": "optimiser_step", "anchored": "mean"}
 PARTIAL = ".partial"
 OLD = ".old"
 # What `_beside` names.

@@ -74,17 +74,19 @@ class EntropyTerm(nn.Module):
         return torch.where(is_set, self.anchor_sum / self.anchor_steps, math.nan)
 
     @torch.no_grad()
-    def observe(self, stats: TokenStats, valid: Tensor) -> None:
+    def observe(self, stats: TokenStats, valid: Tensor, *, anchor_stats: TokenStats | None = None) -> None:
         """Keep what the plan needs of a micro-batch; no graph.
 
         Args:
             stats: float32 (or the reference's float64) statistics ``[...]``.
             valid: bool ``[...]``, True at response tokens.
+            anchor_stats: those of the same tokens by the anchor policy, which PAEC with another ``anchored`` than
+                ``"mean"`` needs; otherwise unused.
         Raises:
             TypeError, ValueError: statistics or ``valid`` of another type, dtype, shape or device.
         """
         check_stats(stats, valid)
-        observation = self._observation(stats, valid)
+        observation = self._observation(stats, valid, anchor_stats)
         if self.anchor_sum.device != valid.device:
             self.to(valid.device)
         self._observed.append(observation)
@@ -110,7 +112,15 @@ class EntropyTerm(nn.Module):
         self._planned = True
         return plan
 
-    def term(self, stats: TokenStats, valid: Tensor, plan: Any, accuracy: Tensor | None = None) -> Tensor:
+    def term(
+        self,
+        stats: TokenStats,
+        valid: Tensor,
+        plan: Any,
+        accuracy: Tensor | None = None,
+        *,
+        anchor_stats: TokenStats | None = None,
+    ) -> Tensor:
         """Return this micro-batch's share of the loss, 0-d.
 
         Args:
@@ -118,6 +128,7 @@ class EntropyTerm(nn.Module):
             plan: what ``plan`` returned for this optimiser step.
             accuracy: floating ``[B, 1]``, the share of right answers in the group of each answer, in [0, 1]; used by
                 AER alone.
+            anchor_stats: as in ``observe``.
         Raises:
             TypeError, ValueError: as ``observe``, and for another plan.
         """
@@ -133,7 +144,7 @@ class EntropyTerm(nn.Module):
                     f"plan.{name} must be 0-d and on the device of valid, {valid.device}, "
                     f"got shape {tuple(value.shape)} on {value.device}"
                 )
-        return self._term(stats, valid, plan, accuracy)
+        return self._term(stats, valid, plan, accuracy, anchor_stats)
 
     @torch.no_grad()
     def step(self) -> None:
@@ -149,16 +160,23 @@ class EntropyTerm(nn.Module):
         self.anchor_sum += torch.where(taken, self.last_mean_entropy, 0.0)
         self.anchor_count += taken
 
-    def _observation(self, stats: TokenStats, valid: Tensor) -> Tensor:
-        """Return what ``_plan`` needs of the micro-batch, whose tensors were checked."""
+    def _observation(self, stats: TokenStats, valid: Tensor, anchor_stats: TokenStats | None) -> Tensor:
+        """Return what ``_plan`` needs of the micro-batch, whose tensors were checked except ``anchor_stats``."""
         raise NotImplementedError
 
     def _plan(self, observed: list[Tensor]) -> tuple[Any, Tensor]:
         """Return the plan, and the step's mean entropy, NaN where it has no token."""
         raise NotImplementedError
 
-    def _term(self, stats: TokenStats, valid: Tensor, plan: Any, accuracy: Tensor | None) -> Tensor:
-        """Return what ``term`` does, of arguments that were checked except ``accuracy``."""
+    def _term(
+        self,
+        stats: TokenStats,
+        valid: Tensor,
+        plan: Any,
+        accuracy: Tensor | None,
+        anchor_stats: TokenStats | None,
+    ) -> Tensor:
+        """Return what ``term`` does, of arguments that were checked except ``accuracy`` and ``anchor_stats``."""
         raise NotImplementedError
 
     def _apply(self, fn, recurse=True):
@@ -199,22 +217,24 @@ class EntropyTerm(nn.Module):
         refuse_other_config(extra["config"], self.get_extra_state()["config"], what)
 
 
-def check_stats(stats: TokenStats, valid: Tensor) -> None:
+def check_stats(stats: TokenStats, valid: Tensor, what: str = "stats") -> None:
     """Refuse statistics that do not fit together, and a mask that does not fit them.
 
+    Args:
+        what: the argument's name.
     Raises:
         TypeError, ValueError: the argument that does not fit is named, with its value and what was expected.
     """
     if not isinstance(stats, TokenStats):
-        raise TypeError(f"stats must be a TokenStats, got {type(stats).__name__}")
-    checks.tensor("stats.entropy", stats.entropy)
-    like = ("stats.entropy", stats.entropy)
+        raise TypeError(f"{what} must be a TokenStats, got {type(stats).__name__}")
+    checks.tensor(f"{what}.entropy", stats.entropy)
+    like = (f"{what}.entropy", stats.entropy)
     for name in ("entropy", "nucleus_entropy", "margin"):
         value = getattr(stats, name)
-        checks.tensor(f"stats.{name}", value, like=like)
+        checks.tensor(f"{what}.{name}", value, like=like)
         if value.dtype not in (torch.float32, torch.float64):
-            raise TypeError(f"stats.{name} must be float32 or float64, got {value.dtype}")
-    checks.tensor("stats.nucleus_size", stats.nucleus_size, like=like)
+            raise TypeError(f"{what}.{name} must be float32 or float64, got {value.dtype}")
+    checks.tensor(f"{what}.nucleus_size", stats.nucleus_size, like=like)
     if stats.nucleus_size.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"stats.nucleus_size must be int32 or int64, got {stats.nucleus_size.dtype}")
+        raise TypeError(f"{what}.nucleus_size must be int32 or int64, got {stats.nucleus_size.dtype}")
     checks.tensor("valid", valid, kind="bool", like=like)

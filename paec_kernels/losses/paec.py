@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from paec_kernels import checks
-from paec_kernels.losses.entropy_term import EntropyTerm
+from paec_kernels.losses.entropy_term import EntropyTerm, check_stats
 from paec_kernels.losses.mask import INVALID, penalty_coefficients, position_score, soft_mask
 from paec_kernels.losses.paec_config import PAECConfig
 from paec_kernels.losses.quantile import as_fraction, quantile
@@ -105,13 +105,14 @@ class PAEC(EntropyTerm):
         self.steps_per_batch = steps_per_batch
         self.anchor_steps = config.anchor_steps * _steps_in_unit(config, steps_per_batch)
         self._rho = as_fraction(config.rho)
+        self._of_positions = config.anchored == "positions"
         self._warned = False
 
-    def forward(self, stats: TokenStats, valid: Tensor) -> PAECOutput:
+    def forward(self, stats: TokenStats, valid: Tensor, *, anchor_stats: TokenStats | None = None) -> PAECOutput:
         """Take the whole optimiser step of this rank at once.
 
         Args:
-            stats, valid: as in ``observe``.
+            stats, valid, anchor_stats: as in ``observe``.
         Raises:
             TypeError, ValueError: as ``observe``.
             RuntimeError: observed micro-batches still await ``plan``.
@@ -121,15 +122,15 @@ class PAEC(EntropyTerm):
                 f"forward() is a whole optimiser step, but {len(self._observed)} observed micro-batches "
                 "await plan(); use either forward() or observe(), plan() and term()"
             )
-        self.observe(stats, valid)
+        self.observe(stats, valid, anchor_stats=anchor_stats)
         plan = self.plan()
-        loss, mask = self._loss_and_mask(stats, valid, plan)
+        loss, mask = self._loss_and_mask(stats, valid, plan, anchor_stats)
         return PAECOutput(loss, mask, plan._asdict())
 
     @torch.no_grad()
-    def mask(self, stats: TokenStats, valid: Tensor, plan: Plan) -> Tensor:
+    def mask(self, stats: TokenStats, valid: Tensor, plan: Plan, *, anchor_stats: TokenStats | None = None) -> Tensor:
         """Return the soft mask of a micro-batch under the step's plan, ``[...]`` as ``valid``, 0 where it is False."""
-        score = position_score(stats, valid, self.config, self.backend)
+        score = self._score(stats, valid, anchor_stats)
         mask, _ = soft_mask(score, self._entropy(stats), plan.threshold, self.config.tau_m, self.backend)
         return mask.view(valid.shape)
 
@@ -154,25 +155,43 @@ class PAEC(EntropyTerm):
         # The anchor is the mean of so many optimiser steps, and that also depends on how many are a batch.
         return {"config": asdict(self.config) | {"anchor_steps": self.anchor_steps}}
 
-    def _observation(self, stats: TokenStats, valid: Tensor) -> Tensor:
-        """Return the scores and entropies, ``[2, N]``."""
-        return torch.stack([position_score(stats, valid, self.config, self.backend), self._entropy(stats)])
+    def _observation(self, stats: TokenStats, valid: Tensor, anchor_stats: TokenStats | None) -> Tensor:
+        """Return the scores and entropies, ``[2, N]``; with floors of positions the anchor policy's too, ``[3, N]``."""
+        columns = [self._score(stats, valid, anchor_stats), self._entropy(stats)]
+        if self._of_positions:
+            assert anchor_stats is not None  # by _score
+            columns.append(self._entropy(anchor_stats))
+        return torch.stack(columns)
 
     def _plan(self, observed: list[Tensor]) -> tuple[Plan, Tensor]:
         """Gather the observed numbers of all ranks, on which every rank then computes the same."""
-        score, entropy = gather_columns(
-            torch.cat(observed, dim=1) if observed else self.anchor_sum.new_empty(2, 0), self.process_group
+        score, entropy, *anchor_entropy = gather_columns(
+            torch.cat(observed, dim=1) if observed else self.anchor_sum.new_empty(2 + self._of_positions, 0),
+            self.process_group,
         )
         threshold = quantile(score, self._rho)
         mask, (mask_sum, masked_entropy) = soft_mask(score, entropy, threshold, self.config.tau_m, self.backend)
         n_valid = (score != INVALID).sum().to(score.dtype)
         empty = mask_sum == 0
         mean_entropy = torch.where(empty, 0.0, masked_entropy / mask_sum)
-        anchor = self.anchor.to(score)
+
+        def masked_mean(x: Tensor) -> Tensor:
+            return torch.where(empty, 0.0, torch.where(mask == 0, 0.0, mask * x).sum() / mask_sum)
+
+        if self._of_positions:
+            anchor = torch.where(empty, torch.nan, masked_mean(anchor_entropy[0]))
+            shortfalls = (self.config.rho_min * anchor_entropy[0] - entropy).clamp(min=0)
+            shortfall, unit = masked_mean(shortfalls), torch.ones_like(mask_sum)
+            penalty = masked_mean(shortfalls.square())
+            active = masked_mean((shortfalls > 0).to(entropy))
+        else:
+            anchor = self.anchor.to(score)
         floor = torch.where(anchor.isnan(), 0.0, self.config.rho_min * anchor)
+        if not self._of_positions:
+            shortfall, unit = self._shortfall(mean_entropy, floor)
+            penalty = torch.where(empty, 0.0, shortfall.square())
+            active = (penalty > 0).to(penalty)
         known_mean = torch.where(empty, torch.nan, mean_entropy)
-        shortfall, unit = self._shortfall(mean_entropy, floor)
-        penalty = torch.where(empty, 0.0, shortfall.square())
         plan = Plan(
             mean_entropy,
             floor,
@@ -183,30 +202,57 @@ class PAEC(EntropyTerm):
             mean_mask=mask_sum / n_valid,
             mask_on_certain=torch.where(entropy < CERTAIN, mask, 0.0).sum() / mask_sum,
             floor_ratio=torch.where(floor == 0, torch.nan, known_mean / floor),
-            penalty_active=(penalty > 0).to(penalty),
+            penalty_active=active,
             bonus_per_token=self.config.beta * n_valid / mask_sum,
             penalty_per_token=2 * self.config.lam * shortfall / unit * n_valid / mask_sum,
         )
         return plan, known_mean
 
-    def _term(self, stats: TokenStats, valid: Tensor, plan: Plan, accuracy: Tensor | None) -> Tensor:
-        return self._loss_and_mask(stats, valid, plan)[0]
+    def _term(
+        self,
+        stats: TokenStats,
+        valid: Tensor,
+        plan: Plan,
+        accuracy: Tensor | None,
+        anchor_stats: TokenStats | None,
+    ) -> Tensor:
+        return self._loss_and_mask(stats, valid, plan, anchor_stats)[0]
 
-    def _loss_and_mask(self, stats: TokenStats, valid: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
+    def _loss_and_mask(
+        self, stats: TokenStats, valid: Tensor, plan: Plan, anchor_stats: TokenStats | None
+    ) -> tuple[Tensor, Tensor]:
         entropy = self._entropy(stats)
-        score = position_score(stats, valid, self.config, self.backend)
+        score = self._score(stats, valid, anchor_stats)
         mask, (mask_sum, _) = soft_mask(score, entropy, plan.threshold, self.config.tau_m, self.backend)
+        entropy = torch.where(valid.reshape(-1), entropy, 0.0)
+        world = world_size(self.process_group)  # as ranks are averaged
+        if self._of_positions:
+            # L = sum_t m_t (-beta H_t + lam d_t^2) / sum(m),  d_t = max(0, rho_min H_t of the anchor policy - H_t)
+            assert anchor_stats is not None  # by _score
+            floors = torch.where(valid.reshape(-1), self.config.rho_min * self._entropy(anchor_stats).detach(), 0.0)
+            each = self.config.lam * (floors - entropy).clamp(min=0).square() - self.config.beta * entropy
+            return world * (torch.where(mask == 0, 0.0, mask / plan.mask_sum) * each).sum(), mask.view(valid.shape)
         # L is not a sum over tokens, but its tangent at the plan's H_bar is, and equals it there:
         #   L = sum_t m_t / sum(m) * (g H_t + L - g H_bar) = sum_t b_t H_t + (L - g H_bar) sum_t m_t / sum(m)
         #   g = -beta - 2 lam d / u,  L - g H_bar = lam d (floor + H_bar) / u,  d = max(0, floor - H_bar) / u
-        # Times W, as ranks are averaged.
         shortfall, unit = self._shortfall(plan.mean_entropy, plan.floor)
         slope = -self.config.beta - 2 * self.config.lam * shortfall / unit
         offset = self.config.lam * shortfall * (plan.floor + plan.mean_entropy) / unit
         coefficient = penalty_coefficients(mask, plan.mask_sum, slope, self.backend)
         share = torch.where(mask_sum == 0, 0.0, mask_sum / plan.mask_sum)
-        tangent = (coefficient * torch.where(valid.reshape(-1), entropy, 0.0)).sum() + offset * share
-        return world_size(self.process_group) * tangent, mask.view(valid.shape)
+        return world * ((coefficient * entropy).sum() + offset * share), mask.view(valid.shape)
+
+    def _score(self, stats: TokenStats, valid: Tensor, anchor_stats: TokenStats | None) -> Tensor:
+        """Return the scores by which positions are selected, flat ``[N]``: of the policy or of the anchor policy."""
+        if self.config.anchored == "mean":
+            return position_score(stats, valid, self.config, self.backend)
+        if anchor_stats is None:
+            raise ValueError(
+                f"anchor_stats is None, but anchored={self.config.anchored!r} needs the anchor policy's statistics of "
+                "the same tokens"
+            )
+        check_stats(anchor_stats, valid, "anchor_stats")
+        return position_score(anchor_stats, valid, self.config, self.backend)
 
     def _shortfall(self, mean_entropy: Tensor, floor: Tensor) -> tuple[Tensor, Tensor]:
         """Return d = max(0, floor - H_bar) / u, whose square is the penalty, and u in nats: 1, or relative, the floor.

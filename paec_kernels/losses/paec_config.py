@@ -7,6 +7,7 @@ from paec_kernels import checks
 NUCLEUS_NORMS = ("log_size", "log_vocab", "none")
 ENTROPY_SUPPORTS = ("full", "nucleus")
 PENALTIES = ("absolute", "relative")
+ANCHORED = ("mean", "scores", "positions")
 ANCHOR_UNITS = ("optimiser_step", "rollout_batch")
 
 
@@ -37,6 +38,11 @@ class PAECConfig:
             entropy; the relative one makes one lam serve all models, and is none where the floor is 0.
         rho_min: the entropy floor as a fraction of the anchor, >= 0. The floor is [reported], the value
             [ours].
+        anchored: what the anchor is [ours beyond the first]. ``"mean"``: a number, the masked mean entropy of the first
+            steps [reported]. ``"scores"``: the position scores, too, are those of an anchor policy, such as a frozen
+            copy of the initial one or the reference of a KL term, so that a fork whose entropy has collapsed stays
+            selected. ``"positions"``: moreover each position has a floor of its own, rho_min times the anchor policy's
+            entropy there, so that harmless choices cannot make up for a collapsed fork; ``anchor_steps`` is unused.
         anchor_steps: steps whose masked mean entropy is averaged into the anchor, >= 1. [reported]
         anchor_unit: what these steps are: ``"optimiser_step"``, or ``"rollout_batch"``, all optimiser steps that the
             trainer takes on a batch of rollouts. "Step" can be read either way, hence [ours].
@@ -63,6 +69,7 @@ class PAECConfig:
     vocab_size: int | None = None
     penalty: str = "absolute"
     anchor_unit: str = "optimiser_step"
+    anchored: str = "mean"
 
     def __post_init__(self) -> None:
         checks.number_field(self, "top_p", above=0, most=1)
@@ -77,6 +84,10 @@ class PAECConfig:
         checks.one_of("PAECConfig.entropy_support", self.entropy_support, ENTROPY_SUPPORTS)
         checks.one_of("PAECConfig.penalty", self.penalty, PENALTIES)
         checks.one_of("PAECConfig.anchor_unit", self.anchor_unit, ANCHOR_UNITS)
+        checks.one_of("PAECConfig.anchored", self.anchored, ANCHORED)
+        if self.anchored == "positions" and self.penalty == "relative":
+            # A position where the anchor policy is certain has a floor near 0, of which any shortfall is all.
+            raise ValueError("PAECConfig.penalty must be 'absolute' with anchored='positions', got 'relative'")
         if self.vocab_size is not None:
             checks.integer_field(self, "vocab_size", least=2)
         elif self.nucleus_norm == "log_vocab":

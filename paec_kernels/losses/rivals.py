@@ -39,7 +39,7 @@ class MeanEntropyTerm(EntropyTerm):
     def __init__(self, config: Any = None, process_group: dist.ProcessGroup | None = None) -> None:
         super().__init__(self.CONFIG() if config is None else config, process_group)
 
-    def _observation(self, stats: TokenStats, valid: Tensor) -> Tensor:
+    def _observation(self, stats: TokenStats, valid: Tensor, anchor_stats: TokenStats | None) -> Tensor:
         return torch.stack(self._sum_and_count(stats, valid))
 
     def _plan(self, observed: list[Tensor]) -> tuple[EntropyPlan, Tensor]:
@@ -50,7 +50,14 @@ class MeanEntropyTerm(EntropyTerm):
         plan = EntropyPlan(mean, items, *(x.to(mean) for x in self._coefficient_and_target(mean)))
         return plan, torch.where(items == 0, torch.nan, mean)
 
-    def _term(self, stats: TokenStats, valid: Tensor, plan: EntropyPlan, accuracy: Tensor | None) -> Tensor:
+    def _term(
+        self,
+        stats: TokenStats,
+        valid: Tensor,
+        plan: EntropyPlan,
+        accuracy: Tensor | None,
+        anchor_stats: TokenStats | None,
+    ) -> Tensor:
         return self._weighted_sum(stats, valid, plan, accuracy) / (plan.items + (plan.items == 0))
 
     def _sum_and_count(self, stats: TokenStats, valid: Tensor) -> tuple[Tensor, Tensor]:

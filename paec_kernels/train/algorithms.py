@@ -64,6 +64,7 @@ class MicroBatch(NamedTuple):
     accuracy: Tensor  # [B, 1], the mean reward of the answer's group, in [0, 1]
     stats: TokenStats  # [B, T], of the current weights, at the algorithm's top_p
     old_logp: Tensor  # [B, T], of the sampling policy
+    anchor_stats: TokenStats | None = None  # [B, T], of the anchor policy, where the algorithm needs them
     selected: Tensor | None = None  # bool [B, T], the tokens that the policy loss treats apart; filled in by `plan`
 
     @property
@@ -312,6 +313,11 @@ class Algorithm(nn.Module):
         self.monitor = PAEC(PAECConfig()) if monitored and not self.measures_itself else None
 
     @property
+    def needs_anchor_policy(self) -> bool:
+        """Whether micro-batches must come with ``anchor_stats``."""
+        return isinstance(self.term, PAEC) and self.term.config.anchored != "mean"
+
+    @property
     def top_p(self) -> float:
         """The nucleus mass that ``token_stats`` must be called with: the entropy term's, else the monitor's."""
         configs = [module.config for module in self._entropy_modules().values()]
@@ -337,7 +343,7 @@ class Algorithm(nn.Module):
         seed = checks.integer("seed", seed)
         for batch in micro_batches:
             if self.term is not None:
-                self.term.observe(batch.stats, self.options.where(batch))
+                self.term.observe(batch.stats, self.options.where(batch), anchor_stats=batch.anchor_stats)
             if self.monitor is not None:
                 self.monitor.observe(batch.stats, batch.valid)
         term = None if self.term is None else self.term.plan()
@@ -376,7 +382,7 @@ class Algorithm(nn.Module):
             if measured is not None:
                 paec = self.term if self.measures_itself else self.monitor
                 assert isinstance(paec, PAEC)
-                mask = paec.mask(batch.stats, batch.valid, measured)
+                mask = paec.mask(batch.stats, batch.valid, measured, anchor_stats=batch.anchor_stats)
             assert batch.rollout.roles is not None
             of_role = [batch.valid & (batch.rollout.roles == role) for role in range(len(ROLES))]
             values = (batch.stats.entropy, mask, torch.ones_like(mask))
@@ -404,7 +410,13 @@ class Algorithm(nn.Module):
         metrics = {name: share * mean for name, mean in metrics.items() if name != "ratio_max"}
         metrics |= {"policy_loss": loss.detach(), "entropy_loss": torch.zeros_like(loss)}
         if self.term is not None:
-            term = self.term.term(batch.stats, self.options.where(batch), plan.term, batch.accuracy)
+            term = self.term.term(
+                batch.stats,
+                self.options.where(batch),
+                plan.term,
+                batch.accuracy,
+                anchor_stats=batch.anchor_stats,
+            )
             metrics["entropy_loss"] = term.detach()
             loss = loss + term
         return loss, metrics

@@ -12,6 +12,7 @@ Whatever is random depends on the seed, the step and the prompt's place alone, s
 state: it holds parameters, optimiser, anchor and step, and a run is nothing else.
 """
 
+import copy
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -60,6 +61,7 @@ class Run:
     model: nn.Module  # policy.module, wrapped where there is more than one process
     optimizer: torch.optim.Optimizer
     algorithm: Algorithm
+    anchor_policy: Policy | None = None  # the policy as it was at the start, where the algorithm needs it
     steps_done: int = 0
 
     def state_dict(self) -> dict[str, Any]:
@@ -77,26 +79,27 @@ class Run:
         self.algorithm.load_state_dict(state["algorithm"])
         self.steps_done = integer("steps_done", state["steps_done"], least=0)
 
-    def statistics(self, model: nn.Module, rollout: Rollout) -> pk.TokenStats:
-        """Return the statistics of the answers' tokens, [B, T], under the current weights."""
+    def statistics(self, model: nn.Module, head: Tensor, rollout: Rollout) -> pk.TokenStats:
+        """Return the statistics of the answers' tokens, [B, T], under a model's weights and its head."""
         options: dict[str, Any] = {
             "token_ids": rollout.token_ids,
             "valid": rollout.valid,
             "top_p": self.algorithm.top_p,
             "temperature": self.config.temperature,
         }
-        device = self.policy.head.device
+        device = head.device
         dtype = autocast_dtype(self.config.precision, device)
         with torch.autocast(device.type, dtype, enabled=dtype is not None):
             hidden = model(rollout.sequences, rollout.attention_mask, rollout.prompt_length)
             if self.config.operator == "linear":
-                return pk.linear_token_stats(hidden, self.policy.head, **options)
-            return pk.token_stats(hidden @ self.policy.head.T, inplace_backward=True, **options)
+                return pk.linear_token_stats(hidden, head, **options)
+            return pk.token_stats(hidden @ head.T, inplace_backward=True, **options)
 
     @torch.no_grad()
-    def look(self, rollout: Rollout) -> pk.TokenStats:
-        """Return the statistics without gradient, on this rank alone."""
-        return self.statistics(self.policy.module, rollout)
+    def look(self, rollout: Rollout, policy: Policy | None = None) -> pk.TokenStats:
+        """Return the statistics without gradient, on this rank alone; of another policy if one is given."""
+        policy = policy or self.policy
+        return self.statistics(policy.module, policy.head, rollout)
 
 
 def train(
@@ -171,11 +174,12 @@ def _train(
 
 
 def new_run(config: TrainConfig, policy: Policy) -> Run:
-    """Make a run at its start; nothing is read from disk or written to it."""
+    """Make a run at its start; its anchor policy is ``policy`` as it is. Nothing is read from disk or written to it."""
     model = DistributedDataParallel(policy.module) if world_size() > 1 else policy.module
     optimizer = torch.optim.AdamW(policy.module.parameters(), config.learning_rate, weight_decay=config.weight_decay)
     algorithm = Algorithm(config.method, steps_per_batch=config.updates).to(policy.head.device)
-    return Run(config, policy, model, optimizer, algorithm)
+    anchor_policy = copy.deepcopy(policy) if algorithm.needs_anchor_policy else None
+    return Run(config, policy, model, optimizer, algorithm, anchor_policy)
 
 
 def train_step(run: Run, tasks: Sequence[Task], rank: int, world: int) -> Row:
@@ -264,7 +268,8 @@ def split(run: Run, rollout: Rollout, rewards: Tensor) -> list[list[MicroBatch]]
         for rows in by_length.split(run.config.micro_batch):
             part = rollout.rows(rows)
             stats = run.look(part)
-            micro_batches.append(MicroBatch(part, advantages[rows], accuracy[rows], stats, old_logp=stats.logp))
+            anchor = None if run.anchor_policy is None else run.look(part, run.anchor_policy)
+            micro_batches.append(MicroBatch(part, advantages[rows], accuracy[rows], stats, stats.logp, anchor))
         updates.append(micro_batches)
     return updates
 
@@ -287,7 +292,7 @@ def optimiser_step(run: Run, micro_batches: Sequence[MicroBatch], seed: int) -> 
     shares: list[dict[str, Tensor]] = []
     for batch in micro_batches:
         with _gradients_stay_local(run.model, len(shares) + 1 < len(micro_batches)):
-            stats = run.statistics(run.model, batch.rollout)
+            stats = run.statistics(run.model, run.policy.head, batch.rollout)
             loss, metrics = run.algorithm.loss(batch._replace(stats=stats), plan)
             loss.backward()
         shares.append(metrics)
