@@ -173,8 +173,8 @@ def paec_loss(
     penalty is inactive; with no valid token the loss is 0.
 
     With another ``config.anchored`` than "mean" the scores are of ``anchor_stats``, the anchor policy's on the same
-    tokens [ours]. With "positions" the penalty is sum(m * max(0, rho_min * H_anchor - H)^2) / sum(m), position by position,
-    H_anchor the anchor policy's entropy, and the anchor that the floor is made of is sum(m * H_anchor) / sum(m) [ours].
+    tokens [ours]. With "positions" each position has a floor of its own, the penalty being
+    sum(m * max(0, rho_min * H_anchor - H)^2) / sum(m), H_anchor the anchor policy's entropy there [ours].
 
     Returns:
         loss (0-d, differentiable), mask ``[...]``, and metrics by the names that ``losses.paec.Plan`` has for them.

@@ -199,6 +199,7 @@ def train_step(run: Run, tasks: Sequence[Task], rank: int, world: int) -> Row:
     lengths = rollout.valid.sum(1).float()
     sampled = {
         "reward": rewards.mean(),
+        "mostly_right": (rewards.mean(1) > 0.5).float().mean(),  # the share of prompts that a majority vote gets right
         "mixed_groups": (rewards != rewards[:, :1]).any(1).float().mean(),  # the share of prompts with an advantage
         "response_length": lengths.mean(),
         "truncated": (lengths == config.max_new_tokens).float().mean(),

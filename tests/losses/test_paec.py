@@ -341,15 +341,16 @@ def test_steps_per_batch_matter_to_no_other_anchor():
 
 def test_a_checkpoint_without_later_fields_was_made_with_their_defaults():
     state = anchored().state_dict()
-    old = {name: x for name, x in state["_extra_state"]["config"].items() if name not in ("penalty", "anchor_unit")}
+    later = ("penalty", "anchor_unit", "anchored")
+    old = {name: x for name, x in state["_extra_state"]["config"].items() if name not in later}
     assert len(old) == 12
     state["_extra_state"] = {"config": old}
     restored = PAEC(CONFIG)
     restored.load_state_dict(state)
     assert restored.anchor == ANCHOR
-    for change, here in (({"penalty": "relative"}, "penalty"), ({"anchor_unit": "rollout_batch"}, "anchor_unit")):
-        other = PAEC(dataclasses.replace(CONFIG, **change), steps_per_batch=1)
-        with pytest.raises(RuntimeError, match=f"another PAECConfig .{here}: checkpoint '.*', here '{change[here]}'"):
+    for here, value in zip(later, ("relative", "rollout_batch", "scores"), strict=True):
+        other = PAEC(dataclasses.replace(CONFIG, **{here: value}), steps_per_batch=1)
+        with pytest.raises(RuntimeError, match=f"another PAECConfig .{here}: checkpoint '.*', here '{value}'"):
             other.load_state_dict(state)
         assert other.anchor_count == 0
 

@@ -8,7 +8,7 @@ of the time, whatever the problem needs. Half of the problems need the common on
 
     family   prompt            answer                            forks
     chain    x30521426351:     xc3421..xc..=35.                  2, in the middle: the operation of a running value
-    scan     y4150326143:      yb3164..=2.                       1, at the start: the order in which digits are read
+    scan     y41503261:        yb1162..=2.                       1, at the start: the order in which digits are read
     carry    n41302+21043:     p314..c.. =...                    5, all along: whether a column of a sum has a carry in
 
 ``chain+``, ``scan+`` and ``carry+`` are the same with harmless choices, of which the solutions make all alike: a word
@@ -94,7 +94,7 @@ def chain(prompt: str, routes: Sequence[str], pen: Pen) -> None:
         pen.step(end)
 
 
-SCAN_STEPS = 10
+SCAN_STEPS = 8
 SCAN: dict[str, Callable[[str], str]] = {
     "a": lambda digits: digits,
     "b": lambda digits: digits[::-1],

@@ -44,9 +44,9 @@ def chain_by_hand(prompt: str) -> str:
 
 
 def scan_by_hand(prompt: str) -> str:
-    digits = prompt[1:11]
-    order = {"e": "0123456789", "x": "9876543210", "y": "0246813579", "z": "5678901234"}[prompt[0]]
-    return str(sum(int(digits[int(i)]) * 3 ** (9 - n) for n, i in enumerate(order)) % MODULUS)
+    digits = prompt[1:9]
+    order = {"e": "01234567", "x": "76543210", "y": "02461357", "z": "45670123"}[prompt[0]]
+    return str(sum(int(digits[int(i)]) * 3 ** (7 - n) for n, i in enumerate(order)) % MODULUS)
 
 
 def carry_by_hand(prompt: str) -> str:
