@@ -107,6 +107,34 @@ def test_compare(tmp_path, cache, capsys):
     assert (tmp_path / "again" / "comparison.csv").read_bytes() == tables
 
 
+def test_compare_arms_with_options_from_several_starts(tmp_path, cache):
+    options = [f"--train.{option[2:]}" if option.startswith("--") else option for option in TINY]
+    command = [
+        "compare",
+        "--out",
+        tmp_path,
+        "--seeds",
+        3,
+        "--first-seed",
+        7,
+        "--warm-starts",
+        2,
+        "--train.cache",
+        cache,
+    ]
+    arm = "paec,paec.lam=5,paec.penalty=relative,clip_low=0.1"
+    assert paec(*command, *options, "--arms", "grpo", arm) == 0
+    runs = {path.relative_to(tmp_path / "runs"): json.loads(path.read_text()) for path in tmp_path.rglob("config.json")}
+    assert {str(path.parent) for path in runs} == {f"{name}/{seed}" for name in ("grpo", arm) for seed in (7, 8, 9)}
+    for path, config in runs.items():
+        assert config["seed"] == int(path.parts[1])
+        assert config["warm_start"]["seed"] == config["seed"] % 2
+        if path.parts[0] == arm:
+            method = config["method"]
+            assert (method["paec"]["lam"], method["paec"]["penalty"], method["clip_low"]) == (5, "relative", 0.1)
+    assert f"| {arm} (3) |" in (tmp_path / "comparison.md").read_text()
+
+
 def tasks_file(path, first: int) -> str:
     path.parent.mkdir(exist_ok=True)
     rows = [{"prompt": [{"content": f"a1{first + i}+2{i}:"}], "answer": 30 + 2 * i + first} for i in range(5)]
@@ -155,6 +183,14 @@ def test_tasks_that_differ_in_an_option_do_not_collide():
         ("train --tasks parity count parity", "tasks must name each once, got parity more than once"),
         ("compare --arms grpo paec grpo", "arms must name each once, got grpo more than once"),
         ("compare --arms", "arms must name at least one, got none"),
+        ("compare --arms nonsense,paec.lam=1", "arms must be one of grpo, "),
+        (
+            "compare --arms paec,lam=1",
+            "arms must name fields among clip_low, clip_high, paec, got 'lam' in 'paec,lam=1'",
+        ),
+        ("compare --arms paec,paec.lam", "arms must be NAME or NAME,FIELD=VALUE,..., got 'paec,paec.lam'"),
+        ("compare --arms paec,paec.lam=-1", "PAECConfig.lam must be >= 0 and finite, got -1"),
+        ("compare --arms paec,clip_low=high", "clip_low must be a number, got 'high'"),
     ],
 )
 def test_what_is_named_twice_is_refused(args, message, capsys, tmp_path, monkeypatch):
@@ -308,7 +344,7 @@ def test_the_tiny_model_is_not_exported(tmp_path, cache, capsys):
 def test_help_lists_the_options_of_the_algorithm(algo, capsys):
     assert paec("train", "--algo", algo, "--help") == 0
     shown = capsys.readouterr().out
-    assert ("--method.paec.lam" in shown) == algo.startswith("paec")
+    assert ("--method.paec.lam" in shown) == (algo.startswith("paec") or algo == "oracle")
     assert ("--method.aer." in shown) == (algo == "aer")
 
 

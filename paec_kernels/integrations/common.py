@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from paec_kernels.losses.paec import PAEC, Plan
+from paec_kernels.losses.paec_config import PAECConfig
 from paec_kernels.saved_state import load_saved, write_saved
 
 STATE_NAME = "paec.pt"  # in a trainer's checkpoint
@@ -57,6 +58,13 @@ def numbers(plan: Plan, paec: PAEC) -> dict[str, float]:
     if "threshold" in found:
         paec.warn_unless_selective(found["threshold"])
     return found
+
+
+def without_anchor_policy(name: str, config: PAECConfig) -> PAECConfig:
+    """Return the config, or refuse one that needs statistics of an anchor policy, which no trainer here hands over."""
+    if config.anchored != "mean":
+        raise ValueError(f"{name} must be 'mean' in this trainer, which has no anchor policy, got {config.anchored!r}")
+    return config
 
 
 def sources_of_noise(model: nn.Module) -> list[str]:

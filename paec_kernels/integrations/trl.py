@@ -17,7 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from paec_kernels.extras import extra
-from paec_kernels.integrations.common import STATE_NAME, loss_scale, numbers, read_state, save_state, sources_of_noise
+from paec_kernels.integrations.common import (
+    STATE_NAME,
+    loss_scale,
+    numbers,
+    read_state,
+    save_state,
+    sources_of_noise,
+    without_anchor_policy,
+)
 from paec_kernels.losses.paec import PAEC, Plan
 from paec_kernels.losses.paec_config import PAECConfig
 from paec_kernels.ops.linear import backward_node, linear_token_stats
@@ -66,6 +74,7 @@ class PAECGRPOConfig(GRPOConfig):
     paec_beta: float = _option("beta", "weight of the masked mean entropy, a bonus, >= 0.")
     paec_lam: float = _option("lam", "weight of the penalty below the floor, >= 0.")
     paec_rho_min: float = _option("rho_min", "entropy floor as a fraction of the anchor, >= 0.")
+    paec_anchored: str = _option("anchored", "what the anchor is: 'mean'; this trainer has no anchor policy.")
     paec_anchor_steps: int = _option("anchor_steps", "steps averaged into the anchor, >= 1.")
     paec_entropy_support: str = _option("entropy_support", "whose entropy is kept up: 'full' or 'nucleus'.")
     paec_penalty: str = _option("penalty", "how the shortfall counts: 'absolute' in nats, or 'relative' to the floor.")
@@ -77,7 +86,8 @@ class PAECGRPOConfig(GRPOConfig):
         self.paec_config()
 
     def paec_config(self) -> PAECConfig:
-        return PAECConfig(**{option.name: getattr(self, f"paec_{option.name}") for option in fields(PAECConfig)})
+        config = PAECConfig(**{option.name: getattr(self, f"paec_{option.name}") for option in fields(PAECConfig)})
+        return without_anchor_policy("paec_anchored", config)
 
 
 class PAECGRPOTrainer(GRPOTrainer):

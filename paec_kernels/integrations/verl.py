@@ -21,7 +21,15 @@ from typing import Any
 from torch import Tensor
 
 from paec_kernels.extras import extra
-from paec_kernels.integrations.common import STATE_NAME, loss_scale, numbers, read_state, save_state, sources_of_noise
+from paec_kernels.integrations.common import (
+    STATE_NAME,
+    loss_scale,
+    numbers,
+    read_state,
+    save_state,
+    sources_of_noise,
+    without_anchor_policy,
+)
 from paec_kernels.losses.paec import PAEC, Plan
 from paec_kernels.losses.paec_config import PAECConfig
 from paec_kernels.ops.operator import token_stats
@@ -66,7 +74,7 @@ class PAECPolicyLossConfig(PolicyLossConfig):
         self.paec_config()
 
     def paec_config(self) -> PAECConfig:
-        return PAECConfig(**self.paec)
+        return without_anchor_policy("paec.anchored", PAECConfig(**self.paec))
 
 
 class PAECTrainingWorker(TrainingWorker):

@@ -18,7 +18,7 @@ from paec_kernels.train.inspect import InspectConfig, make_report
 from paec_kernels.train.models.policy import Policy
 from paec_kernels.train.out_folder import held
 from paec_kernels.train.policies import pick_device, save_pretrained, starting_policy, trained_policy
-from paec_kernels.train.presets import with_algo
+from paec_kernels.train.presets import with_arm
 from paec_kernels.train.progress import progress
 from paec_kernels.train.report import plots, tables
 from paec_kernels.train.report.compare import compare as compare_runs
@@ -100,24 +100,26 @@ def compare(config: CompareConfig) -> int:
     console = _console()
     with held(config.out):
         if config.runs:
-            folders = find_runs(config.runs)
+            read = [read_run(folder, arm_fields=config.arm_fields) for folder in find_runs(config.runs)]
         else:
-            runs = [
-                replace(with_algo(config.train, arm), seed=seed, out=config.out / "runs" / arm / str(seed))
-                for seed in range(config.seeds)
-                for arm in config.arms
-            ]
-            if not _train_all(runs, config.jobs, console):
+            seeds = range(config.first_seed, config.first_seed + config.seeds)
+            runs = {(arm, seed): _run_of(config, arm, seed) for seed in seeds for arm in config.arms}
+            if not _train_all(list(runs.values()), config.jobs, console):
                 console.print("stopped; the same command goes on from the checkpoints")
                 return INTERRUPTED
-            folders = [run.out for run in runs]
-        read = [read_run(folder, arm_fields=config.arm_fields) for folder in folders]
+            read = [replace(read_run(run.out), arm=arm) for (arm, _), run in runs.items()]
         comparison = compare_runs(read, arm_fields=config.arm_fields)
         for table in tables.format_comparison(comparison):
             console.print(table)
         written = tables.save(comparison, read, config.out) + plots.save_plots(comparison, read, config.out)
         console.print("wrote " + ", ".join(map(str, written)))
     return 0
+
+
+def _run_of(config: CompareConfig, arm: str, seed: int) -> TrainConfig:
+    """Return one of a comparison's runs."""
+    start = replace(config.train.warm_start, seed=config.train.warm_start.seed + seed % config.warm_starts)
+    return replace(with_arm(config.train, arm), seed=seed, warm_start=start, out=config.out / "runs" / arm / str(seed))
 
 
 def inspect(config: InspectConfig) -> int:
@@ -156,7 +158,8 @@ def _train_all(runs: list[TrainConfig], jobs: int, console: Console) -> bool:
     threads = max(1, torch.get_num_threads() // jobs)
     context = multiprocessing.get_context("spawn")
     with progress(console) as shown, ProcessPoolExecutor(jobs, context) as pool:
-        _make_start(runs[0], shown)
+        for run in {run.warm_start: run for run in runs}.values():
+            _make_start(run, shown)
         steps = shown.add_task(f"steps of {len(runs)} runs", total=sum(run.steps for run in runs))
         finished = shown.add_task("runs", total=len(runs))
         waiting = {pool.submit(_train_one, run, threads) for run in runs}

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from paec_kernels.checks import fields, integer, number
+from paec_kernels.checks import fields, integer, number, one_of
 from paec_kernels.saved_state import options_as_json
 from paec_kernels.train.algorithms import ALGORITHMS, Method
 from paec_kernels.train.models.warm_start import WarmStart
@@ -164,25 +164,33 @@ class CompareConfig:
     """Folder for the tables and plots, and for the runs, as runs/ARM/SEED."""
     runs: tuple[Path, ...] = ()
     """Folders of finished runs, or folders that hold some: compare those, train nothing."""
-    arms: tuple[AlgoName, ...] = ("grpo", "paec")
-    """Algorithms to train, each with the default options of `paec train --algo ARM`."""
+    arms: tuple[str, ...] = ("grpo", "paec")
+    """Algorithms to train, each as NAME or NAME,FIELD=VALUE,..., such as paec,paec.lam=5. Other fields have the
+    defaults of `paec train --algo NAME`."""
     seeds: int = 4
-    """Number of seeds: each arm is trained with seeds 0 to SEEDS - 1."""
+    """Number of seeds that each arm is trained with."""
+    first_seed: int = 0
+    """The first of them."""
+    warm_starts: int = 1
+    """Number of starts of the tiny model. Run S begins with that of seed train.warm_start.seed + S modulo this."""
     jobs: int = 1
     """Runs at a time, each a process with its share of the cores."""
     arm_fields: tuple[str, ...] = ("algo",)
-    """Fields of a run's config.json that tell arms apart, such as algo method.paec.lam."""
+    """With RUNS, the fields of a run's config.json that tell arms apart, such as algo method.paec.lam."""
     train: TrainConfig = field(default_factory=TrainConfig)
     """Options of every run, except out, seed, algo and method."""
 
     def __post_init__(self) -> None:
         fields(self)
-        integer("seeds", self.seeds, least=1)
-        integer("jobs", self.jobs, least=1)
+        for name in ("seeds", "jobs", "warm_starts"):
+            integer(name, getattr(self, name), least=1)
+        integer("first_seed", self.first_seed, least=0)
         for name in ("arms", "arm_fields"):
             if not getattr(self, name):
                 raise ValueError(f"{name} must name at least one, got none")
             _refuse_twice(name, getattr(self, name))
+        for arm in self.arms:
+            one_of("arms", arm.partition(",")[0], ALGORITHMS)
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,13 @@
 """Defaults that belong together, by the name that ``--preset`` takes."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 from paec_kernels.losses.paec_config import PAECConfig
 from paec_kernels.train.algorithms import ALGORITHMS, PAECOptions
 from paec_kernels.train.config import AlgoName, EvalOptions, TrainConfig
+from paec_kernels.train.tasks.by_name import value_of
 
 DATA = Path("data")  # relative to where the command is started
 
@@ -15,6 +17,33 @@ def with_algo(config: TrainConfig, algo: AlgoName) -> TrainConfig:
     if algo == config.algo:
         return config
     return replace(config, algo=algo, method=ALGORITHMS[algo]())
+
+
+def with_arm(config: TrainConfig, arm: str) -> TrainConfig:
+    """Return the same run with the method that ``arm`` names, NAME or NAME,FIELD=VALUE,...
+
+    Raises:
+        TypeError, ValueError: a field that the method does not have, or a value that it refuses.
+    """
+    name, *pairs = arm.split(",")
+    config = with_algo(config, name)
+    method = config.method
+    for pair in pairs:
+        path, equals, text = pair.partition("=")
+        if not equals:
+            raise ValueError(f"arms must be NAME or NAME,FIELD=VALUE,..., got {arm!r}")
+        method = _with_field(method, path, text, arm)
+    return replace(config, method=method)
+
+
+def _with_field(options: Any, path: str, text: str, arm: str) -> Any:
+    """Return a frozen dataclass with the field at ``path``, dots for nested ones, set to what ``text`` says."""
+    name, _, rest = path.partition(".")
+    names = [field.name for field in fields(options)]
+    if name not in names:
+        raise ValueError(f"arms must name fields among {', '.join(names)}, got {name!r} in {arm!r}")
+    value = _with_field(getattr(options, name), rest, text, arm) if rest else value_of(text)
+    return replace(options, **{name: value})
 
 
 # SmolLM2-135M on the datasets of reasoning-gym that gave most groups with right and wrong answers, of 14 tried (5 of
@@ -69,6 +98,7 @@ PAPER = TrainConfig(
             beta=0.005,  # [ours]
             lam=1.0,  # [ours]
             rho_min=0.8,  # [ours]
+            anchored="mean",  # [reported]
             anchor_steps=4,  # [reported]
             entropy_support="full",  # [ours]
             vocab_size=None,  # [ours], as nucleus_norm, which needs none

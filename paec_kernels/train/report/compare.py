@@ -97,7 +97,12 @@ def run_scores(run: Run) -> dict[str, float]:
 def sort_arms(arms: Iterable[str]) -> list[str]:
     """Return the arms without repeats, in the order of ALGORITHMS; others after them by name."""
     order = list(ALGORITHMS)
-    return sorted(set(arms), key=lambda arm: (order.index(arm) if arm in order else len(order), arm))
+
+    def place(arm: str) -> tuple[int, str]:
+        name = arm.partition(",")[0]
+        return (order.index(name) if name in order else len(order), arm)
+
+    return sorted(set(arms), key=place)
 
 
 def _check_comparable(runs: Sequence[Run]) -> None:

@@ -45,11 +45,12 @@ def _generated(name: str) -> Task:
         pairs = [field.partition("=") for field in fields]
         if not all(equals for _, equals, _ in pairs):
             raise ValueError(f"tasks of reasoning-gym must be gym:NAME,FIELD=VALUE,..., got {name!r}")
-        return GymTask(dataset, **{field: _value(text) for field, _, text in pairs})
+        return GymTask(dataset, **{field: value_of(text) for field, _, text in pairs})
     raise ValueError(f"tasks must be among {', '.join(OF_LETTERS)}, gym:NAME or a .jsonl file, got {name!r}")
 
 
-def _value(text: str) -> Any:
+def value_of(text: str) -> Any:
+    """Return a Python number, True, False, None or another literal, or the text itself where it is none."""
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):
