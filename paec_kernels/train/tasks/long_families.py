@@ -3,8 +3,9 @@
 At a fork the policy picks a route, a letter; the steps after it follow the route and have one right letter each. One
 noisy step spoils the answer, so entropy at the steps costs reward; a route that is no longer tried is never found to be
 the right one, so entropy at the forks is worth something. Which routes a problem needs can be read off a letter close
-before the fork, but the worked solutions that the model first learns from do not look: they take the common route most
-of the time, whatever the problem needs. Half of the problems need the common one everywhere.
+before the fork, and half of the worked solutions that the model learns from at the very first do so. Those that it
+learns from last do not look: they take the common route most of the time, whatever the problem needs. Half of the
+problems need the common one everywhere.
 
     family   prompt            answer                            forks
     chain    x30521426351:     xc3421..xc..=35.                  2, in the middle: the operation of a running value
@@ -212,7 +213,11 @@ class LongFamily:
         return (*pen.roles, STEP)
 
     def solution(self, problem: Problem, habits: Habits, rng: random.Random, *, skill: bool = False) -> str:
-        """Return a worked solution as the model first learns them, without its end token."""
+        """Return a worked solution as the model first learns them, without its end token.
+
+        Args:
+            skill: half take the routes that the problem needs, the others all routes alike, and none slips.
+        """
         rare = 1 / len(self.routes) if skill else habits.rare
         shares = [1 - rare * (len(self.routes) - 1)] + [rare] * (len(self.routes) - 1)
         routes = "".join(rng.choices(self.routes, shares, k=self.forks))

@@ -84,17 +84,38 @@ def test_evaluation_problems_are_never_trained_on_and_differ(family):
     assert family.train_problem(12345) == family.train_problem(12345)
 
 
-def test_routes_are_taken_blindly(family):
-    """As often as the habits say, whatever the problem needs; all alike while the skill is learned."""
+def routes_of(family, text: str) -> str:
+    return "".join(letter for letter, role in zip(text + END, family.roles, strict=True) if role == FORK)
+
+
+@pytest.mark.parametrize("easy", [True, False])
+def test_routes_are_taken_blindly(family, easy):
+    """As often as the habits say, whatever the problem needs."""
     rng = random.Random(0)
-    forks = [i for i, role in enumerate(family.roles) if role == FORK]
-    for skill, rare in ((False, 0.1), (True, 1 / len(family.routes))):
-        for easy in (True, False):
-            chosen = [p for p in problems(family)[:200] if is_easy(family, p) == easy] * 4
-            texts = [family.solution(p, Habits(rare=0.1), rng, skill=skill) for p in chosen]
-            taken = "".join(text[i] for text in texts for i in forks)
-            for route in family.routes[1:]:
-                assert taken.count(route) / len(taken) == pytest.approx(rare, abs=0.05)
+    chosen = [p for p in problems(family)[:200] if is_easy(family, p) == easy] * 4
+    taken = "".join(routes_of(family, family.solution(p, Habits(rare=0.1), rng)) for p in chosen)
+    for route in family.routes[1:]:
+        assert taken.count(route) / len(taken) == pytest.approx(0.1, abs=0.05)
+
+
+@pytest.mark.parametrize("easy", [True, False])
+def test_the_skill_is_what_is_needed_half_of_the_time(family, easy):
+    """Else all routes alike; without a slip, whatever the habits are."""
+    rng = random.Random(0)
+    chosen = [p for p in problems(family)[:200] if is_easy(family, p) == easy] * 15
+    routes = []
+    for problem in chosen:
+        text = family.solution(problem, Habits(rare=0.0, step_slip=0.5), rng, skill=True)
+        routes.append(routes_of(family, text))
+        assert family.reward(problem, text) == (routes[-1] == family.needed(problem.prompt))
+    ways = len(family.routes) ** family.forks
+    fit = [taken == family.needed(p.prompt) for taken, p in zip(routes, chosen, strict=True)]
+    assert sum(fit) / len(fit) == pytest.approx(0.5 + 0.5 / ways, abs=0.06)
+    others = "".join(taken for taken, fits in zip(routes, fit, strict=True) if not fits)
+    needed = "".join(family.needed(p.prompt) for p, fits in zip(chosen, fit, strict=True) if not fits)
+    for route in family.routes:  # of all ways but the one that is needed
+        expected = (ways / len(family.routes) - needed.count(route) / len(needed)) / (ways - 1)
+        assert others.count(route) / len(others) == pytest.approx(expected, abs=0.08)
 
 
 def test_roles_by_the_letters(family):
