@@ -15,7 +15,18 @@ import torch
 
 ABSENT = "absent"
 # Fields that configs have got since, with what every checkpoint without them was made with.
-ADDED = {"penalty": "absolute", "anchor_unit": "optimiser_step", "anchored": "mean"}
+ADDED = {
+    # PAECConfig
+    "penalty": "absolute",
+    "anchor_unit": "optimiser_step",
+    "anchored": "mean",
+    # WarmStart and its habits
+    "families": ["add", "sub", "parity", "sort", "count"],
+    "width": 96,
+    "layers": 3,
+    "rare": 0.2,
+    "step_slip": 0.004,
+}
 PARTIAL = ".partial"
 OLD = ".old"
 # What `_beside` names.

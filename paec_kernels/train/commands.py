@@ -88,6 +88,7 @@ def evaluate(config: EvalConfig) -> int:
         if config.run is not None:
             policy = trained_policy(config.run, device)
         else:
+            start = replace(start, tasks=config.tasks or start.tasks)  # whose names have been checked
             with progress(console) as shown:
                 _make_start(start, shown)
             policy = starting_policy(start, device)

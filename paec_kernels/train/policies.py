@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from paec_kernels.saved_state import whole_folder
+from paec_kernels.saved_state import ADDED, whole_folder
 from paec_kernels.train.config import TrainConfig
 from paec_kernels.train.models.policy import Policy
 from paec_kernels.train.models.tiny import TinyModel, TinyPolicy
@@ -35,7 +35,8 @@ def starting_policy(
         on_warm_step: as in ``warm_start``, by which the tiny model is made on first use.
     """
     if config.model == "tiny":
-        return TinyPolicy(warm_start(config.warm_start, config.cache, on_warm_step).to(device))
+        start = config.warm_start.for_tasks(config.tasks)
+        return TinyPolicy(warm_start(start, config.cache, on_warm_step).to(device))
     return _hugging_face(config.model, config.chat, config.precision, device)
 
 
@@ -49,7 +50,7 @@ def trained_policy(run: Path, device: torch.device) -> Policy:
     state = read_checkpoint(run / CHECKPOINT)
     config = read_config(run, ["model", "chat", "precision", "warm_start"])
     if config["model"] == "tiny":
-        start = config["warm_start"]
+        start = ADDED | config["warm_start"]
         policy: Policy = TinyPolicy(TinyModel(start["width"], start["layers"]).to(device))
     else:
         policy = _hugging_face(config["model"], config["chat"], config["precision"], device)

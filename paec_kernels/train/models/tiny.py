@@ -13,6 +13,7 @@ PAD_ID, END_ID = 0, 1
 LETTERS = "_" + END + ALPHABET  # token i is LETTERS[i]
 TOKEN = {letter: i for i, letter in enumerate(LETTERS)}
 MAX_POSITIONS = 64
+N_HEADS = 4
 
 Cache = dict[int, tuple[Tensor, Tensor]]  # by layer, keys and values so far, [B, heads, length, head size]
 
@@ -44,7 +45,7 @@ class Block(nn.Module):
 class TinyModel(nn.Module):
     """Learned positions, tied embeddings, no dropout."""
 
-    def __init__(self, width: int = 96, n_layers: int = 3, n_heads: int = 4) -> None:
+    def __init__(self, width: int = 96, n_layers: int = 3, n_heads: int = N_HEADS) -> None:
         super().__init__()
         self.embedding = nn.Embedding(len(LETTERS), width)
         self.position = nn.Embedding(MAX_POSITIONS, width)

@@ -5,7 +5,7 @@ import json
 import math
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -13,27 +13,29 @@ from torch.nn import functional as F
 
 from paec_kernels.checks import fields, integer, number, one_of
 from paec_kernels.saved_state import load_saved, write_saved
-from paec_kernels.train.models.tiny import PAD_ID, TinyModel, encode
+from paec_kernels.train.models.tiny import N_HEADS, PAD_ID, TinyModel, encode
 from paec_kernels.train.tasks.by_name import OF_LETTERS
 from paec_kernels.train.tasks.families import END, FAMILIES, Family, Habits
-from paec_kernels.train.tasks.long_families import LongFamily
+from paec_kernels.train.tasks.long_families import LONG_FAMILIES, LongFamily
 
 
 @dataclass(frozen=True)
 class WarmStart:
     """Supervised steps on noisy worked solutions of training problems: first both routes, then the habit."""
 
-    families: tuple[str, ...] = tuple(FAMILIES)
-    """Families whose solutions are learned."""
+    families: tuple[str, ...] = ()
+    """Families whose solutions are learned. None: those of the tasks where these name a long one, else the short ones.
+    """
     habits: Habits = field(default_factory=Habits)
     width: int = 96
-    """Size of the model's hidden states."""
+    """Size of the model's hidden states, a multiple of its 4 heads."""
     layers: int = 3
     """Layers of the model."""
     skill_steps: int = 1000
-    """Steps in which half of the solutions take the careful route, so that it is learned at all."""
+    """Steps in which half of the solutions take the careful route, or of a long family the routes that the problem
+    needs, so that they are learned at all."""
     habit_steps: int = 200
-    """Steps after them, in which as many are careful as the habits say."""
+    """Steps after them, in which as many are careful, or rare, as the habits say."""
     batch: int = 128
     """Solutions in a step."""
     learning_rate: float = 2e-3
@@ -49,7 +51,16 @@ class WarmStart:
             integer(name, getattr(self, name), least=0)
         for name in self.families:
             one_of("families", name, OF_LETTERS)
+        if self.width % N_HEADS:
+            raise ValueError(f"width must be a multiple of {N_HEADS}, got {self.width}")
         number("learning_rate", self.learning_rate, above=0)
+
+    def for_tasks(self, tasks: Sequence[str]) -> "WarmStart":
+        """Return the same with its families named, for a training on these tasks."""
+        if self.families:
+            return self
+        long = any(name in LONG_FAMILIES for name in tasks)
+        return replace(self, families=tuple(name for name in tasks if name in OF_LETTERS) if long else tuple(FAMILIES))
 
 
 def batch_loss(
@@ -81,6 +92,7 @@ def warm_start(
     Raises:
         ValueError: the file that should hold the start is damaged; the message names it.
     """
+    options = options.for_tasks(())
     torch.manual_seed(options.seed)
     model = TinyModel(options.width, options.layers)
     key = hashlib.sha256(json.dumps(asdict(options), sort_keys=True).encode()).hexdigest()[:16]

@@ -3,9 +3,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from paec_kernels.saved_state import UnreadableFileError
-from paec_kernels.train.models.tiny import TinyPolicy
-from paec_kernels.train.models.warm_start import WarmStart, warm_start
+from paec_kernels.saved_state import ADDED, UnreadableFileError
+from paec_kernels.train.config import TrainConfig, plain
+from paec_kernels.train.models.tiny import TinyModel, TinyPolicy
+from paec_kernels.train.models.warm_start import WarmStart, batch_loss, warm_start
+from paec_kernels.train.policies import starting_policy
 from paec_kernels.train.tasks.families import FAMILIES, Habits
 
 OPTIONS = WarmStart(skill_steps=20, habit_steps=5, batch=16)
@@ -37,6 +39,59 @@ def test_other_options_are_another_file(tmp_path):
     assert len(list(tmp_path.iterdir())) == 3
 
 
+def test_a_training_names_the_families():
+    short = tuple(FAMILIES)  # in this order, on which the weights depend
+    assert short == ("add", "sub", "parity", "sort", "count") == TrainConfig().tasks
+    for tasks, families in (
+        ((), short),
+        (("gym:aiw", "parity"), short),
+        (("chain",), ("chain",)),
+        (("parity", "carry+", "gym:aiw"), ("parity", "carry+")),
+    ):
+        assert WarmStart().for_tasks(tasks) == WarmStart(families=families)
+        assert WarmStart(families=("sort",)).for_tasks(tasks).families == ("sort",)
+
+
+def test_fields_that_came_later_have_their_defaults():
+    start = plain(WarmStart().for_tasks(()))
+    later = {name: start[name] for name in ("families", "width", "layers")}
+    later |= {name: start["habits"][name] for name in ("rare", "step_slip")}
+    assert later == {name: ADDED[name] for name in later}
+
+
+def test_the_start_is_that_of_the_tasks(tmp_path):
+    config = TrainConfig(tasks=("scan",), warm_start=OPTIONS, cache=tmp_path)
+    policy = starting_policy(config, torch.device("cpu"))
+    assert same(policy.module, warm_start(replace(OPTIONS, families=("scan",)), tmp_path))
+    assert not same(policy.module, warm_start(OPTIONS, tmp_path))
+    assert same(warm_start(OPTIONS, tmp_path), warm_start(replace(OPTIONS, families=tuple(FAMILIES)), tmp_path))
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_sizes(tmp_path):
+    model = warm_start(replace(OPTIONS, width=32, layers=1, skill_steps=2, habit_steps=0), tmp_path)
+    assert model.embedding.weight.shape[1] == 32
+    assert len(model.blocks) == 1
+    with pytest.raises(ValueError, match="width must be a multiple of 4, got 30"):
+        WarmStart(width=30)
+    with pytest.raises(ValueError, match=r"families must be .*'nonsense'"):
+        WarmStart(families=("nonsense",))
+
+
+def test_each_step_is_of_its_phase():
+    """The skill's are as those of a habit of as many careful ones; the habit's follow the habits."""
+    torch.manual_seed(0)
+    model = TinyModel(width=32, n_layers=1)
+    families = list(FAMILIES.values())
+
+    def loss(step: int, careful: float, skill_steps: int) -> float:
+        options = WarmStart(habits=Habits(careful), skill_steps=skill_steps, batch=16)
+        return batch_loss(model, families, options, step).item()
+
+    assert loss(4, 0.001, skill_steps=5) == loss(4, 0.5, skill_steps=4)
+    assert loss(5, 0.001, skill_steps=5) == loss(5, 0.001, skill_steps=1) != loss(5, 0.5, skill_steps=1)
+
+
 @pytest.mark.parametrize("content", [b"", b"PK\3\4", bytes(range(256))])
 def test_a_damaged_file_is_named(tmp_path, content):
     warm_start(OPTIONS, tmp_path)
@@ -56,7 +111,7 @@ def test_the_habit_is_learned_last(tmp_path):
     """After only habit steps of one route, that route is what the model takes."""
     problems = FAMILIES["count"].eval_problems(20)
     for careful, route in ((0.0, "q"), (1.0, "c")):
-        options = WarmStart(Habits(careful), skill_steps=1, habit_steps=100, batch=32, learning_rate=2e-2)
+        options = WarmStart(habits=Habits(careful), skill_steps=1, habit_steps=100, batch=32, learning_rate=2e-2)
         policy = TinyPolicy(warm_start(options, tmp_path))
         rollout = policy.sample(
             [p.prompt for p in problems], 5, max_new_tokens=1, temperature=1.0, seeds=range(len(problems))
