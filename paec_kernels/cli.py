@@ -1,6 +1,7 @@
 """The command ``paec``: train, eval, compare, inspect, export."""
 
 import argparse
+import copy
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -19,7 +20,7 @@ try:
     from paec_kernels.train.algorithms import ALGORITHMS
     from paec_kernels.train.config import CompareConfig, EvalConfig, ExportConfig, TrainConfig
     from paec_kernels.train.inspect import InspectConfig
-    from paec_kernels.train.presets import PRESETS, with_algo
+    from paec_kernels.train.presets import PRESETS
 except ModuleNotFoundError as error:
     sys.exit(f"paec: {error}")
 
@@ -77,7 +78,13 @@ def _train_defaults(args: list[str]) -> TrainConfig:
     if ahead.preset not in PRESETS:
         return TrainConfig()  # the other parser names the choices
     preset = PRESETS[ahead.preset]
-    return with_algo(preset, ahead.algo) if ahead.algo in ALGORITHMS else preset
+    if ahead.algo not in ALGORITHMS or ahead.algo == preset.algo:
+        return preset
+    # Unchecked: the oracle fits none of these defaults, and only together with --tasks, which are read after them.
+    defaults = copy.copy(preset)
+    for name, value in {"algo": ahead.algo, "method": ALGORITHMS[ahead.algo]()}.items():
+        object.__setattr__(defaults, name, value)
+    return defaults
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@ import fcntl
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,11 +18,12 @@ pytest.importorskip("tyro", reason="needs the training's packages: pip install '
 from paec_kernels.cli import main
 from paec_kernels.train import commands, loop
 from paec_kernels.train.algorithms import ALGORITHMS
-from paec_kernels.train.config import EvalOptions, TrainConfig
+from paec_kernels.train.config import EvalConfig, EvalOptions, TrainConfig
 from paec_kernels.train.models.warm_start import WarmStart
 from paec_kernels.train.out_folder import LOCK
 from paec_kernels.train.report.evaluate import Evaluation, check_names
 from paec_kernels.train.tasks.by_name import load_tasks
+from paec_kernels.train.tasks.families import FAMILIES
 
 TINY = (
     "--warm-start.skill-steps 150 --warm-start.habit-steps 0 --warm-start.batch 32 --tasks parity count "
@@ -331,6 +333,17 @@ def test_a_comparison_evaluates_again_what_was_evaluated_otherwise(tmp_path, cac
     assert not (tmp_path / "model").exists()
 
 
+def test_an_evaluation_without_a_run_starts_from_its_tasks(tmp_path, monkeypatch):
+    def started(config, *rest):
+        raise ValueError(config.warm_start.for_tasks(config.tasks).families)
+
+    monkeypatch.setattr(commands, "starting_policy", started)
+    monkeypatch.setattr(commands, "_make_start", lambda *_: None)
+    for tasks, families in (((), tuple(FAMILIES)), (("chain", "parity"), ("chain", "parity"))):
+        with pytest.raises(ValueError, match=re.escape(str(families))):
+            commands.evaluate(EvalConfig(tasks=tasks, out=tmp_path))
+
+
 def test_the_tiny_model_is_not_exported(tmp_path, cache, capsys):
     assert paec("train", "--out", tmp_path, "--cache", cache, *TINY) == 0
     assert not (tmp_path / "model").exists()
@@ -344,7 +357,7 @@ def test_the_tiny_model_is_not_exported(tmp_path, cache, capsys):
 def test_help_lists_the_options_of_the_algorithm(algo, capsys):
     assert paec("train", "--algo", algo, "--help") == 0
     shown = capsys.readouterr().out
-    assert ("--method.paec.lam" in shown) == (algo.startswith("paec") or algo == "oracle")
+    assert ("--method.paec.lam" in shown) == (algo == "oracle" or algo.startswith("paec"))
     assert ("--method.aer." in shown) == (algo == "aer")
 
 
@@ -360,7 +373,12 @@ def test_help_lists_the_options_of_the_algorithm(algo, capsys):
         ("train --warm-start.batch 0", "batch must be >= 1, got 0"),
         ("eval --max-new-tokens 0", "max_new_tokens must be >= 1, got 0"),
         ("eval --temperature 0", "temperature must be > 0 and finite, got 0"),
+        ("train --warm-start.width 6", "width must be a multiple of 4, got 6"),
         ("train --tasks nonsense", "nonsense"),
+        ("train --algo oracle", "tasks must be among chain, chain+, scan, scan+, carry, carry+ for 'oracle'"),
+        ("train --algo oracle --tasks chain parity", "got parity"),
+        ("train --algo oracle --tasks chain --model smollm2", "model must be tiny for 'oracle'"),
+        ("compare --arms grpo oracle", "tasks must be among chain, chain+, scan, scan+, carry, carry+ for 'oracle'"),
         ("train --algo nonsense", "nonsense"),
         ("train --preset nonsense", "nonsense"),
         ("train --chat True", "chat must not be True for the tiny model"),

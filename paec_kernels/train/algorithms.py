@@ -477,6 +477,15 @@ def _check(micro_batches: Sequence[MicroBatch]) -> None:
             raise ValueError(f"valid must be [B, T], a row for each answer, got shape {tuple(batch.valid.shape)}")
         rest = {name: getattr(batch, name) for name in ("old_logp", "advantages", "accuracy", "valid")}
         check_tokens(logp=batch.stats.logp, **rest)
+        _check_roles(batch.rollout.roles, batch.valid, micro_batches[0].rollout.roles)
     accuracy = torch.cat([batch.accuracy.flatten() for batch in micro_batches])
     if not bool(((accuracy >= 0) & (accuracy <= 1)).all()):
         raise ValueError(f"accuracy must be in [0, 1], got {accuracy.tolist()}")
+
+
+def _check_roles(roles: Tensor | None, valid: Tensor, first: Tensor | None) -> None:
+    """Refuse roles that do not stand beside ``valid``, or that some micro-batches have and the first has not."""
+    if (roles is None) != (first is None):
+        raise ValueError(f"roles must be of all micro-batches or of none, got {checks.shown(roles)} beside others")
+    if roles is not None:
+        checks.tensor("roles", roles, kind="integer", like=("valid", valid))

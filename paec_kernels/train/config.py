@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from paec_kernels.checks import fields, integer, number, one_of
 from paec_kernels.saved_state import options_as_json
-from paec_kernels.train.algorithms import ALGORITHMS, Method
+from paec_kernels.train.algorithms import ALGORITHMS, Method, OracleOptions
 from paec_kernels.train.models.warm_start import WarmStart
 from paec_kernels.train.tasks.by_name import load_tasks
 from paec_kernels.train.tasks.families import FAMILIES
+from paec_kernels.train.tasks.long_families import LONG_FAMILIES
 from paec_kernels.train.tasks.task import Task
 
 if TYPE_CHECKING:
@@ -51,8 +52,9 @@ class TrainConfig:
     chat: bool | None = None
     """Put each prompt into the tokenizer's chat template. None: if it has one. False suits most base models."""
     tasks: tuple[str, ...] = tuple(FAMILIES)
-    """Families of the tiny model, gym:NAME or gym:NAME,FIELD=VALUE,... for a reasoning-gym dataset, or JSONL files.
-    Prompts come from them in turn."""
+    """Families of the tiny model: add, sub, parity, sort, count; long ones, whose forks are known: chain, scan, carry,
+    and with harmless choices chain+, scan+, carry+, of which chain+ and carry+ need --max-new-tokens 40. Or gym:NAME,
+    gym:NAME,FIELD=VALUE,... for a reasoning-gym dataset, or JSONL files. Prompts come from them in turn."""
     eval_tasks: tuple[str, ...] = ()
     """Tasks of the evaluation. By default it takes those of the training, on problems held out from it."""
     algo: AlgoName = "paec"
@@ -111,6 +113,7 @@ class TrainConfig:
             raise ValueError("tasks must name at least one, got none")
         _refuse_twice("tasks", self.tasks)
         _refuse_tiny_chat(self.model, self.chat)
+        _refuse_unknown_forks((self.algo,), self.model, self.tasks)
 
     def load_tasks(self) -> tuple[list[Task], list[Task]]:
         """Return the tasks of the training and of its evaluation; ValueError as `tasks.by_name.load_tasks`."""
@@ -191,6 +194,8 @@ class CompareConfig:
             _refuse_twice(name, getattr(self, name))
         for arm in self.arms:
             one_of("arms", arm.partition(",")[0], ALGORITHMS)
+        if not self.runs:
+            _refuse_unknown_forks([arm.partition(",")[0] for arm in self.arms], self.train.model, self.train.tasks)
 
 
 @dataclass(frozen=True)
@@ -212,6 +217,16 @@ def _refuse_twice(name: str, values: Sequence[str]) -> None:
 def _refuse_tiny_chat(model: str, chat: bool | None) -> None:
     if model == "tiny" and chat:
         raise ValueError(f"chat must not be True for the tiny model, which has no chat template, got {chat}")
+
+
+def _refuse_unknown_forks(algos: Sequence[str], model: str, tasks: Sequence[str]) -> None:
+    for algo in algos:
+        if issubclass(ALGORITHMS[algo], OracleOptions):
+            why = f"for {algo!r}, which must know the forks of an answer"
+            if unknown := [name for name in tasks if name not in LONG_FAMILIES]:
+                raise ValueError(f"tasks must be among {', '.join(LONG_FAMILIES)} {why}, got {', '.join(unknown)}")
+            if model != "tiny":  # to whose tokens the letters are none
+                raise ValueError(f"model must be tiny {why}, got {model}")
 
 
 def plain(config: Any) -> dict[str, Any]:

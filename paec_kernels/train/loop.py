@@ -17,7 +17,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -142,6 +142,7 @@ def _train(
     device = pick_device(config.device)
     if tasks is None:
         tasks, _ = config.load_tasks()
+    config = replace(config, warm_start=config.warm_start.for_tasks(config.tasks))  # what is saved names its families
     run = new_run(config, starting_policy(config, device))
     path = config.out / CHECKPOINT
     if path.exists():
@@ -226,7 +227,8 @@ def sample(
         temperature=config.temperature,
         seeds=[seed_of(config.seed, "sample", step, place) for place in places],
     )
-    if any(task.roles for task in tasks):  # on every rank, whichever tasks it has asked
+    # A letter is a token of the tiny model alone. On every rank, whichever tasks it has asked.
+    if config.model == "tiny" and any(task.roles for task in tasks):
         rollout = rollout._replace(roles=roles_of([task for task, _ in asked], config.answers, rollout.valid))
     texts = iter(policy.texts(rollout))
     rewards = [[task.reward(problem, next(texts)) for _ in range(config.answers)] for task, problem in asked]

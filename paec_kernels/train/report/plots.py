@@ -34,6 +34,8 @@ STYLES = {
     "paec": _style("#d1410c", lw=2.6),
     "paec-no-mask": _style("#ef8a3c", 5, 1.5),
     "paec-no-penalty": _style("#b8860b", 2, 1),
+    "paec-hard-mask": _style("#a3542b", 1, 1),
+    "oracle": _style("#3d3d8f", 6, 1.5),
     "cispo": _style("#1f77b4"),
     "clip-cov": _style("#2a9d8f"),
     "kl-cov": _style("#6aa84f", 6, 1.5),
