@@ -51,7 +51,7 @@ from paec_kernels.train.tasks.task import FORK, ROLES
 from paec_kernels.types import TokenStats
 
 LossAndMetrics = tuple[Tensor, dict[str, Tensor]]
-HARD_TAU_M = 1e-9  # scores are at least as far apart, or equal to the threshold, where m is 1/2
+HARD_TAU_M = 1e-30  # (s - q) / tau_m is huge unless s is q: every other m is 0 or 1 to the bit, in float32 and float64
 NO_NUCLEUS = 1e-9  # a top_p that the likeliest token reaches alone: no statistic of the nucleus takes less time
 UNIFORM_TAU_M = 1e30  # (s - q) / tau_m vanishes beside 1: every m is 1/2 to the bit, in float32 and float64
 
