@@ -18,12 +18,15 @@ from paec_kernels.train.algorithms import (
     KLCovOptions,
     Method,
     MicroBatch,
+    OracleOptions,
+    PAECHardMaskOptions,
     PAECNoMaskOptions,
     PAECNoPenaltyOptions,
     PAECOptions,
     SIRENOptions,
 )
 from paec_kernels.train.models.policy import Rollout
+from paec_kernels.train.tasks.task import FORK, ROLES, STEP
 
 VOCAB = 30
 LENGTHS = [17, 4, 9, 0, 20, 11, 1, 6]  # of the answers; one is empty
@@ -34,6 +37,8 @@ WEIGHTY: list[Method] = [
     PAECOptions(paec=PAECConfig(beta=0.03, lam=0.7)),
     PAECNoMaskOptions(paec=PAECConfig(beta=0.03, lam=0.7)),
     PAECNoPenaltyOptions(paec=PAECConfig(beta=0.3)),
+    PAECHardMaskOptions(paec=PAECConfig(beta=0.03, lam=0.7)),
+    OracleOptions(paec=PAECConfig(beta=0.03, lam=0.7)),
     CISPOOptions(clip_low=0.2),
     ClipCovOptions(clip_low=0.2, clip_high=0.28, fraction=0.1, cov_low=0.1),
     KLCovOptions(fraction=0.1),
@@ -52,22 +57,23 @@ class Answers(NamedTuple):
     advantages: Tensor  # [B, 1]
     accuracy: Tensor  # [B, 1]
     valid: Tensor  # [B, T]
+    roles: Tensor | None  # [B, T]
 
     def batch(self, top_p: float) -> MicroBatch:
         stats = reference.token_stats(self.logits, self.token_ids, valid=self.valid, top_p=top_p)
-        rollout = Rollout(self.token_ids, torch.ones_like(self.token_ids), 0, self.valid)
+        rollout = Rollout(self.token_ids, torch.ones_like(self.token_ids), 0, self.valid, self.roles)
         return MicroBatch(rollout, self.advantages, self.accuracy, stats, self.old_logp)
 
     def piece(self, first: int, last: int) -> "Answers":
         """Answers first to last, cut after the longest; a leaf of its own."""
         longest = max(LENGTHS[first:last])
-        cut = [x[first:last, :longest] if x.shape[1] > 1 else x[first:last] for x in self]
+        cut = [x if x is None else x[first:last, :longest] if x.shape[1] > 1 else x[first:last] for x in self]
         cut[0] = cut[0].detach().clone().requires_grad_()
         return Answers(*cut)
 
 
 def make_answers() -> Answers:
-    """Positions from nearly certain to flat, ratios inside and outside the clipping range."""
+    """Positions from nearly certain to flat, ratios inside and outside the clipping; the last piece has no fork."""
     generator = torch.Generator().manual_seed(0)
     shape = (len(LENGTHS), max(LENGTHS))
     width = 0.1 + 6 * torch.rand(*shape, 1, dtype=torch.float64, generator=generator)
@@ -78,7 +84,9 @@ def make_answers() -> Answers:
     advantages = torch.randn(shape[0], 1, dtype=torch.float64, generator=generator)
     accuracy = torch.rand(shape[0], 1, dtype=torch.float64, generator=generator)
     valid = torch.arange(shape[1]) < torch.tensor(LENGTHS)[:, None]
-    return Answers(logits.requires_grad_(), token_ids, old_logp, advantages, accuracy, valid)
+    roles = torch.randint(-1, len(ROLES), shape, generator=generator)
+    roles[PIECES[-1][0] :][roles[PIECES[-1][0] :] == ROLES.index(FORK)] = ROLES.index(STEP)
+    return Answers(logits.requires_grad_(), token_ids, old_logp, advantages, accuracy, valid, roles)
 
 
 def started(options: Method) -> Algorithm:

@@ -13,23 +13,32 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from train.steps import OPTIONS, PIECES, Outcome, make_answers, run_step, started
 
 from paec_kernels import reference
+from paec_kernels.losses.paec import PAEC
 from paec_kernels.losses.paec_config import PAECConfig
 from paec_kernels.losses.policy import grpo_loss
 from paec_kernels.losses.rivals import AERConfig
 from paec_kernels.train.algorithms import (
     ALGORITHMS,
+    HARD_TAU_M,
+    UNIFORM_TAU_M,
     AEROptions,
     Algorithm,
     GRPOOptions,
     MicroBatch,
+    OracleOptions,
+    PAECHardMaskOptions,
     PAECNoMaskOptions,
     PAECNoPenaltyOptions,
     PAECOptions,
     SIRENOptions,
 )
+from paec_kernels.train.models.policy import Rollout
+from paec_kernels.train.tasks.task import FORK, FREE, ROLES
+from paec_kernels.types import TokenStats
 
 each_algorithm = pytest.mark.parametrize("options", OPTIONS, ids=ALGORITHMS)
 PAEC_OPTIONS = PAECOptions(paec=PAECConfig(beta=0.03, lam=0.7))
+SELECTING = (PAECOptions, PAECNoPenaltyOptions, PAECHardMaskOptions)  # by PAEC's mask, and measured by their own
 
 
 # Exactness
@@ -55,7 +64,10 @@ def test_micro_batches_add_up_to_the_whole_step(options):
     assert_same(run_step(started(options), [answers.piece(*piece) for piece in PIECES]), whole)
 
 
-@pytest.mark.parametrize("name", ["paec", "paec-no-mask", "paec-no-penalty", "clip-cov", "kl-cov", "siren"])
+@pytest.mark.parametrize(
+    "name",
+    ["paec", "paec-no-mask", "paec-no-penalty", "paec-hard-mask", "oracle", "clip-cov", "kl-cov", "siren"],
+)
 def test_that_check_rejects_a_plan_per_micro_batch(name):
     answers = make_answers()
     options = dict(zip(ALGORITHMS, OPTIONS, strict=True))[name]
@@ -117,9 +129,10 @@ def test_the_policy_loss_is_grpo_or_its_rival(options):
     [
         (PAEC_OPTIONS, PAEC_OPTIONS.paec),
         (PAECNoPenaltyOptions(paec=PAEC_OPTIONS.paec), dataclasses.replace(PAEC_OPTIONS.paec, lam=0.0)),
+        (PAECHardMaskOptions(paec=PAEC_OPTIONS.paec), dataclasses.replace(PAEC_OPTIONS.paec, tau_m=HARD_TAU_M)),
     ],
 )
-def test_paec_and_no_penalty(options, config):
+def test_paec_no_penalty_and_hard_mask(options, config):
     answers = make_answers()
     expected, _, metrics = reference.paec_loss(answers.batch(0.95).stats, answers.valid, config, anchor=4.0)
     outcome = run_step(started(options), [answers])
@@ -138,6 +151,119 @@ def test_no_mask_is_about_the_plain_mean():
     assert outcome.plan_metrics["selected_entropy"] > 1.2 * entropy
 
 
+def entropy_gradient(options) -> torch.Tensor:
+    """What the entropy term adds to GRPO's gradient."""
+    (whole,), (policy,) = (run_step(started(each), [make_answers()]).grads for each in (options, GRPOOptions()))
+    return whole - policy
+
+
+def test_the_oracle_is_about_the_mean_of_the_forks():
+    # As without a mask, H the mean entropy of the forks.
+    answers = make_answers()
+    forks = answers.valid & (answers.roles == ROLES.index(FORK))
+    assert 10 < forks.sum() < answers.valid.sum() / 2
+    entropy = answers.batch(0.95).stats.entropy[forks].mean()
+    expected = -0.03 * entropy + 0.7 * (3.2 - entropy) ** 2
+    options = OracleOptions(paec=PAEC_OPTIONS.paec)
+    outcome = run_step(started(options), [answers])
+    torch.testing.assert_close(outcome.metrics["entropy_loss"], expected.detach(), rtol=1e-14, atol=0)
+    (gradient,) = torch.autograd.grad(expected, answers.logits)
+    found = entropy_gradient(options)
+    torch.testing.assert_close(found, gradient, rtol=1e-10, atol=1e-14)
+    assert (found[~forks] == 0).all()
+    assert (found[forks].abs().amax(-1) > 1e-4).all()
+
+    paec = PAEC(dataclasses.replace(PAEC_OPTIONS.paec, tau_m=UNIFORM_TAU_M))
+    paec.load_state_dict(started(PAECNoMaskOptions(paec=PAEC_OPTIONS.paec)).term.state_dict())
+    (gradient,) = torch.autograd.grad(paec(answers.batch(0.95).stats, forks).loss, answers.logits)
+    torch.testing.assert_close(found, gradient, rtol=1e-10, atol=1e-14)
+
+
+def test_without_a_fork_the_oracle_is_grpo_and_its_anchor_waits():
+    answers = make_answers()
+    answers = answers._replace(roles=torch.where(answers.roles == ROLES.index(FORK), -1, answers.roles))
+    oracle = Algorithm(OracleOptions())
+    outcome = run_step(oracle, [answers])
+    assert torch.equal(outcome.grads[0], run_step(Algorithm(GRPOOptions()), [answers]).grads[0])
+    assert outcome.metrics["entropy_loss"] == 0
+    oracle.step()
+    assert oracle.term.anchor_count == 0
+    assert oracle.monitor.anchor_count == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("certain", [False, True])
+def test_a_hard_mask_is_zero_or_one(dtype, certain):
+    """But for the token whose score is the threshold, also where all scores are next to 0, as those of steps are."""
+    n = 66  # the .8-quantile is the 53rd, not between two
+    margin = torch.linspace(20, 21, n, dtype=dtype) if certain else torch.linspace(0, 3, n, dtype=dtype)
+    margin = margin[torch.randperm(n)][None]
+    ones = torch.ones_like(margin)
+    stats = TokenStats(-ones, ones, ones, margin, ones, ones.int())
+    valid = torch.ones(1, n, dtype=torch.bool)
+    rollout = Rollout(valid.long(), valid.long(), 0, valid)
+    batch = MicroBatch(rollout, ones[:, :1], 0 * ones[:, :1], stats, -ones)
+    masks = {}
+    for kind in (PAECHardMaskOptions, PAECNoMaskOptions):
+        algorithm = Algorithm(kind())
+        _, plan = algorithm.plan([batch], seed=0)
+        masks[kind] = algorithm.term.mask(stats, valid, plan.term)[0]
+    ranks = margin[0].argsort(descending=True).argsort()
+    expected = torch.where(ranks < 52, 0.0, torch.where(ranks == 52, 0.5, 1.0)).to(dtype)
+    assert torch.equal(masks[PAECHardMaskOptions], expected)
+    assert (masks[PAECNoMaskOptions] == 0.5).all()
+
+
+# Roles
+
+
+def measuring(options) -> PAECConfig:
+    """The config of the mask that the method is measured by."""
+    algorithm = Algorithm(options)
+    measures_itself = type(options) in SELECTING
+    return algorithm.term.config if measures_itself else dataclasses.replace(PAECConfig(), top_p=algorithm.top_p)
+
+
+@each_algorithm
+def test_entropy_and_mask_are_told_by_role(options):
+    """Over all micro-batches and ranks too, by the tests of exactness."""
+    answers = make_answers()
+    algorithm = started(options)
+    with torch.no_grad():
+        stats = answers.batch(algorithm.top_p).stats
+    _, mask, _ = reference.paec_loss(stats, answers.valid, measuring(options))
+    metrics = run_step(algorithm, [answers]).plan_metrics
+    for number, role in enumerate(ROLES):
+        places = [(b, t) for b, t in answers.valid.nonzero().tolist() if answers.roles[b, t] == number]
+        assert len(places) > 8
+        for name, values in (("entropy", stats.entropy), ("mask", mask)):
+            expected = math.fsum(values[place].item() for place in places) / len(places)
+            assert metrics[f"{name}/{role}"].item() == pytest.approx(expected, rel=1e-12), (name, role)
+
+
+def test_a_role_that_no_token_has_is_nan():
+    answers = make_answers()
+    answers = answers._replace(roles=torch.where(answers.roles == ROLES.index(FREE), -1, answers.roles))
+    metrics = run_step(started(PAEC_OPTIONS), [answers.piece(*piece) for piece in PIECES]).plan_metrics
+    by_role = {name: value for name, value in metrics.items() if "/" in name and not name.startswith("term/")}
+    assert by_role.keys() == {f"{name}/{role}" for name in ("entropy", "mask") for role in ROLES}
+    assert {name for name, value in by_role.items() if value.isnan()} == {"entropy/free", "mask/free"}
+
+
+def test_nothing_is_told_by_role_where_none_is_known():
+    answers = make_answers()
+    known = run_step(started(PAEC_OPTIONS), [answers]).plan_metrics
+    unknown = run_step(started(PAEC_OPTIONS), [answers._replace(roles=None)]).plan_metrics
+    assert known.keys() - unknown.keys() == {f"{name}/{role}" for name in ("entropy", "mask") for role in ROLES}
+    for name, value in unknown.items():
+        torch.testing.assert_close(value, known[name], rtol=0, atol=0, equal_nan=True)
+
+
+def test_without_a_monitor_entropy_alone_is_told_by_role():
+    metrics = run_step(Algorithm(GRPOOptions(), monitored=False), [make_answers()]).plan_metrics
+    assert {name for name in metrics if "/" in name} == {f"entropy/{role}" for role in ROLES}
+
+
 # Monitoring
 
 
@@ -147,8 +273,7 @@ def test_every_algorithm_is_measured_alike(options):
     algorithm = started(options)
     with torch.no_grad():
         stats = answers.batch(algorithm.top_p).stats
-    config = dataclasses.replace(PAECConfig(), top_p=algorithm.top_p)
-    _, _, selected = reference.paec_loss(stats, answers.valid, config)
+    _, _, selected = reference.paec_loss(stats, answers.valid, measuring(options))
     metrics = run_step(algorithm, [answers]).plan_metrics
     expected = {
         "entropy": stats.entropy[answers.valid].mean(),
@@ -169,7 +294,7 @@ def test_the_monitor_is_no_part_of_the_loss(options):
     answers = make_answers()
     low, high = started(options), started(options)
     if high.monitor is None:
-        assert type(options) in (PAECOptions, PAECNoPenaltyOptions)
+        assert type(options) in SELECTING
         return
     high.monitor.anchor_sum.fill_(100.0)
     outcomes = [run_step(algorithm, [answers]) for algorithm in (low, high)]
@@ -184,12 +309,12 @@ def test_without_a_monitor_the_loss_is_the_same(options):
     assert torch.equal(outcomes[0].grads[0], outcomes[1].grads[0])
     measured = {"nucleus_size", "selected_entropy", "floor", "anchor", "threshold", "mean_mask", "mask_on_certain"}
     measured &= outcomes[0].plan_metrics.keys()
-    assert len(measured) == (7 if type(options) in (PAECOptions, PAECNoPenaltyOptions) else 0)
+    assert len(measured) == (7 if type(options) in SELECTING else 0)
 
 
 @each_algorithm
 def test_a_method_that_selects_by_a_mask_warns_where_it_does_not(options):
-    row = {"threshold": 0.1}  # < 3 * 0.05, of the options that select and of the monitor
+    row = {"threshold": 0.1}  # < 3 * 0.05, of the options that select softly and of the monitor
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
         Algorithm(options).warn_unless_selective(row)
@@ -341,6 +466,10 @@ def with_valid(batch: MicroBatch, valid: torch.Tensor) -> MicroBatch:
     return batch._replace(rollout=batch.rollout._replace(valid=valid))
 
 
+def with_roles(batch: MicroBatch, roles: torch.Tensor | None) -> MicroBatch:
+    return batch._replace(rollout=batch.rollout._replace(roles=roles))
+
+
 def without_rows(batch: MicroBatch) -> MicroBatch:
     """Its first answer's tokens, ``[T]``."""
     stats = type(batch.stats)(*(x[0] for x in batch.stats))
@@ -361,6 +490,9 @@ def without_rows(batch: MicroBatch) -> MicroBatch:
         (lambda b: b._replace(accuracy=b.accuracy + 1), ValueError, r"accuracy must be in \[0, 1\], got \[.*1\."),
         (lambda b: b._replace(accuracy=b.accuracy * math.nan), ValueError, r"accuracy must be in \[0, 1\]"),
         (lambda b: with_valid(b, b.valid.int()), TypeError, "valid must be a bool tensor, got torch.int32"),
+        (lambda b: with_roles(b, None), ValueError, "roles must be of all micro-batches or of none, got None"),
+        (lambda b: with_roles(b, b.rollout.roles[:, 1:]), ValueError, r"roles must .* of valid, \(8, 20\)"),
+        (lambda b: with_roles(b, b.rollout.roles.double()), TypeError, "roles must be an integer tensor"),
         (without_rows, ValueError, r"valid must be \[B, T\], a row for each answer, got shape \(20,\)"),
     ],
 )
@@ -370,6 +502,16 @@ def test_bad_batches_are_named_before_anything_is_observed(change, error, messag
     algorithm, fresh = (started(SIRENOptions()) for _ in range(2))  # a term of its own and a monitor
     with pytest.raises(error, match=message):
         algorithm.plan([batch, change(batch)], seed=0)
+    metrics, expected = (each.plan([batch], seed=0)[1].metrics for each in (algorithm, fresh))
+    assert metrics == expected
+
+
+def test_the_oracle_needs_roles():
+    with torch.no_grad():
+        batch = make_answers().batch(0.95)
+    algorithm, fresh = (started(OracleOptions()) for _ in range(2))
+    with pytest.raises(ValueError, match="the oracle needs tasks whose forks are known"):
+        algorithm.plan([with_roles(batch, None)] * 2, seed=0)
     metrics, expected = (each.plan([batch], seed=0)[1].metrics for each in (algorithm, fresh))
     assert metrics == expected
 

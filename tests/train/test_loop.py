@@ -1,9 +1,11 @@
 """The loop on a hardly trained tiny model: what a step does, and that a run may be stopped at any moment."""
 
 import fcntl
+import json
 import math
 import os
 import pickle
+import re
 import resource
 import signal
 import subprocess
@@ -21,14 +23,16 @@ import torch.distributed as dist
 from paec_kernels import reference
 from paec_kernels.losses.paec_config import PAECConfig
 from paec_kernels.saved_state import UnreadableFileError
-from paec_kernels.train import loop
+from paec_kernels.train import commands, loop
 from paec_kernels.train.algorithms import ALGORITHMS, PAECOptions
-from paec_kernels.train.config import TrainConfig
+from paec_kernels.train.config import CompareConfig, EvalOptions, TrainConfig
 from paec_kernels.train.models.warm_start import WarmStart
 from paec_kernels.train.out_folder import LOCK, FolderInUseError
-from paec_kernels.train.policies import starting_policy
+from paec_kernels.train.policies import starting_policy, trained_policy
 from paec_kernels.train.presets import with_algo
 from paec_kernels.train.run_folder import OtherConfigError, read_checkpoint, read_rows
+from paec_kernels.train.tasks.long_families import LONG_FAMILIES
+from paec_kernels.train.tasks.task import FORK, FREE, ROLES, STEP
 
 TIMES = ("seconds", "sample_seconds")
 
@@ -93,9 +97,14 @@ def finish(process: subprocess.Popen) -> None:
     assert process.returncode == 0, errors
 
 
+def of_algo(config: TrainConfig, algo: str) -> TrainConfig:
+    """The run with another method, on tasks that it can be trained on."""
+    return with_algo(replace(config, tasks=("scan",), max_new_tokens=24) if algo == "oracle" else config, algo)
+
+
 @pytest.mark.parametrize("algo", ALGORITHMS)
 def test_every_algorithm_trains(config, algo):
-    config = with_algo(replace(config, steps=2), algo)
+    config = of_algo(replace(config, steps=2), algo)
     before = {name: x.clone() for name, x in starting_policy(config, torch.device("cpu")).module.state_dict().items()}
     run = loop.train(config)
     after = run.policy.module.state_dict()
@@ -173,15 +182,20 @@ def test_draws_depend_on_seed_step_and_place_alone(config):
 def test_each_update_takes_its_own_answers_once(config, updates):
     run = new_run(replace(config, updates=updates))
     rollout = sampled(run)
+    rollout = rollout._replace(roles=torch.arange(rollout.valid.numel()).view(rollout.valid.shape))  # no two alike
     rewards = torch.rand(config.prompts, config.answers)  # by which answers are told apart
     advantages = loop.pk.group_advantages(rewards).flatten()
     taken = []
     for micro_batches in loop.split(run, rollout, rewards):
         numbers = []
         for batch in micro_batches:
-            for tokens, valid, advantage in zip(batch.rollout.token_ids, batch.valid, batch.advantages, strict=True):
-                numbers.append((advantages == advantage).nonzero().item())
-                assert torch.equal(tokens[valid], rollout.token_ids[numbers[-1]][rollout.valid[numbers[-1]]])
+            rows = (batch.rollout.token_ids, batch.rollout.roles, batch.valid, batch.advantages)
+            for tokens, roles, valid, advantage in zip(*rows, strict=True):
+                number = (advantages == advantage).nonzero().item()
+                assert torch.equal(tokens[valid], rollout.token_ids[number][rollout.valid[number]])
+                assert torch.equal(roles, rollout.roles[number, : len(roles)])
+                numbers.append(number)
+            assert batch.rollout.roles.shape == batch.valid.shape
         taken.append(sorted(numbers))
     assert taken == torch.arange(len(advantages)).view(updates, -1).tolist()
 
@@ -198,6 +212,72 @@ def test_each_update_looks_by_the_weights_it_starts_from(config, monkeypatch):
     monkeypatch.setattr(loop, "optimiser_step", watched)
     loop.train(replace(config, steps=1, updates=2))
     assert moved == [False, True]
+
+
+@pytest.fixture
+def mixed(config) -> TrainConfig:
+    """Prompts of a long family and of a short one, in turn."""
+    return replace(config, tasks=("chain+", "parity"), steps=2, updates=1, max_new_tokens=40, prompts=2)
+
+
+def test_roles_are_those_of_the_asked_tasks_places(mixed):
+    rollout = sampled(new_run(mixed))
+    chain = LONG_FAMILIES["chain+"]
+    assert chain.roles[:3] == (FREE, STEP, FORK)
+    known = [ROLES.index(role) for role in chain.roles] + [-1] * 6
+    assert len(known) == 40
+    length = rollout.valid.shape[1]
+    assert rollout.roles.tolist() == [known[:length]] * mixed.answers + [[-1] * length] * mixed.answers
+    for length in (7, 40):  # shorter answers than it has places, and longer ones
+        roles = loop.roles_of([chain], 2, torch.ones(2, length, dtype=torch.bool))
+        assert roles.dtype == torch.int64
+        assert roles.tolist() == [known[:length]] * 2
+
+
+def test_only_the_tiny_models_tokens_have_roles(mixed):
+    """To another model's tokens the letters are none."""
+    run = new_run(mixed)
+    tasks, _ = mixed.load_tasks()
+    rollout, _ = loop.sample(replace(mixed, model="elsewhere"), run.policy, tasks, 0, 0, 1)
+    assert rollout.roles is None
+
+
+def by_role(row: dict) -> dict:
+    return {name: value for name, value in row.items() if name.startswith(("entropy/", "mask/"))}
+
+
+def test_the_log_tells_roles_apart(config):
+    loop.train(replace(config, tasks=("scan", "parity"), max_new_tokens=24, steps=1))
+    (row,) = read_rows(config.out)
+    expected = {f"{name}/{role}" for name in ("entropy", "mask") for role in ROLES}
+    assert by_role(row).keys() == expected
+    assert {name for name in expected if row[name] is None} == {"entropy/free", "mask/free"}  # scan has none
+    assert all(0 < row[name] < 4 for name in expected if row[name] is not None)
+    loop.train(replace(config, out=config.out / "short", steps=1))
+    assert by_role(read_rows(config.out / "short")[0]) == {}
+
+
+def rows_of_rank(rank: int, config: TrainConfig) -> list[dict]:
+    """Train on tasks that take turns, of which this rank is asked one alone."""
+    dist.init_process_group("gloo")
+    rows = []
+    run = loop.new_run(config, starting_policy(config, torch.device("cpu")))
+    tasks, _ = config.load_tasks()
+    for _ in range(config.steps):
+        rows.append(loop.train_step(run, tasks, rank, 2))
+    return rows
+
+
+def test_a_rank_without_known_roles_takes_part(mixed):
+    from helpers import on_ranks
+
+    loop.train(mixed)
+    expected = read_rows(mixed.out)
+    first, second = on_ranks(2, rows_of_rank, mixed.out.parent, mixed)
+    for row, other, whole in zip(first, second, expected, strict=True):
+        assert by_role(row) == by_role(other)
+        assert by_role(row).keys() == by_role(whole).keys() != set()
+        assert all(value == pytest.approx(whole[name], rel=1e-3) for name, value in by_role(row).items())
 
 
 @pytest.mark.parametrize("operator", ["logits", "linear"])
@@ -271,6 +351,66 @@ def test_an_interrupted_run_goes_on_to_the_bit(config):
     logs = [read_rows(config.out / name) for name in ("whole", "stopped")]
     for whole, resumed in zip(*logs, strict=True):
         assert {**whole, **dict.fromkeys(TIMES)} == {**resumed, **dict.fromkeys(TIMES)}
+
+
+def test_a_small_model_on_a_long_family_with_the_oracle_goes_on_to_the_bit(config):
+    """Trained, evaluated, stopped before the oracle's anchor is set, and taken out again, of its own size."""
+    start = replace(config.warm_start, width=64, layers=2)
+    config = replace(of_algo(config, "oracle"), warm_start=start, steps=4, updates=2, evaluate=EvalOptions(2, 2))
+    whole, stopped = (replace(config, out=config.out / name) for name in ("whole", "stopped"))
+    assert commands.train(whole) == 0
+    loop.train(replace(stopped, steps=1))
+    state = read_checkpoint(stopped.out / "checkpoint.pt")
+    assert state["algorithm"]["term.anchor_count"] == 2
+    assert state["config"]["warm_start"]["families"] == ["scan"]
+    assert commands.train(stopped) == 0
+    assert_same_bits(weights(whole.out), weights(stopped.out))
+    rows, resumed = ([{**row, **dict.fromkeys(TIMES)} for row in read_rows(c.out)] for c in (whole, stopped))
+    assert rows == resumed
+    assert rows[1]["term/floor"] == 0 < rows[2]["term/floor"]
+    assert (whole.out / "eval.json").read_text() == (stopped.out / "eval.json").read_text()
+
+    policy = trained_policy(stopped.out, torch.device("cpu"))
+    assert policy.head.shape[1] == 64
+    assert len(policy.module.blocks) == 2
+    assert_same_bits(policy.module.state_dict(), weights(whole.out))
+
+
+def test_a_run_from_before_there_were_sizes_goes_on(config):
+    """It was of the sizes and families that are the defaults now."""
+    loop.train(replace(config, out=config.out / "whole", steps=2))
+    stopped = replace(config, out=config.out / "stopped", steps=2)
+    loop.train(replace(stopped, steps=1))
+    state = read_checkpoint(stopped.out / "checkpoint.pt")
+    saved = json.loads((stopped.out / "config.json").read_text())
+    for written in (state["config"], saved):
+        for name in ("families", "width", "layers"):
+            del written["warm_start"][name]
+        for name in ("rare", "step_slip"):
+            del written["warm_start"]["habits"][name]
+    torch.save(state, stopped.out / "checkpoint.pt")
+    (stopped.out / "config.json").write_text(json.dumps(saved))
+    policy = trained_policy(stopped.out, torch.device("cpu"))
+    assert policy.head.shape[1] == 96
+    assert len(policy.module.blocks) == 3
+    loop.train(stopped)
+    assert_same_bits(weights(stopped.out), weights(config.out / "whole"))
+
+
+def test_the_oracle_is_refused_where_it_knows_no_forks(config):
+    known = "chain, chain+, scan, scan+, carry, carry+"
+    with pytest.raises(
+        ValueError, match=rf"^tasks must be among {re.escape(known)} for 'oracle', .*got parity, count$"
+    ):
+        with_algo(config, "oracle")
+    with pytest.raises(ValueError, match=r"got parity$"):
+        with_algo(replace(config, tasks=("chain", "parity")), "oracle")
+    with pytest.raises(ValueError, match=r"^model must be tiny for 'oracle', .*got smollm2$"):
+        with_algo(replace(config, tasks=("chain",), model="smollm2"), "oracle")
+    with pytest.raises(ValueError, match=r"^tasks must be among .*got parity, count$"):
+        CompareConfig(arms=("grpo", "oracle"), train=config)
+    CompareConfig(arms=("grpo", "oracle"), train=replace(config, tasks=("chain", "carry+")))
+    CompareConfig(arms=("grpo", "oracle"), train=config, runs=(config.out,))  # which trains none
 
 
 def test_killed_while_it_writes_a_checkpoint(config, monkeypatch):
@@ -430,7 +570,8 @@ def test_a_gradient_that_is_not_finite_stops_the_run(config, monkeypatch, factor
 @pytest.mark.parametrize("algo", ALGORITHMS)
 def test_a_step_that_is_not_taken_changes_nothing(config, algo, monkeypatch):
     """Neither weights, nor the optimiser, nor anchors and coefficients."""
-    run = loop.new_run(with_algo(config, algo), starting_policy(config, torch.device("cpu")))
+    config = of_algo(config, algo)
+    run = loop.new_run(config, starting_policy(config, torch.device("cpu")))
     tasks, _ = config.load_tasks()
     loop.train_step(run, tasks, 0, 1)
     before = pickle.dumps(run.state_dict())
