@@ -335,7 +335,8 @@ class Algorithm(nn.Module):
             the step's valid tokens; what the entropy term plans, as ``term/...``; and where PAEC measures the step,
             ``nucleus_size`` (tokens), a mean as well, ``selected_entropy`` (PAEC's masked mean), ``floor`` (0 until it
             is set) and ``anchor`` (NaN until then), in nats, and of its mask ``threshold``, ``mean_mask`` and
-            ``mask_on_certain``.
+            ``mask_on_certain``. Where roles are known, means over each role's tokens, NaN without one:
+            ``entropy/fork``, and where PAEC measures ``mask/fork``, and so on.
         Raises:
             TypeError, ValueError: a micro-batch of wrong types, shapes or devices, or none at all.
         """

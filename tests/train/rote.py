@@ -42,6 +42,8 @@ class Rote:
 class Counting:
     """Problems "start", "start + 1", ...: the answer is the prompt."""
 
+    roles = ()
+
     def __init__(self, name: str, start: int, size: int) -> None:
         self.name, self._start, self._size = name, start, size
 
