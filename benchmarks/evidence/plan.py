@@ -55,6 +55,4 @@ WINDOW = 10  # batches of a running mean
 
 def config(family: str, cache: Path) -> TrainConfig:
     """Return the options that all arms of a family share."""
-    preset = PRESETS["long"]
-    start = replace(preset.warm_start, families=(family,))
-    return replace(preset, tasks=(family,), warm_start=start, cache=cache)
+    return replace(PRESETS["long"], tasks=(family,), cache=cache)

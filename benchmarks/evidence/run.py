@@ -85,14 +85,18 @@ def run_one(family: str, stage: str, arm: str, seed: int, common: TrainConfig) -
     torch.set_num_threads(1)
     start = time.perf_counter()
     start_seed = seed % WARM_STARTS
-    run_config = replace(
-        with_arm(common, arm), seed=seed, warm_start=replace(common.warm_start, seed=start_seed)
-    )
+    run_config = replace(with_arm(common, arm), seed=seed, warm_start=replace(common.warm_start, seed=start_seed))
     tasks, eval_tasks = run_config.load_tasks()
     run = loop.new_run(run_config, starting_policy(run_config, torch.device("cpu")))
     steps = [loop.train_step(run, tasks, 0, 1) for _ in range(run_config.steps)]
     options = run_config.evaluate
-    settings = Settings(options.problems, options.samples, options.seed, max_new_tokens=run_config.max_new_tokens, temperature=run_config.temperature)
+    settings = Settings(
+        options.problems,
+        options.samples,
+        options.seed,
+        max_new_tokens=run_config.max_new_tokens,
+        temperature=run_config.temperature,
+    )
     evaluation = evaluate(run.policy, eval_tasks, settings)
     (results,) = evaluation.tasks.values()
     return {

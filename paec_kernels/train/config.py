@@ -42,7 +42,7 @@ class EvalOptions:
 class TrainConfig:
     """Train a language model by reinforcement learning with verifiable rewards."""
 
-    preset: Literal["tiny", "smollm2", "paper"] = "tiny"
+    preset: Literal["tiny", "long", "smollm2", "paper"] = "tiny"
     """Set of defaults for all options below."""
     out: Path = Path("runs/train")
     """Folder for config.json, log.jsonl, eval.json, checkpoint.pt, TensorBoard's events, and a Hugging Face model's end

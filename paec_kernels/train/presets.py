@@ -7,6 +7,7 @@ from typing import Any
 from paec_kernels.losses.paec_config import PAECConfig
 from paec_kernels.train.algorithms import ALGORITHMS, PAECOptions
 from paec_kernels.train.config import AlgoName, EvalOptions, TrainConfig
+from paec_kernels.train.models.warm_start import WarmStart
 from paec_kernels.train.tasks.by_name import value_of
 
 DATA = Path("data")  # relative to where the command is started
@@ -45,6 +46,20 @@ def _with_field(options: Any, path: str, text: str, arm: str) -> Any:
     value = _with_field(getattr(options, name), rest, text, arm) if rest else value_of(text)
     return replace(options, **{name: value})
 
+
+# The long families, on a smaller tiny model. Difficulty (the habits' share of rare routes, learning rate, number of
+# batches) was set by runs of GRPO and of the oracle alone, so that without help the rare routes are found sometimes.
+LONG = TrainConfig(
+    preset="long",
+    tasks=("chain",),
+    warm_start=WarmStart(width=64, layers=2, skill_steps=3000, batch=64, learning_rate=3e-3),
+    steps=150,
+    prompts=12,
+    answers=8,
+    micro_batch=48,
+    max_new_tokens=40,
+    learning_rate=4e-4,
+)
 
 # SmolLM2-135M on the datasets of reasoning-gym that gave most groups with right and wrong answers, of 14 tried (5 of
 # them in two difficulties):
@@ -124,4 +139,4 @@ PAPER = TrainConfig(
     ),
 )
 
-PRESETS = {"tiny": TrainConfig(), "smollm2": SMOLLM2, "paper": PAPER}
+PRESETS = {"tiny": TrainConfig(), "long": LONG, "smollm2": SMOLLM2, "paper": PAPER}
