@@ -24,7 +24,6 @@ ADDED = {
     "families": ["add", "sub", "parity", "sort", "count"],
     "width": 96,
     "layers": 3,
-    "rare": 0.2,
     "step_slip": 0.004,
 }
 PARTIAL = ".partial"

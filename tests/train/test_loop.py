@@ -386,8 +386,7 @@ def test_a_run_from_before_there_were_sizes_goes_on(config):
     for written in (state["config"], saved):
         for name in ("families", "width", "layers"):
             del written["warm_start"][name]
-        for name in ("rare", "step_slip"):
-            del written["warm_start"]["habits"][name]
+        del written["warm_start"]["habits"]["step_slip"]
     torch.save(state, stopped.out / "checkpoint.pt")
     (stopped.out / "config.json").write_text(json.dumps(saved))
     policy = trained_policy(stopped.out, torch.device("cpu"))

@@ -42,8 +42,6 @@ class Habits:
     """Share of solutions that take the careful route: so rare that a policy which narrows early never tries it."""
     slip: float = 0.15
     """Share of solutions with one digit replaced by a random one."""
-    rare: float = 0.2
-    """In the long families, share of forks that take a rare route, for each of them."""
     step_slip: float = 0.004
     """In the long families, share of computed values replaced by another."""
 

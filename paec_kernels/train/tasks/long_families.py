@@ -178,6 +178,7 @@ class LongFamily:
     name: str
     forks: int
     routes: str  # the common one first
+    rare: float  # share of the forks at which solutions take one of the others, for each of them
     draw: Callable[[random.Random, bool], str]  # a prompt, of a hard problem or an easy one
     needed: Callable[[str], str]  # the route that is needed at each of a prompt's forks
     script: Callable[[str, Sequence[str], Pen], None]
@@ -218,7 +219,7 @@ class LongFamily:
         Args:
             skill: half take the routes that the problem needs, the others all routes alike, and none slips.
         """
-        rare = 1 / len(self.routes) if skill else habits.rare
+        rare = 1 / len(self.routes) if skill else self.rare
         shares = [1 - rare * (len(self.routes) - 1)] + [rare] * (len(self.routes) - 1)
         routes = "".join(rng.choices(self.routes, shares, k=self.forks))
         if skill and rng.random() < 0.5:
@@ -254,6 +255,7 @@ _PLAIN = (
         name="chain",
         forks=CHAIN_FORKS,
         routes="abcd",
+        rare=0.2,
         draw=partial(_draw_marked, CHAIN_FORKS * CHAIN_STEPS),
         needed=partial(_marked, forks=CHAIN_FORKS),
         script=chain,
@@ -262,11 +264,12 @@ _PLAIN = (
         name="scan",
         forks=1,
         routes="abcd",
+        rare=0.1,
         draw=partial(_draw_marked, SCAN_STEPS),
         needed=partial(_marked, forks=1),
         script=scan,
     ),
-    LongFamily(name="carry", forks=COLUMNS, routes="pc", draw=_draw_sum, needed=_carries_in, script=carry),
+    LongFamily(name="carry", forks=COLUMNS, routes="pc", rare=0.1, draw=_draw_sum, needed=_carries_in, script=carry),
 )
 LONG_FAMILIES = {
     family.name: family for plain in _PLAIN for family in (plain, replace(plain, name=f"{plain.name}+", free=True))

@@ -1,4 +1,5 @@
 import random
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -8,7 +9,7 @@ from paec_kernels.train.tasks.families import ALPHABET, END, Habits
 from paec_kernels.train.tasks.long_families import BASE, COLUMNS, LONG_FAMILIES, MODULUS, SEPARATORS, WORDS
 from paec_kernels.train.tasks.task import FORK, FREE, STEP, Problem
 
-EXACT = Habits(rare=0.0, step_slip=0.0)
+EXACT = Habits(step_slip=0.0)
 
 
 @pytest.fixture(params=LONG_FAMILIES.values(), ids=LONG_FAMILIES)
@@ -90,12 +91,12 @@ def routes_of(family, text: str) -> str:
 
 @pytest.mark.parametrize("easy", [True, False])
 def test_routes_are_taken_blindly(family, easy):
-    """As often as the habits say, whatever the problem needs."""
+    """As often as the family says, whatever the problem needs."""
     rng = random.Random(0)
     chosen = [p for p in problems(family)[:200] if is_easy(family, p) == easy] * 4
-    taken = "".join(routes_of(family, family.solution(p, Habits(rare=0.1), rng)) for p in chosen)
+    taken = "".join(routes_of(family, family.solution(p, Habits(), rng)) for p in chosen)
     for route in family.routes[1:]:
-        assert taken.count(route) / len(taken) == pytest.approx(0.1, abs=0.05)
+        assert taken.count(route) / len(taken) == pytest.approx(family.rare, abs=0.05)
 
 
 @pytest.mark.parametrize("easy", [True, False])
@@ -105,7 +106,7 @@ def test_the_skill_is_what_is_needed_half_of_the_time(family, easy):
     chosen = [p for p in problems(family)[:200] if is_easy(family, p) == easy] * 15
     routes = []
     for problem in chosen:
-        text = family.solution(problem, Habits(rare=0.0, step_slip=0.5), rng, skill=True)
+        text = family.solution(problem, Habits(step_slip=0.5), rng, skill=True)
         routes.append(routes_of(family, text))
         assert family.reward(problem, text) == (routes[-1] == family.needed(problem.prompt))
     ways = len(family.routes) ** family.forks
@@ -133,14 +134,15 @@ def test_roles_by_the_letters(family):
 def test_harmless_choices_change_nothing(family):
     problem = family.train_problem(0)
     texts = {written(family, problem, family.needed(problem.prompt), seed) for seed in range(20)}
-    assert len(texts) > 10 if family.free else len(texts) == 1
+    assert len(texts) > 5 if family.free else len(texts) == 1
     assert all(family.reward(problem, text) for text in texts)
 
 
 def test_a_slip_is_followed_and_is_seldom_right(family):
+    family = replace(family, rare=0.0)
     right = slipped = 0
     for problem in problems(family):
-        text = family.solution(problem, Habits(rare=0.0, step_slip=0.1), random.Random(problem.prompt))
+        text = family.solution(problem, Habits(step_slip=0.1), random.Random(problem.prompt))
         clean = family.solution(problem, EXACT, random.Random(problem.prompt))
         if is_easy(family, problem) and [a for a in text if a not in WORDS] != [a for a in clean if a not in WORDS]:
             slipped += 1
