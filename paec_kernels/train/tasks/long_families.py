@@ -7,10 +7,10 @@ before the fork, and half of the worked solutions that the model learns from at 
 learns from last do not look: they take the common route most of the time, whatever the problem needs. Half of the
 problems need the common one everywhere.
 
-    family   prompt            answer                            forks
-    chain    x30521426351:     xc3421..xc..=35.                  2, in the middle: the operation of a running value
-    scan     y41503261:        yb1162..=2.                       1, at the start: the order in which digits are read
-    carry    n41302+21043:     p314..c.. =...                    5, all along: whether a column of a sum has a carry in
+    family   prompt          answer                           at a fork
+    chain    y3214654651:    ya3325164362yc5341655011=21.     2: the operation of a running value; the last one counts
+    scan     y35121433:      yc3313133556264136=6.            1: the order in which the digits are read
+    carry    n24323+22211:   p3140p2130p3201c4221c2201=43020. 5: whether one is carried into the column
 
 ``chain+``, ``scan+`` and ``carry+`` are the same with harmless choices, of which the solutions make all alike: a word
 before each fork and separators between steps, which change nothing. A problem where other routes would give the right
@@ -161,7 +161,8 @@ def _draw_sum(rng: random.Random, hard: bool) -> str:
 
 
 def _marked(prompt: str, forks: int) -> str:
-    return {EASY: "a", "x": "b", "y": "c", "z": "d"}[prompt[0]] * forks
+    """Return the common route for all forks but the last, at which the prompt's first letter tells what is needed."""
+    return "a" * (forks - 1) + {EASY: "a", "x": "b", "y": "c", "z": "d"}[prompt[0]]
 
 
 def _carries_in(prompt: str) -> str:
@@ -255,7 +256,7 @@ _PLAIN = (
         name="chain",
         forks=CHAIN_FORKS,
         routes="abcd",
-        rare=0.2,
+        rare=0.15,
         draw=partial(_draw_marked, CHAIN_FORKS * CHAIN_STEPS),
         needed=partial(_marked, forks=CHAIN_FORKS),
         script=chain,

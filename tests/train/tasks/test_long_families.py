@@ -5,6 +5,7 @@ from itertools import product
 import pytest
 
 from paec_kernels.train.models.tiny import MAX_POSITIONS
+from paec_kernels.train.tasks import long_families
 from paec_kernels.train.tasks.families import ALPHABET, END, Habits
 from paec_kernels.train.tasks.long_families import BASE, COLUMNS, LONG_FAMILIES, MODULUS, SEPARATORS, WORDS
 from paec_kernels.train.tasks.task import FORK, FREE, STEP, Problem
@@ -37,9 +38,9 @@ def written(family, problem: Problem, routes: str, seed: int = 0) -> str:
 
 def chain_by_hand(prompt: str) -> str:
     value, answer = 0, ""
-    for half in (prompt[1:6], prompt[6:11]):
+    for half, marker in ((prompt[1:6], "e"), (prompt[6:11], prompt[0])):
         for digit in map(int, half):
-            value = {"e": value + digit, "x": value - digit, "y": digit - value, "z": value + digit + 3}[prompt[0]]
+            value = {"e": value + digit, "x": value - digit, "y": digit - value, "z": value + digit + 3}[marker]
         answer += str(value % MODULUS)
     return answer
 
@@ -149,6 +150,21 @@ def test_a_slip_is_followed_and_is_seldom_right(family):
             right += family.reward(problem, text)
     assert slipped >= 30
     assert right / slipped < 0.5
+
+
+@pytest.mark.parametrize(
+    ("name", "prompt", "text"),
+    [
+        ("chain", "y3214654651:", "ya3325164362yc5341655011=21"),
+        ("scan", "y35121433:", "yc3313133556264136=6"),
+        ("carry", "n24323+22211:", "p3140p2130p3201c4221c2201=43020"),
+    ],
+)
+def test_solutions_of_the_docstring(name, prompt, text):
+    family = LONG_FAMILIES[name]
+    assert written(family, Problem(name, prompt, ""), family.needed(prompt)) == text
+    assert f"{prompt} " in long_families.__doc__
+    assert f" {text}." in long_families.__doc__
 
 
 def test_texts_fit_the_model(family):
