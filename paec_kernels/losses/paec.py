@@ -159,8 +159,7 @@ class PAEC(EntropyTerm):
         """Return the scores and entropies, ``[2, N]``; with floors of positions the anchor policy's too, ``[3, N]``."""
         columns = [self._score(stats, valid, anchor_stats), self._entropy(stats)]
         if self._of_positions:
-            assert anchor_stats is not None  # by _score
-            columns.append(self._entropy(anchor_stats))
+            columns.append(self._anchor_entropy(anchor_stats))
         return torch.stack(columns)
 
     def _plan(self, observed: list[Tensor]) -> tuple[Plan, Tensor]:
@@ -178,19 +177,16 @@ class PAEC(EntropyTerm):
         def masked_mean(x: Tensor) -> Tensor:
             return torch.where(empty, 0.0, torch.where(mask == 0, 0.0, mask * x).sum() / mask_sum)
 
+        anchor = self.anchor.to(score)
         if self._of_positions:
             anchor = torch.where(empty, torch.nan, masked_mean(anchor_entropy[0]))
-            shortfalls = (self.config.rho_min * anchor_entropy[0] - entropy).clamp(min=0)
-            shortfall, unit = masked_mean(shortfalls), torch.ones_like(mask_sum)
-            penalty = masked_mean(shortfalls.square())
-            active = masked_mean((shortfalls > 0).to(entropy))
-        else:
-            anchor = self.anchor.to(score)
         floor = torch.where(anchor.isnan(), 0.0, self.config.rho_min * anchor)
-        if not self._of_positions:
+        if self._of_positions:
+            shortfall, unit = self._shortfall(entropy, self.config.rho_min * anchor_entropy[0])
+            penalty, pull, active = map(masked_mean, (shortfall.square(), shortfall / unit, shortfall > 0))
+        else:
             shortfall, unit = self._shortfall(mean_entropy, floor)
-            penalty = torch.where(empty, 0.0, shortfall.square())
-            active = (penalty > 0).to(penalty)
+            penalty, pull, active = torch.where(empty, 0.0, shortfall.square()), shortfall / unit, shortfall > 0
         known_mean = torch.where(empty, torch.nan, mean_entropy)
         plan = Plan(
             mean_entropy,
@@ -202,9 +198,9 @@ class PAEC(EntropyTerm):
             mean_mask=mask_sum / n_valid,
             mask_on_certain=torch.where(entropy < CERTAIN, mask, 0.0).sum() / mask_sum,
             floor_ratio=torch.where(floor == 0, torch.nan, known_mean / floor),
-            penalty_active=active,
+            penalty_active=torch.where(empty, 0.0, active.to(score)),
             bonus_per_token=self.config.beta * n_valid / mask_sum,
-            penalty_per_token=2 * self.config.lam * shortfall / unit * n_valid / mask_sum,
+            penalty_per_token=2 * self.config.lam * pull * n_valid / mask_sum,
         )
         return plan, known_mean
 
@@ -228,9 +224,8 @@ class PAEC(EntropyTerm):
         world = world_size(self.process_group)  # as ranks are averaged
         if self._of_positions:
             # L = sum_t m_t (-beta H_t + lam d_t^2) / sum(m),  d_t = max(0, rho_min H_t of the anchor policy - H_t)
-            assert anchor_stats is not None  # by _score
-            floors = torch.where(valid.reshape(-1), self.config.rho_min * self._entropy(anchor_stats).detach(), 0.0)
-            each = self.config.lam * (floors - entropy).clamp(min=0).square() - self.config.beta * entropy
+            floors = torch.where(valid.reshape(-1), self.config.rho_min * self._anchor_entropy(anchor_stats), 0.0)
+            each = self.config.lam * self._shortfall(entropy, floors)[0].square() - self.config.beta * entropy
             return world * (torch.where(mask == 0, 0.0, mask / plan.mask_sum) * each).sum(), mask.view(valid.shape)
         # L is not a sum over tokens, but its tangent at the plan's H_bar is, and equals it there:
         #   L = sum_t m_t / sum(m) * (g H_t + L - g H_bar) = sum_t b_t H_t + (L - g H_bar) sum_t m_t / sum(m)
@@ -261,6 +256,10 @@ class PAEC(EntropyTerm):
         """
         unit = torch.where(floor == 0, math.inf, floor if self.config.penalty == "relative" else 1.0)
         return (floor - mean_entropy).clamp(min=0) / unit, unit
+
+    def _anchor_entropy(self, anchor_stats: TokenStats | None) -> Tensor:
+        assert anchor_stats is not None  # `_score` refuses it
+        return self._entropy(anchor_stats).detach()
 
     def _entropy(self, stats: TokenStats) -> Tensor:
         """Return the entropy that the loss is about, flat ``[N]``."""
