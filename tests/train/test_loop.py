@@ -136,6 +136,31 @@ def test_an_anchor_of_rollout_batches_is_the_mean_over_them(config):
     assert rows[2]["anchor"] == pytest.approx((rows[0]["selected_entropy"] + rows[1]["selected_entropy"]) / 2)
 
 
+@pytest.mark.parametrize("anchored", ["scores", "positions"])
+def test_the_anchor_policy_is_the_policy_at_the_start(config, anchored):
+    """After steps, too, and after a resume, which goes on to the bit."""
+    method = PAECOptions(paec=PAECConfig(anchored=anchored, lam=5.0, rho_min=3.0, anchor_steps=1))
+    config = replace(config, method=method, steps=4, learning_rate=1e-2, updates=2)
+    start = starting_policy(config, torch.device("cpu")).module.state_dict()
+    run = loop.train(replace(config, out=config.out / "whole"))
+    assert run.anchor_policy is not None
+    assert_same_bits(run.anchor_policy.module.state_dict(), start)
+    rows = read_rows(config.out / "whole")
+    assert max(row["term/penalty"] for row in rows) > 0
+    assert (rows[0]["anchor"] is None) == (anchored == "scores")  # floors of positions are there from the first step
+
+    stopped = replace(config, out=config.out / "stopped")
+    loop.train(replace(stopped, steps=2))
+    resumed = loop.train(stopped)
+    assert_same_bits(resumed.anchor_policy.module.state_dict(), start)
+    assert_same_bits(weights(stopped.out), weights(config.out / "whole"))
+
+
+def test_no_anchor_policy_is_kept_where_none_is_needed(config):
+    assert new_run(config).anchor_policy is None
+    assert new_run(with_algo(config, "grpo")).anchor_policy is None
+
+
 @pytest.mark.parametrize("algo", ["paec", "clip-cov", "aer"])
 def test_micro_batches_change_nothing_but_rounding(config, algo):
     config = with_algo(replace(config, steps=2, updates=2), algo)
