@@ -63,10 +63,10 @@ class WarmStart:
         return replace(self, families=tuple(name for name in tasks if name in OF_LETTERS) if long else tuple(FAMILIES))
 
 
-def batch_loss(
-    model: TinyModel, families: Sequence[Family | LongFamily], options: WarmStart, step: int
-) -> torch.Tensor:
-    """Return the mean cross-entropy (nats) of the letters in the step's solutions, drawn evenly from the families."""
+def draw_solutions(
+    families: Sequence[Family | LongFamily], options: WarmStart, step: int
+) -> tuple[list[str], list[str]]:
+    """Return the prompts and the solutions of a step, drawn evenly from the families."""
     rng = random.Random(f"warm start {options.seed} {step}")
     prompts, solutions = [], []
     for row in range(options.batch):
@@ -74,6 +74,14 @@ def batch_loss(
         problem = family.train_problem(rng.randrange(10**9))
         prompts.append(problem.prompt)
         solutions.append(family.solution(problem, options.habits, rng, skill=step < options.skill_steps) + END)
+    return prompts, solutions
+
+
+def batch_loss(
+    model: TinyModel, families: Sequence[Family | LongFamily], options: WarmStart, step: int
+) -> torch.Tensor:
+    """Return the mean cross-entropy (nats) of the letters in the step's solutions."""
+    prompts, solutions = draw_solutions(families, options, step)
     prompt_ids, prompt_mask = encode(prompts)
     answer_ids, answer_mask = (x.flip(1) for x in encode([text[::-1] for text in solutions]))  # padded on the right
     ids = torch.cat((prompt_ids, answer_ids), dim=1)
@@ -95,14 +103,16 @@ def warm_start(
     options = options.for_tasks(())
     torch.manual_seed(options.seed)
     model = TinyModel(options.width, options.layers)
-    key = hashlib.sha256(json.dumps(asdict(options), sort_keys=True).encode()).hexdigest()[:16]
+    families = [OF_LETTERS[name] for name in options.families]
+    # What is learned belongs to the key: a family may be written otherwise some day.
+    learned = [draw_solutions(families, options, step) for step in (0, options.skill_steps)]
+    key = hashlib.sha256(json.dumps([asdict(options), learned], sort_keys=True).encode()).hexdigest()[:16]
     path = folder / f"tiny-{key}.pt"
     if path.exists():
         remedy = "Move it away: it is made again."
         model.load_state_dict(load_saved(path, "the tiny model's start", remedy, list(model.state_dict())))
         return model
     folder.mkdir(parents=True, exist_ok=True)  # before the work, for which there must be a place
-    families = [OF_LETTERS[name] for name in options.families]
     optimizer = torch.optim.AdamW(model.parameters(), lr=options.learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
     for step in range(options.skill_steps + options.habit_steps):
         cooled = (1 + math.cos(math.pi * min(1, step / options.skill_steps))) / 2

@@ -8,6 +8,7 @@ from paec_kernels.train.config import TrainConfig, plain
 from paec_kernels.train.models.tiny import TinyModel, TinyPolicy
 from paec_kernels.train.models.warm_start import WarmStart, batch_loss, warm_start
 from paec_kernels.train.policies import starting_policy
+from paec_kernels.train.tasks.by_name import OF_LETTERS
 from paec_kernels.train.tasks.families import FAMILIES, Habits
 
 OPTIONS = WarmStart(skill_steps=20, habit_steps=5, batch=16)
@@ -90,6 +91,14 @@ def test_each_step_is_of_its_phase():
 
     assert loss(4, 0.001, skill_steps=5) == loss(4, 0.5, skill_steps=4)
     assert loss(5, 0.001, skill_steps=5) == loss(5, 0.001, skill_steps=1) != loss(5, 0.5, skill_steps=1)
+
+
+def test_another_way_to_write_solutions_is_another_file(tmp_path, monkeypatch):
+    options = replace(OPTIONS, families=("chain",), skill_steps=2, habit_steps=1)
+    model = warm_start(options, tmp_path)
+    monkeypatch.setitem(OF_LETTERS, "chain", replace(OF_LETTERS["chain"], rare=0.3))
+    assert not same(model, warm_start(options, tmp_path))
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\3\4", bytes(range(256))])
