@@ -47,10 +47,12 @@ ARMS = {
     "cispo": Arm("cispo", "clip_high", (0.28, 1, 4)),
 }
 BASELINE = "grpo"
-# In each family the outcomes are tested over these alone, adjusted by Holm; all else is exploratory.
+# In each family, and over all, each outcome is tested over these alone, adjusted by Holm; all else is exploratory.
 PLANNED = (("oracle", "grpo"), ("paec", "grpo"), ("paec-positions", "grpo"), ("paec-positions", "paec"))
 DISCOVERED = 0.75  # of prompts mostly right: the easy half, and half of the hard one
 WINDOW = 10  # batches of a running mean
+PRIMARY = "area"  # the mean of prompts mostly right over all batches, of what finds sooner and keeps it; it decides
+OUTCOMES = (PRIMARY, "discovery", "maj@16", "pass@16")
 
 
 def config(family: str, cache: Path) -> TrainConfig:

@@ -11,16 +11,17 @@ import json
 import lzma
 import sys
 import time
-from collections.abc import Iterator
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from collections.abc import Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
 
-from benchmarks.evidence.plan import ARMS, FAMILIES, GRID_SEEDS, SEEDS, WARM_STARTS, config
+from benchmarks.evidence import plan
 from benchmarks.provenance import provenance
 from paec_kernels.saved_state import whole_file
 from paec_kernels.train import loop
@@ -28,63 +29,87 @@ from paec_kernels.train.config import TrainConfig, plain
 from paec_kernels.train.policies import starting_policy
 from paec_kernels.train.presets import with_arm
 from paec_kernels.train.report.evaluate import Settings, evaluate
+from paec_kernels.train.report.statistics import reward_area
 
 ROWS = Path("bench_results/rlvr/long")
 DIGITS = 5  # of a logged number
 LEFT_OUT = ("step", "seconds", "sample_seconds")
 
 Row = dict[str, Any]
+Call = tuple[str, str, str, int, TrainConfig]  # of `run_one`
 
 
 def read(family: str, folder: Path = ROWS) -> list[Row]:
-    """Return a family's rows, none where there is no file."""
+    """Return a family's rows, none where there is no file.
+
+    Raises:
+        ValueError: one run is there twice.
+    """
     path = folder / f"{family}.jsonl.xz"
     if not path.exists():
         return []
-    with lzma.open(path, "rt") as lines:
-        return [json.loads(line) for line in lines]
+    with lzma.open(path, "rt", encoding="utf-8") as lines:
+        rows = [json.loads(line) for line in lines]
+    seen = set()
+    for row in rows:
+        run = row["stage"], row["arm"], row["seed"]
+        if run in seen:
+            raise ValueError(f"{path} must hold a run once, got {run} twice")
+        seen.add(run)
+    return rows
 
 
-def write(rows: list[Row], family: str, folder: Path = ROWS) -> None:
-    """Write a family's rows in the order of stage, arm and seed, whole or not at all."""
-    folder.mkdir(parents=True, exist_ok=True)
-    rows = sorted(rows, key=lambda row: (row["stage"], row["arm"], row["seed"]))
-    text = "".join(json.dumps(row) + "\n" for row in rows)
-    with whole_file(folder / f"{family}.jsonl.xz") as partial:
-        partial.write_bytes(lzma.compress(text.encode()))
+def add(rows: Iterable[Row], family: str, folder: Path = ROWS) -> None:
+    """Add rows to a family's file, all of them or none. Each is compressed by itself, so that a row more takes no
+    longer the more there are."""
+    path = folder / f"{family}.jsonl.xz"
+    known = path.read_bytes() if path.exists() else b""
+    with whole_file(path) as partial:
+        partial.write_bytes(known + b"".join(lzma.compress(f"{json.dumps(row)}\n".encode()) for row in rows))
 
 
-def wanted(stage: str, family: str, rows: list[Row]) -> Iterator[tuple[str, int]]:
+def wanted(stage: str, rows: list[Row]) -> Iterator[tuple[str, int]]:
     """Yield arm, as `paec compare` spells it, and seed of each run that the stage still lacks, seed by seed."""
     done = {(row["stage"], row["arm"], row["seed"]) for row in rows}
-    arms = [arm for each in ARMS.values() for arm in each.candidates] if stage == "grid" else best(rows).values()
-    for seed in GRID_SEEDS if stage == "grid" else SEEDS:
+    arms = [arm for each in plan.ARMS.values() for arm in each.candidates] if stage == "grid" else best(rows).values()
+    for seed in plan.GRID_SEEDS if stage == "grid" else plan.SEEDS:
         for arm in arms:
             if (stage, arm, seed) not in done:
                 yield arm, seed
 
 
+def grid_areas(rows: list[Row]) -> dict[str, dict[str, float]]:
+    """Return the mean area of each arm's candidates over the grid's seeds, by arm.
+
+    Raises:
+        ValueError: a run of the grid is missing.
+    """
+    found = {
+        (row["arm"], row["seed"]): reward_area(row["log"]["mostly_right"]) for row in rows if row["stage"] == "grid"
+    }
+    areas: dict[str, dict[str, float]] = {}
+    for name, arm in plan.ARMS.items():
+        runs = {candidate: [(candidate, seed) for seed in plan.GRID_SEEDS] for candidate in arm.candidates}
+        if missing := [run for of_candidate in runs.values() for run in of_candidate if run not in found]:
+            raise ValueError(f"rows must hold the whole grid of {name!r} before the main runs; missing: {missing}")
+        areas[name] = {candidate: mean(found[run] for run in of_one) for candidate, of_one in runs.items()}
+    return areas
+
+
 def best(rows: list[Row]) -> dict[str, str]:
-    """Return each arm with the coefficient whose grid runs have the largest mean of prompts mostly right, the mean over
-    all batches: what finds sooner and keeps it. Of equals the first."""
-    chosen = {}
-    for name, arm in ARMS.items():
-        area: dict[str, list[float]] = {candidate: [] for candidate in arm.candidates}
-        for row in rows:
-            if row["stage"] == "grid" and row["arm"] in area:
-                values = row["log"]["mostly_right"]
-                area[row["arm"]].append(sum(values) / len(values))
-        if any(len(found) < len(GRID_SEEDS) for found in area.values()):
-            raise ValueError(f"rows must hold the whole grid of {name!r} before the main runs, got {area}")
-        chosen[name] = max(area, key=lambda candidate: sum(area[candidate]))
-    return chosen
+    """Return each arm with the coefficient whose grid runs have the largest area; of equals the first.
+
+    Raises:
+        ValueError: as `grid_areas`.
+    """
+    return {name: max(areas, key=areas.__getitem__) for name, areas in grid_areas(rows).items()}
 
 
 def run_one(family: str, stage: str, arm: str, seed: int, common: TrainConfig) -> Row:
     """Train and evaluate one arm and seed; nothing but the row is kept."""
     torch.set_num_threads(1)
     start = time.perf_counter()
-    start_seed = seed % WARM_STARTS
+    start_seed = seed % plan.WARM_STARTS
     run_config = replace(with_arm(common, arm), seed=seed, warm_start=replace(common.warm_start, seed=start_seed))
     tasks, eval_tasks = run_config.load_tasks()
     run = loop.new_run(run_config, starting_policy(run_config, torch.device("cpu")))
@@ -118,39 +143,52 @@ def _rounded(value: float) -> float | None:
     return float(f"{value:.{DIGITS}g}") if value == value else None
 
 
-def main() -> int:
+def finished(calls: Iterable[Call], pool: Executor, jobs: int, until: float) -> Iterator[tuple[Call, Future]]:
+    """Yield runs as they end, ``jobs`` of them under way at a time; none is started after ``until``."""
+    left = iter(calls)
+    running: dict[Future, Call] = {}
+    while True:
+        while len(running) < jobs and time.time() < until and (call := next(left, None)):
+            running[pool.submit(run_one, *call)] = call
+        if not running:
+            return
+        for future in wait(running, return_when=FIRST_COMPLETED).done:
+            yield running.pop(future), future
+
+
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("stage", choices=("grid", "main"))
-    parser.add_argument("--families", nargs="+", choices=FAMILIES, default=FAMILIES)
+    parser.add_argument("--families", nargs="+", choices=plan.FAMILIES, default=plan.FAMILIES)
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, each on one core")
     parser.add_argument("--minutes", type=float, default=1e9, help="start no run after these")
     parser.add_argument("--out", type=Path, default=ROWS, help="folder of the rows")
     parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "paec_kernels")
-    asked = parser.parse_args()
+    asked = parser.parse_args(arguments)
     until = time.time() + 60 * asked.minutes
     made = provenance()
+    calls = [
+        (family, asked.stage, arm, seed, plan.config(family, asked.cache))
+        for family in dict.fromkeys(asked.families)
+        for arm, seed in wanted(asked.stage, read(family, asked.out))
+    ]
+    failed = 0
     with ProcessPoolExecutor(asked.jobs, get_context("spawn")) as pool:
-        for family in asked.families:
-            rows = read(family, asked.out)
-            common = config(family, asked.cache)
-            left = wanted(asked.stage, family, rows)
-            running: set = set()
-            while True:
-                while len(running) < asked.jobs and time.time() < until and (job := next(left, None)):
-                    running.add(pool.submit(run_one, family, asked.stage, *job, common))
-                if not running:
-                    break
-                finished, running = wait(running, return_when=FIRST_COMPLETED)
-                rows += [{**future.result(), "provenance": made} for future in finished]
-                write(rows, family, asked.out)
-                last = rows[-1]
-                right = last["log"]["mostly_right"]
-                print(
-                    f"{family} {last['arm']} seed {last['seed']}: {last['seconds']:.0f} s, mostly right "
-                    f"{sum(right[:10]) / 10:.2f} -> {sum(right[-10:]) / 10:.2f}",
-                    flush=True,
-                )
-    return 0
+        for (family, _, arm, seed, _), future in finished(calls, pool, asked.jobs, until):
+            what = f"{family} {arm} seed {seed}"
+            if error := future.exception():  # it loses this run alone
+                print(f"{what} failed: {error!r}", file=sys.stderr, flush=True)
+                failed += 1
+                continue
+            row = future.result()
+            add([row | {"provenance": made}], family, asked.out)
+            right = row["log"]["mostly_right"]
+            tenth = max(1, len(right) // 10)
+            print(
+                f"{what}: {row['seconds']:.0f} s, mostly right {mean(right[:tenth]):.2f} -> {mean(right[-tenth:]):.2f}",
+                flush=True,
+            )
+    return int(failed > 0)
 
 
 if __name__ == "__main__":
