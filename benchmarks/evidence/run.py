@@ -166,7 +166,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "paec_kernels")
     asked = parser.parse_args(arguments)
     until = time.time() + 60 * asked.minutes
-    made = provenance()
+    # Which families, how many at a time and where the files lie makes no difference to a row.
+    made = provenance() | {"command": f"python -m benchmarks.evidence.run {asked.stage}"}
     calls = [
         (family, asked.stage, arm, seed, plan.config(family, asked.cache))
         for family in dict.fromkeys(asked.families)

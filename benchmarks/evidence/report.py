@@ -1,0 +1,149 @@
+"""`bench_results/rlvr/long/README.md` and its plots, written from the rows alone: no figure there is typed by hand.
+
+python -m benchmarks.evidence.report
+
+What a person has to say about them is ``findings.md`` beside the rows, which the page begins with. Every number in it
+must be one of the page's.
+"""
+
+import argparse
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from benchmarks.evidence import plan, plots
+from benchmarks.evidence.outcomes import Family, fill_warm_starts, gather, mean
+from benchmarks.evidence.run import ROWS, read
+from benchmarks.evidence.tables import arms, comparisons, grids, mechanisms
+from benchmarks.evidence.words import how_it_was_run, not_run, what_this_shows
+from paec_kernels.saved_state import whole_file
+from paec_kernels.train.report.statistics import PairedComparison, Scores, planned_comparisons
+
+NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
+
+
+def write(folder: Path = ROWS) -> list[Path]:
+    """Write the page and its plots, and return what was written.
+
+    Raises:
+        ValueError: a row that cannot be used, or findings with a number that the page does not have.
+    """
+    gathered = {name: gather(name, read(name, folder)) for name in plan.FAMILIES}
+    families = [family for family in gathered.values() if isinstance(family, Family)]
+    missing = {name: found for name, found in gathered.items() if isinstance(found, str)}
+    page = text(families, missing)
+    findings = folder / "findings.md"
+    if findings.exists():
+        if unfounded := numbers(findings.read_text()) - numbers(page):
+            raise ValueError(
+                f"{findings} must hold no number that the page has not, got {', '.join(sorted(unfounded))}"
+            )
+        title, _, rest = page.partition("\n\n")
+        page = "\n\n".join([title, findings.read_text().strip(), rest])
+    drawn = dict(figures(families))
+    for name, figure in drawn.items():
+        with whole_file(folder / f"{name}.png") as partial:
+            figure.savefig(partial, dpi=110, format="png", metadata={"Software": None})
+    with whole_file(folder / "README.md") as partial:
+        partial.write_text(page)
+    return [folder / "README.md", *(folder / f"{name}.png" for name in drawn)]
+
+
+def numbers(text: str) -> set[str]:
+    return set(NUMBER.findall(text))
+
+
+def figures(families: Sequence[Family]) -> Iterator[tuple[str, Figure]]:
+    if pooled := compared(pool(families)):
+        yield "summary", plots.summary(families, pooled)
+    for family in families:
+        yield f"{_stem(family)}_entropy", plots.entropy(family)
+        yield f"{_stem(family)}_outcomes", plots.outcomes(family)
+
+
+def text(families: Sequence[Family], missing: dict[str, str]) -> str:
+    """Return the page without its findings."""
+    within = {family.name: compared(family.scores) for family in families}
+    pooled = compared(pool(families))
+    return "\n".join(
+        [
+            "# Where entropy is spent: long answers with forks",
+            "",
+            "Written by `python -m benchmarks.evidence.report` from the rows beside it: no figure is typed by hand.",
+            "",
+            *not_run(families, missing),
+            *what_this_shows(families, within, pooled),
+            *(how_it_was_run(families) if families else ()),
+            *(of_all(families, pooled) if pooled else ()),
+            *(line for family in families for line in of_family(family, within[family.name])),
+            *(grids(families) if families else ()),
+        ]
+    )
+
+
+def compared(scores: Scores) -> list[PairedComparison]:
+    """Return the planned comparisons of which both arms are there, then all other arms against the baseline."""
+    planned = [pair for pair in plan.PLANNED if set(pair) <= scores.keys()]
+    others = [(arm, plan.BASELINE) for arm in scores if arm != plan.BASELINE and (arm, plan.BASELINE) not in planned]
+    if not planned:
+        return []
+    return planned_comparisons(scores, planned, plan.OUTCOMES, exploratory=others, warm_starts=plan.WARM_STARTS)
+
+
+def pool(families: Sequence[Family]) -> dict[str, dict[int, dict[str, float]]]:
+    """Return each arm's outcomes by seed, as means over the families; of arms and seeds that all families have.
+
+    With fewer than two families there is nothing to pool.
+    """
+    if len(families) < 2:
+        return {}
+    seeds = sorted(set.intersection(*(set(family.seeds) for family in families)))
+    if not fill_warm_starts(seeds):
+        return {}
+    return {
+        arm: {
+            seed: {name: mean(family.scores[arm][seed][name] for family in families) for name in plan.OUTCOMES}
+            for seed in seeds
+        }
+        for arm in families[0].runs
+        if all(arm in family.runs for family in families)
+    }
+
+
+def of_all(families: Sequence[Family], pooled: list[PairedComparison]) -> Iterator[str]:
+    yield from ("## All families together", "")
+    yield f"Means over the {len(families)} families for each seed, of the arms that every family has."
+    yield from ("", *comparisons(pooled))
+    yield from ("![differences from the baseline](summary.png)", "")
+
+
+def of_family(family: Family, rows: list[PairedComparison]) -> Iterator[str]:
+    yield from (f"## {family.name}", "")
+    yield (
+        f"{len(family.seeds)} seeds, {family.batches} batches; evaluated on {family.problems} problems with "
+        f"{family.samples} samples each. Cells: mean [interval], IQM."
+    )
+    yield ""
+    yield from arms(family)
+    yield from comparisons(rows)
+    yield from (f"![entropy]({_stem(family)}_entropy.png)", f"![outcomes]({_stem(family)}_outcomes.png)", "")
+    yield from mechanisms(family)
+
+
+def _stem(family: Family) -> str:
+    return family.name.replace("+", "_free")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--rows", type=Path, default=ROWS, help="folder of the rows, the page and its plots")
+    for path in write(parser.parse_args().rows):
+        print(f"wrote {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

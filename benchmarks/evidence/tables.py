@@ -1,0 +1,130 @@
+"""Tables of the report, in Markdown, and how its numbers are written."""
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+
+from benchmarks.evidence import outcomes, plan
+from benchmarks.evidence.outcomes import Family, has, told
+from paec_kernels.train.report.statistics import CONFIDENCE, Estimate, PairedComparison, bootstrap_interval, iqm
+from paec_kernels.train.tasks.task import FORK, FREE, STEP
+
+ALPHA = 0.05
+IN_BATCHES = ("discovery",)  # all other scores are shares, shown in per cent
+BESIDE = ("mean@16", "greedy", "reward")  # scores that the table of arms has and no comparison
+PLACES = {FORK: "forks", STEP: "steps", FREE: "harmless choices"}
+
+
+def arms(family: Family) -> Iterator[str]:
+    """Tabulate each arm's outcomes over its seeds."""
+    yield from _header(["arm", "found", *plan.OUTCOMES, *BESIDE])
+    starts = [seed % plan.WARM_STARTS for seed in family.seeds]
+    for arm, by_seed in family.scores.items():
+        values = {name: [by_seed[seed][name] for seed in family.seeds] for name in ("found", *plan.OUTCOMES, *BESIDE)}
+        cells = [f"{sum(values['found']):.0f} of {len(family.seeds)}"]
+        for name in (*plan.OUTCOMES, *BESIDE):
+            middle = f", {shown(name, float(iqm(values[name])))}" if name in plan.OUTCOMES else ""
+            cells.append(_estimate(name, bootstrap_interval(values[name], starts)) + middle)
+        yield _cells([f"`{arm}`", *cells])
+    yield ""
+
+
+def comparisons(rows: list[PairedComparison]) -> Iterator[str]:
+    """Tabulate the planned comparisons, and then the others: a line a pair, a column an outcome."""
+    for planned, title in ((True, "Planned comparisons"), (False, "Exploratory, unadjusted")):
+        own = [row for row in rows if row.planned is planned]
+        if not own:
+            continue
+        yield from (f"{title}: difference [{100 * CONFIDENCE:g} % interval], p.", "")
+        yield from _header(["", *plan.OUTCOMES])
+        for arm, baseline in dict.fromkeys((row.arm, row.baseline) for row in own):
+            cells = [difference(row) for name in plan.OUTCOMES for row in only(own, name, arm, baseline)]
+            yield _cells([f"`{arm}` - `{baseline}`", *cells])
+        yield ""
+
+
+def mechanisms(family: Family) -> Iterator[str]:
+    """Tabulate what became of entropy and mask."""
+    roles = [role for role in (FORK, STEP, FREE) if has(family, role)]
+    yield (
+        "Entropy, in nats, and mask: first batch -> mean of the last tenth of the batches. Threshold, and the mask's "
+        "share on certain tokens: of the last tenth. Penalty: of all batches."
+    )
+    yield ""
+    yield from _header(
+        [
+            "arm",
+            *(f"entropy at {PLACES[role]}" for role in roles),
+            *(f"mask at {PLACES[role]}" for role in (FORK, STEP)),
+            "threshold",
+            "mask's share on certain",
+            "penalty active",
+            "penalty a token",
+        ]
+    )
+    for arm in family.runs:
+        of_arm = {name: told(family, arm, name) for name in next(iter(family.runs[arm].values())).mechanism}
+        cells = [f"{of_arm[f'start entropy/{role}']:.3f} -> {of_arm[f'end entropy/{role}']:.3f}" for role in roles]
+        cells += [f"{of_arm[f'start mask/{role}']:.2f} -> {of_arm[f'end mask/{role}']:.2f}" for role in (FORK, STEP)]
+        cells += [_or_dash(of_arm[name], ".3f") for name in outcomes.OF_MASK]
+        active, force = (of_arm[name] for name in outcomes.OF_PENALTY)
+        cells += [_or_dash(100 * active, ".0f", " %"), _or_dash(force, ".3f")]
+        yield _cells([f"`{arm}`", *cells])
+    yield ""
+
+
+def grids(families: Sequence[Family]) -> Iterator[str]:
+    yield from ("## The grid", "")
+    yield f"The mean {plan.PRIMARY} of each candidate, in per cent, over seeds {span(plan.GRID_SEEDS)}; bold: taken."
+    yield ""
+    yield from _header(["arm", "field", *(family.name for family in families)])
+    for name, arm in plan.ARMS.items():
+        cells = []
+        for family in families:
+            candidates = []
+            for candidate, area in family.areas[name].items():
+                value = candidate.rpartition("=")[2] + ": " if arm.coefficient else ""
+                mark = "**" if candidate == family.chosen[name] else ""
+                candidates.append(f"{mark}{value}{shown(plan.PRIMARY, area)}{mark}")
+            cells.append(", ".join(candidates))
+        yield _cells([f"`{name}`", f"`{arm.coefficient}`" if arm.coefficient else "", *cells])
+    yield ""
+
+
+def only(rows: Iterable[PairedComparison], outcome: str, arm: str, baseline: str) -> list[PairedComparison]:
+    return [row for row in rows if (row.outcome, row.arm, row.baseline) == (outcome, arm, baseline)]
+
+
+def difference(row: PairedComparison) -> str:
+    p = f"p {row.p_value:.2g}"
+    if row.planned:
+        mark = "**" if row.adjusted_p_value <= ALPHA else ""
+        p += f", adjusted {mark}{row.adjusted_p_value:.2g}{mark}"
+    return f"{_estimate(row.outcome, row.difference, '+')}, {p}"
+
+
+def _estimate(name: str, estimate: Estimate, sign: str = "") -> str:
+    mean, low, high = (shown(name, value, sign) for value in estimate)
+    return f"{mean} [{low}, {high}]"
+
+
+def shown(name: str, value: float, sign: str = "") -> str:
+    """Return a share in per cent, batches as they are."""
+    number = f"{value:{sign}.1f}" if name in IN_BATCHES else f"{100 * value:{sign}.1f}"
+    return f"{0:.1f}" if not float(number) else number  # no -0.0
+
+
+def span(seeds: Sequence[int]) -> str:
+    return f"{seeds[0]} to {seeds[-1]}"
+
+
+def _or_dash(value: float, form: str, unit: str = "") -> str:
+    return "-" if math.isnan(value) else f"{value:{form}}{unit}"
+
+
+def _header(names: Sequence[str]) -> Iterator[str]:
+    yield _cells(names)
+    yield _cells(["---", *["---:"] * (len(names) - 1)])
+
+
+def _cells(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"

@@ -1,0 +1,174 @@
+"""What the statistics say, and how the runs were made, in sentences."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.evidence import plan
+from benchmarks.evidence.outcomes import Family, has, mean, told
+from benchmarks.evidence.tables import ALPHA, IN_BATCHES, PLACES, difference, only, span
+from paec_kernels.train.report.statistics import CONFIDENCE, PairedComparison
+from paec_kernels.train.tasks.families import HARD_SHARE
+from paec_kernels.train.tasks.long_families import LONG_FAMILIES
+from paec_kernels.train.tasks.task import FORK, FREE, STEP
+
+
+def not_run(families: Sequence[Family], missing: dict[str, str]) -> Iterator[str]:
+    lines = []
+    if missing:
+        lines.append(f"Not run yet: {', '.join(f'{name} ({found} so far)' for name, found in missing.items())}.")
+    for family in families:
+        if family.few:
+            few = ", ".join(f"`{arm}` ({count} of {len(plan.SEEDS)} seeds)" for arm, count in family.few.items())
+            lines.append(f"Not run yet in {family.name}: {few}.")
+        if len(family.seeds) < len(plan.SEEDS):
+            lines.append(f"Of {family.name} {len(family.seeds)} of the planned {len(plan.SEEDS)} seeds are in.")
+    for line in lines:
+        yield from (line, "")
+
+
+def what_this_shows(
+    families: Sequence[Family], within: dict[str, list[PairedComparison]], pooled: list[PairedComparison]
+) -> Iterator[str]:
+    """Say in words what the statistics say, and no more."""
+    if not families:
+        return
+    yield from ("## What this shows", "")
+    yield from (f"At an adjusted p of {ALPHA:g} at most, each family and outcome by itself:", "")
+    for outcome in plan.OUTCOMES:
+        yield f"- {_title(outcome)}:"
+        for arm, baseline in plan.PLANNED:
+            found = {name: row for name, rows in within.items() for row in only(rows, outcome, arm, baseline)}
+            if found:
+                yield f"  - {_verdict(found, only(pooled, outcome, arm, baseline))}"
+    yield ""
+    yield from _exploratory(within, plan.PRIMARY)
+    yield from (*_of_mechanism(families), "")
+
+
+def _title(outcome: str) -> str:
+    unit = "batches" if outcome in IN_BATCHES else "percentage points"
+    return f"**{outcome}**{', the primary outcome' if outcome == plan.PRIMARY else ''} (differences in {unit})"
+
+
+def _verdict(found: dict[str, PairedComparison], pooled: list[PairedComparison]) -> str:
+    """Say in how many families an arm differs from its baseline, the better side first."""
+    low = {name: row for name, row in found.items() if row.adjusted_p_value <= ALPHA}
+    row = next(iter(found.values()))
+    sentence = f"`{row.arm}` is {_sides(low, row, len(found))}."
+    return sentence + "".join(f" All together: {difference(row)}." for row in pooled)
+
+
+def _exploratory(within: dict[str, list[PairedComparison]], outcome: str) -> Iterator[str]:
+    """Name the arms beside the planned comparisons that differ from the baseline, as if each were the only one."""
+    arms: dict[str, dict[str, PairedComparison]] = {}
+    for name, rows in within.items():
+        for row in rows:
+            if not row.planned and row.outcome == outcome:
+                arms.setdefault(row.arm, {})[name] = row
+    low = {arm: {name: row for name, row in found.items() if row.p_value <= ALPHA} for arm, found in arms.items()}
+    count = sum(map(len, arms.values()))
+    if not count:
+        return
+    yield (
+        f"Exploratory, in {outcome}: of {count} further comparisons with `{plan.BASELINE}` "
+        f"{sum(map(len, low.values()))} have an unadjusted p of {ALPHA:g} at most. Of as many that hold nothing but "
+        f"noise about {ALPHA * count:.1f} would."
+    )
+    yield ""
+    for arm, found in low.items():
+        if found:
+            yield f"- `{arm}` is {_sides(found, next(iter(found.values())), len(arms[arm]))}."
+    yield ""
+
+
+def _sides(low: dict[str, PairedComparison], row: PairedComparison, count: int) -> str:
+    """Say on which side of its baseline an arm is in the families of ``low``, of ``count`` families."""
+    sides = {1: "above", -1: "below"}
+    if row.outcome in IN_BATCHES:
+        sides = {-1: "earlier than", 1: "later than"}
+    parts: list[str] = []
+    for sign, word in sides.items():
+        names = [name for name, each in low.items() if sign * each.difference.mean > 0]
+        where = f"{len(names)} ({', '.join(names)})" if names else "none"
+        parts.append(f"{word} {'it' if parts else f'`{row.baseline}`'} in {where}")
+    return f"{parts[0]} of {count} {'family' if count == 1 else 'families'}, {parts[1]}"
+
+
+def _of_mechanism(families: Sequence[Family]) -> Iterator[str]:
+    """Say what became of entropy under the arms of the planned comparisons, as means over families and seeds."""
+    arms = [arm for arm in plan.ARMS if any(arm in pair for pair in plan.PLANNED)]
+    yield from ("What became of entropy, as means over families and seeds:", "")
+    for role in (FORK, STEP, FREE):
+        changes = []
+        for arm in arms:
+            own = [family for family in families if arm in family.runs and has(family, role)]
+            if own:
+                start, end = (mean(told(f, arm, f"{when} entropy/{role}") for f in own) for when in ("start", "end"))
+                changes.append(f"`{arm}` {start:.3f} -> {end:.3f}")
+        if changes:
+            yield f"- Entropy at {PLACES[role]}, in nats, first batch -> last tenth: {', '.join(changes)}."
+    active = []
+    for arm in arms:
+        shares = [told(f, arm, "term/penalty_active") for f in families if arm in f.runs]
+        if shares and not np.isnan(shares).any():
+            active.append(f"`{arm}` {100 * mean(shares):.0f} %")
+    if active:
+        yield f"- The penalty is active in this share of the batches: {', '.join(active)}."
+
+
+def how_it_was_run(families: Sequence[Family]) -> Iterator[str]:
+    made = [each for family in families for each in family.made]
+    config, *others = [replace(plan.config(family.name, Path()), tasks=("chain",)) for family in families]
+    assert all(other == config for other in others)  # the page describes one
+    start = config.warm_start
+    dates = sorted(each["date"] for each in made)
+    planned = ", ".join(f"`{arm}` against `{baseline}`" for arm, baseline in plan.PLANNED)
+    yield from ("## How it was run", "", "```", *_values(made, "command"), "```", "")
+    yield f"""\
+{len(made)} runs, each on one core: {sum(each["seconds"] for each in made) / 3600:.1f} core-hours.
+Commit {", ".join(_values(made, "commit"))}; {dates[0]} to {dates[-1]};
+python {", ".join(_values(made, "python"))}, torch {", ".join(_values(made, "torch"))};
+{"; ".join(_values(made, "machine"))}.
+
+- **Families**, of `paec_kernels/train/tasks/long_families.py`. An answer is right only if its routes and all of its
+  steps are; {100 * HARD_SHARE:g} % of the problems need rare routes."""
+    for family in families:
+        yield f"  - {_family_in_words(family.name)}"
+    yield f"""\
+- **Model**: the tiny model, {start.layers} layers of width {start.width}, after {start.skill_steps} supervised steps
+  that teach all routes and {start.habit_steps} that teach the common one. Each family has {plan.WARM_STARTS} such
+  starts; seed s begins with that of s modulo {plan.WARM_STARTS}. A seed also sets problems and sampling, alike for all
+  arms.
+- **Training**: {config.steps} batches of {config.prompts} prompts with {config.answers} answers each, {config.updates}
+  optimiser steps a batch, learning rate {config.learning_rate:g}; the reward is that an answer is right.
+- **Arms**: the main coefficient of each is the best of a grid, by {plan.PRIMARY}, on seeds of its own
+  ({span(plan.GRID_SEEDS)}); the main runs have the seeds {span(plan.SEEDS)}. `oracle` is told the true forks.
+- **Outcomes**: `{plan.PRIMARY}` decides. `area` is the share of prompts whose answers are mostly right, its mean over
+  all batches. `discovery` is the batch at which the mean of that share over {plan.WINDOW} batches reaches
+  {plan.DISCOVERED:g}; a run that never gets there counts as its batches + 1, and "found" counts those that do.
+  `reward` is the mean over all batches. The others are of problems that training never sees. `discovery` is in
+  batches, all else in per cent.
+- **Statistics**: {100 * CONFIDENCE:g} % bootstrap intervals over seeds, resampled among those of a warm start; IQM is
+  the interquartile mean. Differences are paired by seed; p is a sign-flip test's. Planned before the runs: {planned}.
+  Their p are adjusted by Holm within an outcome. All else is exploratory, its p unadjusted.
+"""
+
+
+def _family_in_words(name: str) -> str:
+    family = LONG_FAMILIES[name]
+    does = (family.script.__doc__ or "").partition("\n")[0]
+    count = {role: family.roles.count(role) for role in (FORK, FREE)}
+    forks = "1 fork" if count[FORK] == 1 else f"{count[FORK]} forks"
+    rare = len(family.routes) - 1
+    habit = (
+        f"with {rare + 1} routes, of which the habit takes {'the' if rare == 1 else 'each'} rare one with a share of "
+    )
+    free = f", {count[FREE]} of them harmless choices" if count[FREE] else ""
+    return f"**{name}**: {does} {forks} {habit}{family.rare:g}; answers of {len(family.roles)} tokens{free}."
+
+
+def _values(made: Iterable[dict[str, str]], name: str) -> list[str]:
+    return sorted({each[name] for each in made})
