@@ -78,10 +78,11 @@ def _exploratory(within: dict[str, list[PairedComparison]], outcome: str) -> Ite
         f"noise about {ALPHA * count:.1f} would."
     )
     yield ""
-    for arm, found in low.items():
-        if found:
-            yield f"- `{arm}` is {_sides(found, next(iter(found.values())), len(arms[arm]))}."
-    yield ""
+    told_of = {arm: found for arm, found in low.items() if found}
+    for arm, found in told_of.items():
+        yield f"- `{arm}` is {_sides(found, next(iter(found.values())), len(arms[arm]))}."
+    if told_of:
+        yield ""
 
 
 def _sides(low: dict[str, PairedComparison], row: PairedComparison, count: int) -> str:
