@@ -38,7 +38,7 @@ def made_row(stage: str, arm: str, seed: int, level: float, *, family: str = "ch
         "arm": arm,
         "seed": seed,
         "warm_start": seed % plan.WARM_STARTS,
-        "method": {},
+        "config": {},
         "seconds": 36.0,
         "log": {name: [None if np.isnan(x) else round(float(x), 5) for x in values] for name, values in log.items()},
         "greedy": [bool(x) for x in rng.random(PROBLEMS) < level],

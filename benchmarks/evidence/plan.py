@@ -35,6 +35,7 @@ ARMS = {
     "oracle": Arm("oracle", "paec.rho_min", (0.2, 0.4, 0.8)),
     "global": Arm("global", "bonus.coef", (0.003, 0.01, 0.03)),
     "paec": Arm("paec", "paec.lam", (1, 5, 25)),
+    "paec-relative": Arm("paec,paec.penalty=relative", "paec.lam", (0.1, 0.5, 2.5)),
     "paec-hard-mask": Arm("paec-hard-mask", "paec.lam", (1, 5, 25)),
     "paec-no-mask": Arm("paec-no-mask,paec.penalty=relative", "paec.lam", (0.1, 0.5, 2.5)),
     "paec-no-penalty": Arm("paec-no-penalty", "paec.beta", (0.003, 0.01, 0.03)),

@@ -25,15 +25,22 @@ from benchmarks.evidence import plan
 from benchmarks.provenance import provenance
 from paec_kernels.saved_state import whole_file
 from paec_kernels.train import loop
-from paec_kernels.train.config import TrainConfig, plain
+from paec_kernels.train.config import TrainConfig
 from paec_kernels.train.policies import starting_policy
 from paec_kernels.train.presets import with_arm
 from paec_kernels.train.report.evaluate import Settings, evaluate
 from paec_kernels.train.report.statistics import reward_area
+from paec_kernels.train.tasks.task import ROLES
 
 ROWS = Path("bench_results/rlvr/long")
-DIGITS = 5  # of a logged number
-LEFT_OUT = ("step", "seconds", "sample_seconds")
+DIGITS = 4  # of a logged number
+# Columns of the log that are kept, where the run has them.
+KEPT = (
+    *("reward", "mostly_right", "mixed_groups", "response_length", "gradient_norm", "entropy", "clip_fraction"),
+    *(f"{what}/{role}" for what in ("entropy", "mask") for role in ROLES),
+    *("threshold", "mean_mask", "mask_on_certain", "selected_entropy", "floor"),
+    *("term/mean_entropy", "term/floor_ratio", "term/penalty_active", "term/penalty_per_token", "term/coefficient"),
+)
 
 Row = dict[str, Any]
 Call = tuple[str, str, str, int, TrainConfig]  # of `run_one`
@@ -130,9 +137,9 @@ def run_one(family: str, stage: str, arm: str, seed: int, common: TrainConfig) -
         "arm": arm,
         "seed": seed,
         "warm_start": start_seed,
-        "method": plain(run_config)["method"],
+        "config": run_config.identity(),
         "seconds": round(time.perf_counter() - start, 1),
-        "log": {name: [_rounded(row[name]) for row in steps] for name in steps[0] if name not in LEFT_OUT},
+        "log": {name: [_rounded(row[name]) for row in steps] for name in KEPT if name in steps[0]},
         "greedy": [result.greedy_correct for result in results],
         "answers": [result.answers for result in results],
         "correct": [[int(right) for right in result.correct] for result in results],

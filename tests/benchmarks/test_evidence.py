@@ -304,7 +304,7 @@ def test_a_run_becomes_a_row(tmp_path, monkeypatch) -> None:
     row = run.run_one("chain+", "main", "paec,paec.lam=5", 5, shrunk) | {"provenance": {}}
     run.add([row], "chain+", tmp_path)
     assert run.read("chain+", tmp_path) == [row]
-    assert (row["warm_start"], row["method"]["paec"]["lam"]) == (1, 5)
+    assert (row["warm_start"], row["config"]["method"]["paec"]["lam"]) == (1, 5)
     assert {len(values) for values in row["log"].values()} == {2}
     assert set(outcomes.NEEDED) <= row["log"].keys()
     assert set(outcomes.OF_PENALTY) <= row["log"].keys()
