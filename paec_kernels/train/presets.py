@@ -58,7 +58,7 @@ LONG = TrainConfig(
     answers=8,
     micro_batch=48,
     max_new_tokens=40,
-    learning_rate=4e-4,
+    learning_rate=3e-4,
 )
 
 # SmolLM2-135M on the datasets of reasoning-gym that gave most groups with right and wrong answers, of 14 tried (5 of
