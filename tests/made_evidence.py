@@ -32,6 +32,7 @@ def made_row(stage: str, arm: str, seed: int, level: float, *, family: str = "ch
         log[f"mask/{role}"] = rng.random(batches)
     if arm.startswith(("paec", "oracle")):
         log |= {"term/penalty_active": rng.integers(0, 2, batches), "term/penalty_per_token": rng.random(batches)}
+        log["term/floor_ratio"] = np.append(np.nan, rng.uniform(0.8, 1.2, batches - 1))  # not there at once
     return {
         "family": family,
         "stage": stage,

@@ -17,7 +17,7 @@ from paec_kernels.train.tasks.task import FORK, ROLES, STEP
 
 BY_ROLE = tuple(f"entropy/{role}" for role in ROLES) + tuple(f"mask/{role}" for role in (FORK, STEP))
 OF_MASK = ("threshold", "mask_on_certain")
-OF_PENALTY = ("term/penalty_active", "term/penalty_per_token")
+OF_PENALTY = ("term/penalty_active", "term/penalty_per_token", "term/floor_ratio")
 NEEDED = ("reward", "mostly_right", *BY_ROLE, *OF_MASK)  # in every log; the penalty's are in those that have one
 
 

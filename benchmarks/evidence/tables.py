@@ -59,6 +59,7 @@ def mechanisms(family: Family) -> Iterator[str]:
             "mask's share on certain",
             "penalty active",
             "penalty a token",
+            "H_bar / floor",
         ]
     )
     for arm in family.runs:
@@ -66,8 +67,8 @@ def mechanisms(family: Family) -> Iterator[str]:
         cells = [f"{of_arm[f'start entropy/{role}']:.3f} -> {of_arm[f'end entropy/{role}']:.3f}" for role in roles]
         cells += [f"{of_arm[f'start mask/{role}']:.2f} -> {of_arm[f'end mask/{role}']:.2f}" for role in (FORK, STEP)]
         cells += [_or_dash(of_arm[name], ".3f") for name in outcomes.OF_MASK]
-        active, force = (of_arm[name] for name in outcomes.OF_PENALTY)
-        cells += [_or_dash(100 * active, ".0f", " %"), _or_dash(force, ".3f")]
+        active, force, ratio = (of_arm[name] for name in outcomes.OF_PENALTY)
+        cells += [_or_dash(100 * active, ".0f", " %"), _or_dash(force, ".3f"), _or_dash(ratio, ".2f")]
         yield _cells([f"`{arm}`", *cells])
     yield ""
 

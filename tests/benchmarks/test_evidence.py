@@ -130,6 +130,8 @@ def test_the_mechanism_is_that_of_the_logs(tmp_path) -> None:
         assert cells[f"`{arm}`"]["threshold"] == f"{end:.3f}"
     active = np.mean([row["log"]["term/penalty_active"] for row in main_rows(rows, "paec")])
     assert cells["`paec`"]["penalty active"] == f"{100 * active:.0f} %"
+    ratio = np.mean([np.mean(row["log"]["term/floor_ratio"][1:]) for row in main_rows(rows, "paec")])
+    assert cells["`paec`"]["H_bar / floor"] == f"{ratio:.2f}"
     assert cells["`grpo`"]["penalty active"] == cells["`grpo`"]["penalty a token"] == "-"
 
 
