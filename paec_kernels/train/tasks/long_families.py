@@ -256,7 +256,7 @@ _PLAIN = (
         name="chain",
         forks=CHAIN_FORKS,
         routes="abcd",
-        rare=0.05,
+        rare=0.02,
         draw=partial(_draw_marked, CHAIN_FORKS * CHAIN_STEPS),
         needed=partial(_marked, forks=CHAIN_FORKS),
         script=chain,
