@@ -32,8 +32,8 @@ class WarmStart:
     layers: int = 3
     """Layers of the model."""
     skill_steps: int = 1000
-    """Steps in which half of the solutions take the careful route, or of a long family the routes that the problem
-    needs, so that they are learned at all."""
+    """Steps in which half of the solutions take the careful route, or of a long family some the routes that the problem
+    needs and the others all alike, so that they are learned at all."""
     habit_steps: int = 200
     """Steps after them, in which as many are careful, or rare, as the habits say."""
     batch: int = 128

@@ -3,7 +3,7 @@
 At a fork the policy picks a route, a letter; the steps after it follow the route and have one right letter each. One
 noisy step spoils the answer, so entropy at the steps costs reward; a route that is no longer tried is never found to be
 the right one, so entropy at the forks is worth something. Which routes a problem needs can be read off a letter close
-before the fork, and half of the worked solutions that the model learns from at the very first do so. Those that it
+before the fork, and some of the worked solutions that the model learns from at the very first do so. Those that it
 learns from last do not look: they take the common route most of the time, whatever the problem needs. Half of the
 problems need the common one everywhere.
 
@@ -183,6 +183,7 @@ class LongFamily:
     draw: Callable[[random.Random, bool], str]  # a prompt, of a hard problem or an easy one
     needed: Callable[[str], str]  # the route that is needed at each of a prompt's forks
     script: Callable[[str, Sequence[str], Pen], None]
+    hint: float = 0.5  # share of the solutions of the skill phase that take the routes that are needed
     free: bool = False  # whether there are harmless choices
 
     def train_problem(self, index: int) -> Problem:
@@ -218,12 +219,12 @@ class LongFamily:
         """Return a worked solution as the model first learns them, without its end token.
 
         Args:
-            skill: half take the routes that the problem needs, the others all routes alike, and none slips.
+            skill: some take the routes that the problem needs, the others all routes alike, and none slips.
         """
         rare = 1 / len(self.routes) if skill else self.rare
         shares = [1 - rare * (len(self.routes) - 1)] + [rare] * (len(self.routes) - 1)
         routes = "".join(rng.choices(self.routes, shares, k=self.forks))
-        if skill and rng.random() < 0.5:
+        if skill and rng.random() < self.hint:
             routes = self.needed(problem.prompt)
         pen = Pen(rng, slip=0.0 if skill else habits.step_slip, free=self.free)
         self.script(problem.prompt, routes, pen)
@@ -256,7 +257,8 @@ _PLAIN = (
         name="chain",
         forks=CHAIN_FORKS,
         routes="abcd",
-        rare=0.02,
+        rare=0.1,
+        hint=0.1,
         draw=partial(_draw_marked, CHAIN_FORKS * CHAIN_STEPS),
         needed=partial(_marked, forks=CHAIN_FORKS),
         script=chain,
