@@ -168,7 +168,8 @@ def _family_in_words(name: str) -> str:
         f"with {rare + 1} routes, of which the habit takes {'the' if rare == 1 else 'each'} rare one with a share of "
     )
     free = f", {count[FREE]} of them harmless choices" if count[FREE] else ""
-    return f"**{name}**: {does} {forks} {habit}{family.rare:g}; answers of {len(family.roles)} tokens{free}."
+    hint = f"of the first skill's solutions {family.hint:g} take what is needed"
+    return f"**{name}**: {does} {forks} {habit}{family.rare:g}; {hint}; answers of {len(family.roles)} tokens{free}."
 
 
 def _values(made: Iterable[dict[str, str]], name: str) -> list[str]:
