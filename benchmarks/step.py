@@ -46,21 +46,21 @@ TOLERANCE = 1e-4  # of the loss, relative
 class ByLogSoftmax(loop.Run):
     """The loop with nothing but log-probs, by log_softmax."""
 
-    def statistics(self, model: nn.Module, rollout: Rollout) -> pk.TokenStats:
-        log_p = self._logits(model, rollout).log_softmax(-1)
+    def statistics(self, model: nn.Module, head: Tensor, rollout: Rollout) -> pk.TokenStats:
+        log_p = self._logits(model, head, rollout).log_softmax(-1)
         logp = log_p.gather(-1, rollout.token_ids[..., None]).squeeze(-1)
         zero = torch.zeros_like(logp.detach())
         return pk.TokenStats(logp, zero, zero, zero, zero, zero.int())
 
-    def _logits(self, model: nn.Module, rollout: Rollout) -> Tensor:
-        return model(rollout.sequences, rollout.attention_mask, rollout.prompt_length) @ self.policy.head.T
+    def _logits(self, model: nn.Module, head: Tensor, rollout: Rollout) -> Tensor:
+        return model(rollout.sequences, rollout.attention_mask, rollout.prompt_length) @ head.T
 
 
 class BySort(ByLogSoftmax):
     """The loop with the statistics that one writes without this package."""
 
-    def statistics(self, model: nn.Module, rollout: Rollout) -> pk.TokenStats:
-        found = by_sort(self._logits(model, rollout).flatten(0, 1), rollout.token_ids.flatten())
+    def statistics(self, model: nn.Module, head: Tensor, rollout: Rollout) -> pk.TokenStats:
+        found = by_sort(self._logits(model, head, rollout).flatten(0, 1), rollout.token_ids.flatten())
         stats = {name: value.view(rollout.valid.shape) for name, value in found.items()}
         return pk.TokenStats(lse=torch.zeros_like(stats["margin"]), **stats)
 

@@ -37,7 +37,7 @@ def test_each_way_takes_the_loops_step_and_changes_no_parameter(policy):
 
 def test_a_wrong_loss_is_not_timed(policy, monkeypatch):
     right = algorithms.PAEC.term
-    monkeypatch.setattr(algorithms.PAEC, "term", lambda *arguments: 1.1 * right(*arguments))
+    monkeypatch.setattr(algorithms.PAEC, "term", lambda *arguments, **options: 1.1 * right(*arguments, **options))
     rows = {row.implementation: row for row in step.step_rows(PART)}
     assert rows["GRPO"].status == "ok"
     for name in ("GRPO + PAEC", "GRPO + PAEC, sort"):

@@ -23,6 +23,7 @@ def test_defaults_are_the_documented_ones():
         "vocab_size": None,
         "penalty": "absolute",
         "anchor_unit": "optimiser_step",
+        "anchored": "mean",
     }
 
 

@@ -908,15 +908,15 @@ CALIBRATION = [
     Fault(
         "the plan's mean is of the full entropy, whatever the support",
         "losses/paec.py",
-        "self.config, self.backend), self._entropy(stats)])",
-        "self.config, self.backend), stats.entropy.reshape(-1)])",
+        "columns = [self._score(stats, valid, anchor_stats), self._entropy(stats)]",
+        "columns = [self._score(stats, valid, anchor_stats), stats.entropy.reshape(-1)]",
         "losses/test_paec.py::test_equals_the_definition",
     ),
     Fault(
         "the loss is not multiplied by the ranks that average it",
         "losses/paec.py",
-        "return world_size(self.process_group) * tangent,",
-        "return tangent,",
+        "return world * ((coefficient * entropy).sum() + offset * share),",
+        "return (coefficient * entropy).sum() + offset * share,",
         "losses/test_ranks.py::test_terms_average_to_the_whole_batch",
     ),
     Fault(
@@ -1028,9 +1028,11 @@ CALIBRATION = [
         "the threshold is the rank's own",
         "losses/paec.py",
         "gather_columns(\n"
-        "            torch.cat(observed, dim=1) if observed else self.anchor_sum.new_empty(2, 0), self.process_group\n"
+        "            torch.cat(observed, dim=1) if observed else "
+        "self.anchor_sum.new_empty(2 + self._of_positions, 0),\n"
+        "            self.process_group,\n"
         "        )",
-        "torch.cat(observed, dim=1) if observed else self.anchor_sum.new_empty(2, 0)",
+        "torch.cat(observed, dim=1) if observed else self.anchor_sum.new_empty(2 + self._of_positions, 0)",
         "losses/test_ranks.py::test_terms_average_to_the_whole_batch",
     ),
     Fault(
@@ -1629,7 +1631,7 @@ TRAINING = [
     Fault(
         "masks by role are the default's, not the method's own",
         "train/algorithms.py",
-        "mask = paec.mask(batch.stats, batch.valid, measured)",
+        "mask = paec.mask(batch.stats, batch.valid, measured, anchor_stats=batch.anchor_stats)",
         "mask = PAEC(PAECConfig()).mask(batch.stats, batch.valid, measured)",
         "train/test_algorithms.py::test_entropy_and_mask_are_told_by_role",
     ),

@@ -98,12 +98,33 @@ def test_backward_sees_the_logits_that_forward_saw(sizes):
         assert torch.equal(seen["forward"], seen["backward"])
 
 
-@pytest.mark.parametrize("n_cols", [1, 16, 17, 50_257])
-def test_rows_of_logits_begin_at_multiples_of_16_elements(n_cols):
+@pytest.mark.parametrize("n_cols", [1, 32, 33, 50_257])
+def test_rows_of_logits_begin_at_multiples_of_32_elements(n_cols):
     logits = empty_logits(3, n_cols, torch.empty(1, dtype=torch.bfloat16))
     assert logits.shape == (3, n_cols)
     assert logits.dtype == torch.bfloat16
-    assert logits.stride() == (16 * math.ceil(n_cols / 16), 1)
+    assert logits.stride() == (32 * math.ceil(n_cols / 32), 1)
+
+
+@pytest.mark.parametrize("n_cols", [577, 592, 600])
+def test_a_nan_row_and_what_lay_in_memory_reach_no_other_row(monkeypatch, n_cols):
+    """With rows enough for the kernels that a CPU with AMX has for 16 bits, which read past a row's end."""
+
+    def poisoned(*sizes, was=torch.empty, **options):
+        made = was(*sizes, **options)
+        return made.fill_(math.nan) if made.is_floating_point() else made
+
+    case = head(n=200, n_cols=n_cols, dtype=torch.bfloat16)
+    case.hidden[40] = math.nan
+    every_row = torch.arange(200)
+    monkeypatch.setattr(torch, "empty", poisoned)
+    stats, (d_hidden, _) = run(pk.linear_token_stats, case)
+    assert every_row[stats.entropy.isnan()].tolist() == [40]
+    assert every_row[d_hidden.isnan().any(1)].tolist() == [40]
+
+    hidden = case.hidden.clone().requires_grad_()
+    pk.one_pass_loss(hidden, case.weight, case.token_ids, lambda stats, rows: stats.entropy.sum()).backward()
+    assert every_row[hidden.grad.isnan().any(1)].tolist() == [40]
 
 
 def test_one_chunk_size_gives_one_result_and_others_round_differently(device):
