@@ -23,7 +23,12 @@ LEVELS = {"grpo": 0.5, "oracle": 0.97, "paec": 0.52}
 def _small_plan(request, monkeypatch) -> None:
     if "published" in request.node.name:
         return
-    monkeypatch.setattr(plan, "ARMS", {name: plan.ARMS[name] for name in LEVELS})
+    arms = {
+        "grpo": plan.Arm("grpo"),
+        "oracle": plan.Arm("oracle", "paec.rho_min", (0.2, 0.4, 0.8)),
+        "paec": plan.Arm("paec", "paec.lam", (1, 5, 25)),
+    }
+    monkeypatch.setattr(plan, "ARMS", arms)
     monkeypatch.setattr(plan, "SEEDS", SEEDS)
     monkeypatch.setattr(plan, "FAMILIES", ("chain", "chain+"))
     monkeypatch.setattr(statistics, "RESAMPLES", 200)
