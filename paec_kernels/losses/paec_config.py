@@ -34,8 +34,8 @@ class PAECConfig:
         lam: weight of the penalty, >= 0; per square nat where that is absolute, a pure number where it is relative.
             [ours]
         penalty: ``"absolute"``, max(0, floor - H_bar)^2 [reported], or ``"relative"``, max(0, 1 - H_bar / floor)^2
-            [ours]. They are equal at a floor of 1 nat. The force of the absolute one falls with the model's own
-            entropy; the relative one makes one lam serve all models, and is none where the floor is 0.
+            [ours]. They are equal at a floor of 1 nat. At the same H_bar / floor the force of the absolute one falls
+            with the floor and that of the relative one grows as 1 / floor; it is none where the floor is 0.
         rho_min: the entropy floor as a fraction of the anchor, >= 0. The floor is [reported], the value
             [ours].
         anchored: what the anchor is [ours beyond the first]. ``"mean"``: a number, the masked mean entropy of the first
