@@ -107,13 +107,10 @@ def _draw_letters(sign: str, letters: str, n: int, rng: random.Random) -> str:
 
 
 @dataclass(frozen=True)
-class Family:
-    """A ``Task``. Problem ``index`` is drawn from a generator seeded with the index."""
+class OfLetters:
+    """What the tiny model's families share of a ``Task``. Problem ``index`` is drawn by a generator seeded with it."""
 
     name: str
-    draw: Callable[[random.Random], str]
-    work: Callable[[str], Work]
-    roles: tuple[str, ...] = ()
 
     def train_problem(self, index: int) -> Problem:
         return self._problem(f"train {self.name} {index}", held_out=False)
@@ -136,6 +133,19 @@ class Family:
 
     def same(self, one: str, other: str) -> bool:
         return one == other
+
+    def _problem(self, seed: str, held_out: bool) -> Problem:
+        """Draw a problem of the evaluation, or one that is left to training."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Family(OfLetters):
+    """A ``Task`` with a quick and a careful route."""
+
+    draw: Callable[[random.Random], str]
+    work: Callable[[str], Work]
+    roles: tuple[str, ...] = ()
 
     def solution(self, problem: Problem, habits: Habits, rng: random.Random, *, skill: bool = False) -> str:
         """Return a worked solution as the model first learns them, without its end token.

@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import product
 
-from paec_kernels.train.tasks.families import EVAL_SHARE, HARD_SHARE, Habits
+from paec_kernels.train.tasks.families import EVAL_SHARE, HARD_SHARE, Habits, OfLetters
 from paec_kernels.train.tasks.task import FORK, FREE, STEP, Problem
 
 MODULUS = 7  # of running values
@@ -173,10 +173,9 @@ def _carries_in(prompt: str) -> str:
 
 
 @dataclass(frozen=True)
-class LongFamily:
-    """A ``Task``. Problem ``index`` is drawn from a generator seeded with the index."""
+class LongFamily(OfLetters):
+    """A ``Task`` with forks, whose answers' places have known roles."""
 
-    name: str
     forks: int
     routes: str  # the common one first
     rare: float  # share of the forks at which solutions take one of the others, for each of them
@@ -185,28 +184,6 @@ class LongFamily:
     script: Callable[[str, Sequence[str], Pen], None]
     hint: float = 0.5  # share of the solutions of the skill phase that take the routes that are needed
     free: bool = False  # whether there are harmless choices
-
-    def train_problem(self, index: int) -> Problem:
-        return self._problem(f"train {self.name} {index}", held_out=False)
-
-    def eval_problems(self, count: int) -> list[Problem]:
-        problems: dict[str, Problem] = {}
-        for index in range(20 * count):
-            problem = self._problem(f"eval {self.name} {index}", held_out=True)
-            problems.setdefault(problem.prompt, problem)
-            if len(problems) == count:
-                break
-        return list(problems.values())
-
-    def extract(self, text: str) -> str | None:
-        _, found, answer = text.rpartition("=")
-        return answer if found else None
-
-    def reward(self, problem: Problem, text: str) -> float:
-        return float(self.extract(text) == problem.answer)
-
-    def same(self, one: str, other: str) -> bool:
-        return one == other
 
     @cached_property
     def roles(self) -> tuple[str, ...]:
