@@ -166,16 +166,20 @@ def paec_loss(
     config,
     anchor: float | None = None,
     anchor_stats: TokenStats | None = None,
+    strength: float = 0.0,
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """L = -beta * H_bar + lam * max(0, floor - H_bar)^2 of the whole batch, floor = rho_min * anchor [reported].
 
-    H_bar = sum(m * H) / sum(m). The relative penalty is max(0, 1 - H_bar / floor)^2 [ours]. Without an anchor the
-    penalty is inactive; with no valid token the loss is 0.
+    H_bar = sum(m * H) / sum(m). The relative penalty is max(0, 1 - H_bar / floor)^2, the proportional one
+    max(0, floor - H_bar)^2 / floor, and the integral one -strength * H_bar in place of lam times a square [ours].
+    Without an anchor the penalty is inactive; with no valid token the loss is 0.
 
     With another ``config.anchored`` than "mean" the scores are of ``anchor_stats``, the anchor policy's on the same
     tokens [ours]. With "positions" each position has a floor of its own, the penalty being
     sum(m * max(0, rho_min * H_anchor - H)^2) / sum(m), H_anchor the anchor policy's entropy there [ours].
 
+    Args:
+        strength: c of the integral penalty, otherwise 0.
     Returns:
         loss (0-d, differentiable), mask ``[...]``, and metrics by the names that ``losses.paec.Plan`` has for them.
     """
@@ -189,20 +193,18 @@ def paec_loss(
         return torch.where(valid, mask * x, 0.0).sum() / mask_sum.clamp(min=torch.finfo(mask.dtype).tiny)
 
     mean_entropy = masked_mean(entropy)
-    floor = 0.0 if anchor is None else config.rho_min * anchor
-    unit = floor if config.penalty == "relative" else 1.0  # nats
-    shortfall = 0.0 * mean_entropy
-    if floor > 0 and bool(valid.any()):
-        shortfall = (floor - mean_entropy).clamp(min=0) / unit
-    penalty = shortfall.square()
-    active = (penalty > 0).to(mask.dtype)
+    of, floor = mean_entropy, mean_entropy.new_tensor(0.0 if anchor is None else config.rho_min * anchor)
     if config.anchored == "positions":
         anchor_entropy = scored.entropy if config.entropy_support == "full" else scored.nucleus_entropy
-        shortfalls = (config.rho_min * anchor_entropy.detach() - entropy).clamp(min=0)
-        shortfall, penalty, active = map(
-            masked_mean, (shortfalls, shortfalls.square(), (shortfalls > 0).to(mask.dtype))
-        )
-    loss = -config.beta * mean_entropy + config.lam * penalty
+        of, floor = entropy, config.rho_min * anchor_entropy.detach()
+    shortfall = torch.where(floor > 0, (floor - of).clamp(min=0), 0.0)
+    infinite = torch.full_like(floor, math.inf)
+    unit = {"absolute": floor**0, "relative": floor**2, "proportional": floor, "integral": infinite}[config.penalty]
+    unit = torch.where(floor > 0, unit, 1.0)
+    penalty = masked_mean(shortfall.square() / unit)  # a mean over tokens only where each has a floor
+    pull = masked_mean(2 * config.lam * shortfall / unit) + strength
+    active = (pull > 0).to(mask.dtype) if strength else masked_mean((shortfall > 0).to(mask.dtype))
+    loss = -(config.beta + strength) * mean_entropy + config.lam * penalty
     n = valid.sum().to(mask.dtype)
     metrics = {
         "mean_entropy": mean_entropy,
@@ -213,7 +215,8 @@ def paec_loss(
         "mask_on_certain": torch.where(entropy < CERTAIN, mask, 0.0).sum() / mask_sum,
         "penalty_active": active,
         "bonus_per_token": config.beta * n / mask_sum,
-        "penalty_per_token": 2 * config.lam * shortfall / (unit or 1.0) * n / mask_sum,
+        "penalty_per_token": pull * n / mask_sum,
+        "pull": pull,
     }
     return loss, mask, {name: value.detach() for name, value in metrics.items()}
 

@@ -7,7 +7,6 @@ import torch
 from torch import nn
 
 from paec_kernels.losses.paec import PAEC, Plan
-from paec_kernels.losses.paec_config import PAECConfig
 from paec_kernels.saved_state import load_saved, write_saved
 
 STATE_NAME = "paec.pt"  # in a trainer's checkpoint
@@ -51,20 +50,12 @@ def numbers(plan: Plan, paec: PAEC) -> dict[str, float]:
 
     Warns as ``PAEC.warn_unless_selective``.
     """
-    loss = paec.config.lam * plan.penalty - paec.config.beta * plan.mean_entropy
-    values = plan._asdict() | {"loss": loss}
+    values = plan._asdict() | {"loss": paec.loss_of(plan)}
     read = torch.stack(list(values.values())).tolist()  # one wait for the device
     found = {name: value for name, value in zip(values, read, strict=True) if value == value}
     if "threshold" in found:
         paec.warn_unless_selective(found["threshold"])
     return found
-
-
-def without_anchor_policy(name: str, config: PAECConfig) -> PAECConfig:
-    """Return the config, or refuse one that needs statistics of an anchor policy, which no trainer here hands over."""
-    if config.anchored != "mean":
-        raise ValueError(f"{name} must be 'mean' in this trainer, which has no anchor policy, got {config.anchored!r}")
-    return config
 
 
 def sources_of_noise(model: nn.Module) -> list[str]:

@@ -33,7 +33,7 @@ class Plan(NamedTuple):
     floor: Tensor
     """rho_min * anchor, in nats; 0 until the anchor is set."""
     penalty: Tensor
-    """max(0, floor - H_bar)^2, or relative, max(0, 1 - H_bar / floor)^2; not multiplied by lam."""
+    """max(0, floor - H_bar)^2, or as ``PAECConfig.penalty`` says; not multiplied by lam; 0 where that is "integral"."""
     threshold: Tensor
     """q, the score at which the mask is 1/2."""
     mask_sum: Tensor
@@ -54,8 +54,10 @@ class Plan(NamedTuple):
     With ``penalty_per_token`` it takes .3 to .5 to hold a fork against the policy gradient, measured on a tiny model.
     """
     penalty_per_token: Tensor
-    """The same for the penalty: 2 lam (floor - H_bar) N / sum(m) below the floor, or relative, with
-    (1 - H_bar / floor) / floor in place of the difference [ours]."""
+    """The same for the penalty: ``pull`` N / sum(m) [ours]."""
+    pull: Tensor
+    """What the penalty adds to beta, -lam dP/dH_bar: 2 lam (floor - H_bar) below the floor, or as the penalty is; the
+    strength c where that is "integral"."""
 
 
 class PAECOutput(NamedTuple):
@@ -78,7 +80,7 @@ class PAEC(EntropyTerm):
     the threshold to ``warn_unless_selective``.
 
     Args:
-        config: the method's constants. With ``penalty="relative"`` the square is max(0, 1 - H_bar / floor)^2 [ours].
+        config: the method's constants.
         process_group: as in `EntropyTerm`.
         steps_per_batch: optimiser steps that the trainer takes on each batch of rollouts, >= 1; needed by
             ``anchor_unit="rollout_batch"``, otherwise unused. A step that is skipped, or has no token, is made up for
@@ -90,6 +92,7 @@ class PAEC(EntropyTerm):
 
     CONFIG, PLAN = PAECConfig, Plan
     config: PAECConfig
+    strength: Tensor  # c of the integral penalty
 
     def __init__(
         self,
@@ -104,6 +107,8 @@ class PAEC(EntropyTerm):
         self.backend = backend
         self.steps_per_batch = steps_per_batch
         self.anchor_steps = config.anchor_steps * _steps_in_unit(config, steps_per_batch)
+        self._integral = config.penalty == "integral"
+        self.register_buffer("strength", torch.zeros((), dtype=torch.float32), persistent=self._integral)
         self._rho = as_fraction(config.rho)
         self._of_positions = config.anchored == "positions"
         self._warned = False
@@ -134,6 +139,11 @@ class PAEC(EntropyTerm):
         mask, _ = soft_mask(score, self._entropy(stats), plan.threshold, self.config.tau_m, self.backend)
         return mask.view(valid.shape)
 
+    def loss_of(self, plan: Plan) -> Tensor:
+        """Return the loss of the whole step that was planned, 0-d, no gradient: what its terms add up to."""
+        bonus = self.config.beta + (plan.pull if self._integral else 0.0)
+        return self.config.lam * plan.penalty - bonus * plan.mean_entropy
+
     def warn_unless_selective(self, threshold: float) -> None:
         """Warn, once, where a step's threshold is so near 0 that the mask passes every token.
 
@@ -150,6 +160,15 @@ class PAEC(EntropyTerm):
                 "mean_mask and mask_on_certain tell whether it helps",
                 stacklevel=2,
             )
+
+    @torch.no_grad()
+    def step(self) -> None:
+        floor = self.config.rho_min * self.anchor  # that the step was planned with: NaN before it is set
+        super().step()
+        if self._integral:
+            # c <- max(0, c + lam (1 - H_bar / floor))
+            moved = self.strength + self.config.lam * (1 - self.last_mean_entropy / floor)
+            self.strength.copy_(torch.where(moved.isfinite(), moved.clamp(min=0), self.strength))
 
     def get_extra_state(self) -> dict[str, Any]:
         # The anchor is the mean of so many optimiser steps, and that also depends on how many are a batch.
@@ -182,11 +201,12 @@ class PAEC(EntropyTerm):
             anchor = torch.where(empty, torch.nan, masked_mean(anchor_entropy[0]))
         floor = torch.where(anchor.isnan(), 0.0, self.config.rho_min * anchor)
         if self._of_positions:
-            shortfall, unit = self._shortfall(entropy, self.config.rho_min * anchor_entropy[0])
-            penalty, pull, active = map(masked_mean, (shortfall.square(), shortfall / unit, shortfall > 0))
+            penalty, pull = self._penalty(entropy, self.config.rho_min * anchor_entropy[0])
+            penalty, pull, active = map(masked_mean, (penalty, pull, penalty > 0))
         else:
-            shortfall, unit = self._shortfall(mean_entropy, floor)
-            penalty, pull, active = torch.where(empty, 0.0, shortfall.square()), shortfall / unit, shortfall > 0
+            penalty, pull = self._penalty(mean_entropy, floor)
+            active = (pull if self._integral else penalty) > 0
+            penalty = torch.where(empty, 0.0, penalty)
         known_mean = torch.where(empty, torch.nan, mean_entropy)
         plan = Plan(
             mean_entropy,
@@ -200,7 +220,8 @@ class PAEC(EntropyTerm):
             floor_ratio=torch.where(floor == 0, torch.nan, known_mean / floor),
             penalty_active=torch.where(empty, 0.0, active.to(score)),
             bonus_per_token=self.config.beta * n_valid / mask_sum,
-            penalty_per_token=2 * self.config.lam * pull * n_valid / mask_sum,
+            penalty_per_token=pull * n_valid / mask_sum,
+            pull=pull,
         )
         return plan, known_mean
 
@@ -223,16 +244,15 @@ class PAEC(EntropyTerm):
         entropy = torch.where(valid.reshape(-1), entropy, 0.0)
         world = world_size(self.process_group)  # as ranks are averaged
         if self._of_positions:
-            # L = sum_t m_t (-beta H_t + lam d_t^2) / sum(m),  d_t = max(0, rho_min H_t of the anchor policy - H_t)
+            # L = sum_t m_t (-beta H_t + lam P_t) / sum(m),  P_t: the penalty below rho_min H_t of the anchor policy
             floors = torch.where(valid.reshape(-1), self.config.rho_min * self._anchor_entropy(anchor_stats), 0.0)
-            each = self.config.lam * self._shortfall(entropy, floors)[0].square() - self.config.beta * entropy
+            each = self.config.lam * self._penalty(entropy, floors)[0] - self.config.beta * entropy
             return world * (torch.where(mask == 0, 0.0, mask / plan.mask_sum) * each).sum(), mask.view(valid.shape)
         # L is not a sum over tokens, but its tangent at the plan's H_bar is, and equals it there:
         #   L = sum_t m_t / sum(m) * (g H_t + L - g H_bar) = sum_t b_t H_t + (L - g H_bar) sum_t m_t / sum(m)
-        #   g = -beta - 2 lam d / u,  L - g H_bar = lam d (floor + H_bar) / u,  d = max(0, floor - H_bar) / u
-        shortfall, unit = self._shortfall(plan.mean_entropy, plan.floor)
-        slope = -self.config.beta - 2 * self.config.lam * shortfall / unit
-        offset = self.config.lam * shortfall * (plan.floor + plan.mean_entropy) / unit
+        #   g = dL/dH_bar = -beta - pull
+        slope = -self.config.beta - plan.pull
+        offset = self.loss_of(plan) - slope * plan.mean_entropy
         coefficient = penalty_coefficients(mask, plan.mask_sum, slope, self.backend)
         share = torch.where(mask_sum == 0, 0.0, mask_sum / plan.mask_sum)
         return world * ((coefficient * entropy).sum() + offset * share), mask.view(valid.shape)
@@ -249,13 +269,19 @@ class PAEC(EntropyTerm):
         check_stats(anchor_stats, valid, "anchor_stats")
         return position_score(anchor_stats, valid, self.config, self.backend)
 
-    def _shortfall(self, mean_entropy: Tensor, floor: Tensor) -> tuple[Tensor, Tensor]:
-        """Return d = max(0, floor - H_bar) / u, whose square is the penalty, and u in nats: 1, or relative, the floor.
+    def _penalty(self, mean_entropy: Tensor, floor: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the penalty P = d^2, d = max(0, floor - H_bar) / u, and its pull 2 lam d / u.
 
-        Without a floor u is infinite, so that nothing is short of it.
+        u is 1 nat, the floor where the penalty is relative, or the floor's square root where it is proportional.
+        Without a floor it is infinite, so that nothing is short of it. The integral penalty pulls with the strength,
+        and has no value of its own.
         """
-        unit = torch.where(floor == 0, math.inf, floor if self.config.penalty == "relative" else 1.0)
-        return (floor - mean_entropy).clamp(min=0) / unit, unit
+        if self._integral:
+            return torch.zeros_like(mean_entropy), self.strength.to(mean_entropy, copy=True)
+        units = {"absolute": torch.ones_like(floor), "relative": floor, "proportional": floor.sqrt()}
+        unit = torch.where(floor <= 0, math.inf, units[self.config.penalty])  # rounding can take an entropy under 0
+        shortfall = (floor - mean_entropy).clamp(min=0) / unit
+        return shortfall.square(), 2 * self.config.lam * shortfall / unit
 
     def _anchor_entropy(self, anchor_stats: TokenStats | None) -> Tensor:
         assert anchor_stats is not None  # `_score` refuses it

@@ -6,7 +6,10 @@ from paec_kernels import checks
 
 NUCLEUS_NORMS = ("log_size", "log_vocab", "none")
 ENTROPY_SUPPORTS = ("full", "nucleus")
-PENALTIES = ("absolute", "relative")
+PENALTIES = ("absolute", "relative", "proportional", "integral")
+# Relative, a position where the anchor policy is certain has a floor near 0, of which any shortfall is all; an integral
+# strength is one for all positions.
+OF_POSITIONS = ("absolute", "proportional")
 ANCHORED = ("mean", "scores", "positions")
 ANCHOR_UNITS = ("optimiser_step", "rollout_batch")
 
@@ -31,11 +34,15 @@ class PAECConfig:
         tau_m: width of the soft mask's sigmoid, in units of the score, > 0. A soft mask is [paper], the
             value [ours].
         beta: weight of the masked mean entropy (a bonus), >= 0, per nat. [ours]
-        lam: weight of the penalty, >= 0; per square nat where that is absolute, a pure number where it is relative.
-            [ours]
-        penalty: ``"absolute"``, max(0, floor - H_bar)^2 [reported], or ``"relative"``, max(0, 1 - H_bar / floor)^2
-            [ours]. They are equal at a floor of 1 nat. At the same H_bar / floor the force of the absolute one falls
-            with the floor and that of the relative one grows as 1 / floor; it is none where the floor is 0.
+        lam: weight of the penalty, >= 0; per square nat where that is absolute, a pure number where it is relative, per
+            nat where it is proportional, per nat and step where it is integral. [ours]
+        penalty: ``"absolute"``, max(0, floor - H_bar)^2 [reported]; ``"relative"``, max(0, 1 - H_bar / floor)^2
+            [ours]; ``"proportional"``, max(0, floor - H_bar)^2 / floor [ours]. These are equal at a floor of 1 nat. At
+            the same H_bar / floor the force of the absolute one falls with the floor, that of the relative one grows
+            as 1 / floor, and that of the proportional one, 2 lam (1 - H_bar / floor), is the same at any floor.
+            ``"integral"`` [ours] is -c H_bar, whose strength c is 0 at first and after each step becomes
+            max(0, c + lam (1 - H_bar / floor)): it grows until the floor is reached, and stays where that takes force.
+            All are nothing where the floor is 0.
         rho_min: the entropy floor as a fraction of the anchor, >= 0. The floor is [reported], the value
             [ours].
         anchored: what the anchor is [ours beyond the first]. ``"mean"``: a number, the masked mean entropy of the first
@@ -85,9 +92,10 @@ class PAECConfig:
         checks.one_of("PAECConfig.penalty", self.penalty, PENALTIES)
         checks.one_of("PAECConfig.anchor_unit", self.anchor_unit, ANCHOR_UNITS)
         checks.one_of("PAECConfig.anchored", self.anchored, ANCHORED)
-        if self.anchored == "positions" and self.penalty == "relative":
-            # A position where the anchor policy is certain has a floor near 0, of which any shortfall is all.
-            raise ValueError("PAECConfig.penalty must be 'absolute' with anchored='positions', got 'relative'")
+        if self.anchored == "positions" and self.penalty not in OF_POSITIONS:
+            raise ValueError(
+                f"PAECConfig.penalty must be one of {OF_POSITIONS} with anchored='positions', got {self.penalty!r}"
+            )
         if self.vocab_size is not None:
             checks.integer_field(self, "vocab_size", least=2)
         elif self.nucleus_norm == "log_vocab":

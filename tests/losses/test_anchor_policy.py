@@ -8,7 +8,7 @@ from losses.batches import ANCHOR, CONFIG, VOCAB, Batch, anchored, flattened, ma
 
 from paec_kernels import reference
 from paec_kernels.losses.paec import PAEC
-from paec_kernels.losses.paec_config import ANCHORED, ENTROPY_SUPPORTS, PAECConfig
+from paec_kernels.losses.paec_config import ANCHORED, ENTROPY_SUPPORTS, OF_POSITIONS, PAECConfig
 from paec_kernels.types import TokenStats
 
 pytestmark = pytest.mark.usefixtures("device")
@@ -25,11 +25,14 @@ def anchor_policy_of(batch: Batch) -> TokenStats:
     return reference.token_stats(other.logits.detach(), valid=batch.valid)
 
 
+@pytest.mark.parametrize("penalty", OF_POSITIONS)
 @pytest.mark.parametrize("entropy_support", ENTROPY_SUPPORTS)
 @pytest.mark.parametrize("anchored_by", ["scores", "positions"])
-def test_an_anchor_policy_equals_the_definition(anchored_by, entropy_support):
+def test_an_anchor_policy_equals_the_definition(anchored_by, entropy_support, penalty):
     batch = make_batch(5, 40)
-    config = dataclasses.replace(CONFIG, anchored=anchored_by, entropy_support=entropy_support, rho_min=1.2)
+    config = dataclasses.replace(
+        CONFIG, anchored=anchored_by, entropy_support=entropy_support, rho_min=1.2, penalty=penalty
+    )
     out = anchored(config)(batch.stats, batch.valid, anchor_stats=anchor_policy_of(batch))
     expected, mask, metrics = reference.paec_loss(batch.stats, batch.valid, config, ANCHOR, anchor_policy_of(batch))
     assert metrics["penalty"] > 0.01

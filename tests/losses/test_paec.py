@@ -6,7 +6,8 @@ import warnings
 
 import pytest
 import torch
-from losses.batches import ANCHOR, CONFIG, VOCAB, Batch, anchored, flattened, make_batch
+from losses import batches
+from losses.batches import ANCHOR, CONFIG, VOCAB, Batch, flattened, make_batch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from paec_kernels import reference
@@ -23,7 +24,13 @@ CONFIGS = {
     "vocab": dataclasses.replace(CONFIG, nucleus_norm="log_vocab", rho=0.3, alpha=0.9, tau_m=0.2),
     "no penalty": dataclasses.replace(CONFIG, lam=0.0),
     "relative": dataclasses.replace(CONFIG, penalty="relative"),
+    "proportional": dataclasses.replace(CONFIG, penalty="proportional"),
+    "integral": dataclasses.replace(CONFIG, penalty="integral"),
 }
+STRENGTH = 0.25  # of the integral penalty
+
+
+SQUARES = [name for name in PENALTIES if name != "integral"]
 
 
 def gradient(loss: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
@@ -32,7 +39,14 @@ def gradient(loss: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
 
 
 def reference_loss(batch: Batch, config: PAECConfig, anchor: float | None = ANCHOR):
-    return reference.paec_loss(batch.stats, batch.valid, config, anchor)
+    strength = STRENGTH if config.penalty == "integral" else 0.0
+    return reference.paec_loss(batch.stats, batch.valid, config, anchor, strength=strength)
+
+
+def anchored(config: PAECConfig = CONFIG, anchor: float = ANCHOR, **options) -> PAEC:
+    paec = batches.anchored(config, anchor, **options)
+    paec.strength.fill_(STRENGTH)  # used by the integral penalty alone
+    return paec
 
 
 def in_micro_batches(paec: PAEC, micro_batches: list[Batch]) -> tuple[Plan, torch.Tensor, list[torch.Tensor]]:
@@ -87,14 +101,16 @@ def test_penalties_are_equal_at_a_floor_of_one_nat():
     batch = make_batch(4, 60)
     stats = batch.stats._replace(entropy=batch.stats.entropy / 8)
     outs = []
-    for penalty in PENALTIES:
+    for penalty in SQUARES:
         config = dataclasses.replace(CONFIG, penalty=penalty, rho_min=0.5)
         outs.append(anchored(config, anchor=2.0)(stats, batch.valid))
         assert outs[-1].metrics["floor"] == 1
         assert outs[-1].metrics["penalty"] > 0.1
-    assert outs[0].metrics == outs[1].metrics
-    assert torch.equal(*(out.loss for out in outs))
-    assert torch.equal(*(torch.autograd.grad(out.loss, batch.logits, retain_graph=True)[0] for out in outs))
+    grads = [torch.autograd.grad(out.loss, batch.logits, retain_graph=True)[0] for out in outs]
+    for out, grad in zip(outs, grads, strict=True):
+        assert out.metrics == outs[0].metrics
+        assert torch.equal(out.loss, outs[0].loss)
+        assert torch.equal(grad, grads[0])
 
 
 def test_a_relative_penalty_has_no_unit():
@@ -109,7 +125,62 @@ def test_a_relative_penalty_has_no_unit():
     assert found[0].metrics["penalty"] == pytest.approx(shortfall.item() ** 2, rel=1e-12)
 
 
-@pytest.mark.parametrize("penalty", PENALTIES)
+def test_a_proportional_penalty_pulls_alike_at_any_floor():
+    # With all entropies and the anchor c times as large, the weight of a nat is the same.
+    batch, config = make_batch(4, 60), dataclasses.replace(CONFIG, penalty="proportional")
+    pulls = []
+    for c in (1.0, 0.01):
+        scaled = batch.stats._replace(entropy=c * batch.stats.entropy.detach())
+        metrics = anchored(config, c * ANCHOR)(scaled, batch.valid).metrics
+        pulls.append(metrics["pull"].item())
+        assert metrics["pull"] == pytest.approx(2 * config.lam * (1 - metrics["floor_ratio"].item()), rel=1e-6)
+    assert pulls[0] == pytest.approx(pulls[1], rel=1e-6)
+    assert pulls[0] > 0.1
+
+
+def test_the_integral_strength_follows_the_shortfall():
+    # H_bar of each step is the entropy of all its tokens; the floor is .5 from the second step on.
+    entropies = [1.0, 0.25, 0.4, 0.5, 2.0, 0.25]
+    expected = [0.0, 0.0, 0.05, 0.07, 0.07, 0.0, 0.05]  # c += .1 (1 - H / .5), which is not negative
+    paec = PAEC(PAECConfig(penalty="integral", lam=0.1, rho_min=0.5, anchor_steps=1, beta=0.01))
+    ones = torch.ones(1, 6, dtype=torch.float64)
+    for h, c in zip(entropies, expected, strict=False):
+        entropy = (h * ones).requires_grad_()
+        stats = TokenStats(None, entropy, ones, ones, ones, 3 * ones.int())
+        out = paec(stats, ones.bool())
+        assert out.metrics["pull"].item() == pytest.approx(c)
+        assert out.metrics["penalty_active"] == (c > 0)
+        assert gradient(out.loss, entropy).sum().item() == pytest.approx(-0.01 - c)
+        paec.step()
+    assert paec.strength.item() == pytest.approx(expected[-1])
+
+
+def test_the_integral_strength_of_a_plan_stays():
+    paec, batch = anchored(CONFIGS["integral"]), make_batch(2, 5, dtype=torch.float32)
+    plan = paec(batch.stats, batch.valid).metrics
+    paec.step()
+    assert plan["pull"] == STRENGTH != paec.strength
+
+
+def test_a_step_that_is_not_taken_leaves_the_integral_strength():
+    paec, batch = anchored(CONFIGS["integral"]), make_batch(2, 5, p_valid=0)
+    paec(batch.stats, batch.valid)
+    paec.step()
+    batch = make_batch(2, 5)
+    paec(batch.stats._replace(entropy=batch.stats.entropy * math.nan), batch.valid)
+    paec.step()
+    assert paec.strength.item() == pytest.approx(STRENGTH)
+
+
+def test_the_integral_strength_is_saved():
+    paec = anchored(CONFIGS["integral"])
+    other = PAEC(CONFIGS["integral"])
+    other.load_state_dict(paec.state_dict())
+    assert other.strength == paec.strength > 0
+    assert "strength" not in PAEC(CONFIG).state_dict()
+
+
+@pytest.mark.parametrize("penalty", SQUARES)
 @pytest.mark.parametrize("paec_of", [PAEC, lambda config: anchored(dataclasses.replace(config, rho_min=0.0))])
 def test_without_a_floor_there_is_no_penalty(penalty, paec_of):
     batch, config = make_batch(4, 60), dataclasses.replace(CONFIG, penalty=penalty)
@@ -181,16 +252,16 @@ def test_diagnostics_by_hand():
     stats = TokenStats(None, entropy, zero, zero, zero, zero.int())
     config = PAECConfig(tau_m=1e30, beta=0.01, lam=0.5, rho_min=0.5)
     h = entropy[:8].mean().item()
-    for penalty, per_nat in (("absolute", 1.0 - h), ("relative", (1.0 - h) / 1.0)):
+    for penalty in SQUARES:
         metrics = anchored(dataclasses.replace(config, penalty=penalty), 2.0)(stats, valid).metrics
-        assert {name: metrics[name].item() for name in list(metrics)[6:]} == pytest.approx(
+        assert {name: metrics[name].item() for name in list(metrics)[6:12]} == pytest.approx(
             {
                 "mean_mask": 0.5,
                 "mask_on_certain": 0.75,
                 "floor_ratio": h,
                 "penalty_active": 1.0,
                 "bonus_per_token": 0.01 * 2,
-                "penalty_per_token": 2 * 0.5 * per_nat * 2,
+                "penalty_per_token": 2 * 0.5 * (1.0 - h) * 2,  # the floor is 1
             }
         )
     above = anchored(config, h)(stats, valid).metrics

@@ -1,5 +1,7 @@
 """Data-parallel ranks, as gloo processes, against one process that holds the whole batch."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -9,7 +11,16 @@ from losses.batches import ANCHOR, CONFIG, VOCAB, Batch, anchored, flattened, ma
 from paec_kernels import reference
 from paec_kernels.losses.drop_in import PAECLoss
 from paec_kernels.losses.paec import Plan
+from paec_kernels.types import TokenStats
 
+VARIANTS = {
+    "": CONFIG,
+    "scores": replace(CONFIG, anchored="scores"),
+    "positions": replace(CONFIG, anchored="positions", rho_min=1.2),
+    "proportional": replace(CONFIG, penalty="proportional"),
+    "integral": replace(CONFIG, penalty="integral"),
+}
+STRENGTH = 0.25  # of the integral penalty
 # The micro-batches of each rank; ragged, one rank without a valid token in any.
 SHAPES = [[(3, 17), (1, 5)], [(4, 40)], [(2, 9), (1, 0)]]
 P_VALID = [0.7, 0.9, 0.0]
@@ -17,6 +28,11 @@ P_VALID = [0.7, 0.9, 0.0]
 
 def micro_batches_of(rank: int) -> list[Batch]:
     return [make_batch(*shape, seed=10 * rank + i, p_valid=P_VALID[rank]) for i, shape in enumerate(SHAPES[rank])]
+
+
+def anchor_stats_of(batch: Batch) -> TokenStats:
+    """Of another policy, made from the logits so that the same tokens get the same wherever they are."""
+    return reference.token_stats(0.5 * batch.logits.detach().roll(1, -1), valid=batch.valid)
 
 
 def loss_arguments(batch: Batch) -> tuple[torch.Tensor, ...]:
@@ -31,17 +47,20 @@ def work(rank: int, n_ranks: int) -> dict:
     dist.init_process_group("gloo")
     micro_batches = micro_batches_of(rank)
 
-    def accumulated(group: dist.ProcessGroup) -> tuple[Plan, list[torch.Tensor], list[torch.Tensor]]:
-        """The plan, the terms, and their gradients."""
-        paec = anchored(process_group=group)
+    def accumulated(group: dist.ProcessGroup, variant: str = "") -> tuple[Plan, torch.Tensor, list[torch.Tensor]]:
+        """The plan, the sum of the terms, and their gradients."""
+        paec = anchored(VARIANTS[variant], process_group=group)
+        paec.strength.fill_(STRENGTH)
         for batch in micro_batches:
-            paec.observe(batch.stats, batch.valid)
+            paec.observe(batch.stats, batch.valid, anchor_stats=anchor_stats_of(batch))
         plan = paec.plan()
-        terms = [paec.term(batch.stats, batch.valid, plan) for batch in micro_batches]
+        terms = [
+            paec.term(batch.stats, batch.valid, plan, anchor_stats=anchor_stats_of(batch)) for batch in micro_batches
+        ]
         grads = [torch.autograd.grad(x, batch.logits)[0] for x, batch in zip(terms, micro_batches, strict=True)]
-        return plan, terms, grads
+        return plan, sum(terms).detach(), grads
 
-    plan, terms, grads = accumulated(dist.group.WORLD)
+    of_variants = {name: accumulated(dist.group.WORLD, name) for name in VARIANTS}
     # The mistake: each rank by itself.
     _, _, local_grads = accumulated([dist.new_group([r]) for r in range(n_ranks)][rank])
 
@@ -51,9 +70,9 @@ def work(rank: int, n_ranks: int) -> dict:
     arguments = loss_arguments(micro_batches[0])
     policy_loss = PAECLoss(CONFIG, process_group=dist.group.WORLD)(*arguments).loss
     return {
-        "plan": dict(plan._asdict()),
-        "value": sum(terms).detach(),
-        "grads": grads,
+        "plans": {name: dict(plan._asdict()) for name, (plan, _, _) in of_variants.items()},
+        "values": {name: value for name, (_, value, _) in of_variants.items()},
+        "grads": {name: grads for name, (_, _, grads) in of_variants.items()},
         "forward_value": out.loss.detach(),
         "forward_grad": torch.autograd.grad(out.loss, micro_batches[0].logits)[0],
         "forward_mask": out.mask,
@@ -68,10 +87,13 @@ def ranks(request, tmp_path_factory) -> list[dict]:
     return on_ranks(request.param, work, tmp_path_factory.mktemp("ranks"), request.param)
 
 
-def truth(batches: list[Batch]) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+def truth(batches: list[Batch], variant: str = "") -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
     """Loss, gradient ``[N, VOCAB]`` and metrics of all tokens in one process."""
-    whole = flattened(batches)
-    loss, _, metrics = reference.paec_loss(whole.stats, whole.valid, CONFIG, ANCHOR)
+    whole, config = flattened(batches), VARIANTS[variant]
+    strength = STRENGTH if config.penalty == "integral" else 0.0
+    loss, _, metrics = reference.paec_loss(
+        whole.stats, whole.valid, config, ANCHOR, anchor_stats_of(whole), strength=strength
+    )
     return loss.detach(), torch.autograd.grad(loss, whole.logits)[0], metrics
 
 
@@ -84,18 +106,20 @@ def all_micro_batches(n_ranks: int) -> list[Batch]:
     return [batch for rank in range(n_ranks) for batch in micro_batches_of(rank)]
 
 
-def test_terms_average_to_the_whole_batch(ranks):
-    loss, grad, metrics = truth(all_micro_batches(len(ranks)))
-    value = torch.stack([rank["value"] for rank in ranks]).mean()
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_terms_average_to_the_whole_batch(ranks, variant):
+    loss, grad, metrics = truth(all_micro_batches(len(ranks)), variant)
+    value = torch.stack([rank["values"][variant] for rank in ranks]).mean()
     torch.testing.assert_close(value, loss, rtol=1e-12, atol=0)
-    torch.testing.assert_close(averaged([rank["grads"] for rank in ranks]), grad, rtol=1e-9, atol=1e-15)
+    torch.testing.assert_close(averaged([rank["grads"][variant] for rank in ranks]), grad, rtol=1e-9, atol=1e-15)
     for name, expected in metrics.items():
-        torch.testing.assert_close(ranks[0]["plan"][name], expected, rtol=1e-12, atol=0)
+        torch.testing.assert_close(ranks[0]["plans"][variant][name], expected, rtol=1e-12, atol=0)
+    assert metrics["pull"] > 0.1
 
 
 def test_every_rank_has_the_same_plan_to_the_bit(ranks):
     for rank in ranks[1:]:
-        assert rank["plan"] == ranks[0]["plan"]
+        assert rank["plans"] == ranks[0]["plans"]
 
 
 def test_forward_averages_to_the_whole_batch(ranks):
@@ -128,5 +152,5 @@ def test_that_check_rejects_a_threshold_per_rank(ranks):
 
 @pytest.mark.parametrize("ranks", [3], indirect=True)
 def test_a_rank_without_a_valid_token_adds_nothing(ranks):
-    assert ranks[2]["value"] == ranks[2]["forward_value"] == 0
-    assert all((grad == 0).all() for grad in ranks[2]["grads"])
+    assert all(value == 0 for value in [ranks[2]["forward_value"], *ranks[2]["values"].values()])
+    assert all((grad == 0).all() for grads in ranks[2]["grads"].values() for grad in grads)
