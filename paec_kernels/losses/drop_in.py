@@ -9,6 +9,7 @@ from paec_kernels.losses.paec_config import PAECConfig
 from paec_kernels.losses.policy import check_numbers, grpo_loss
 from paec_kernels.losses.ranks import mean_over_ranks
 from paec_kernels.ops.operator import check_options, token_stats
+from paec_kernels.types import TokenStats
 
 
 class PAECLoss(nn.Module):
@@ -67,6 +68,8 @@ class PAECLoss(nn.Module):
         valid: Tensor,
         old_logp: Tensor,
         ref_logp: Tensor | None = None,
+        *,
+        anchor_stats: TokenStats | None = None,
     ) -> PAECOutput:
         """Compute the loss of this rank's tokens, its mask, and the metrics of ``grpo_loss`` and ``PAEC``.
 
@@ -76,6 +79,7 @@ class PAECLoss(nn.Module):
             advantages: ``[...]`` or ``[..., 1]``.
             valid: bool ``[...]``, True at response tokens; other rows of the logits are not read.
             old_logp, ref_logp: ``[...]``, of the sampling and of the reference policy, at ``temperature``.
+            anchor_stats: as in ``PAEC.observe``, at ``temperature``.
         Returns:
             PAECOutput: loss 0-d, mask ``[...]``; the metrics also hold ``policy_loss`` and ``paec_loss``, of this rank.
         """
@@ -104,7 +108,7 @@ class PAECLoss(nn.Module):
             kl_coef=self.kl_coef,
             normalizer=mean_over_ranks(valid.sum(), self.paec.process_group),
         )
-        calibrated = self.paec(stats, valid)
+        calibrated = self.paec(stats, valid, anchor_stats=anchor_stats)
         metrics |= calibrated.metrics
         metrics |= {"policy_loss": policy_loss.detach(), "paec_loss": calibrated.loss.detach()}
         return PAECOutput(policy_loss + calibrated.loss, calibrated.mask, metrics)

@@ -4,7 +4,7 @@ Sampling, rewards and the step are the training loop's own; the report is one di
 written as JSON.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -210,13 +210,19 @@ def calibrate(paec: pk.PAEC, batches: list[MicroBatch]) -> tuple[dict[str, Tenso
         the statistics and PAEC's soft mask of all N valid tokens, [N] by name, those of each answer in a row; and of
         the whole batch PAEC's metrics, its weighted terms and the mean entropy.
     """
-    columns = zip(*([x[batch.valid] for x in batch.stats if x is not None] for batch in batches), strict=True)
-    stats = pk.TokenStats(*map(torch.cat, columns))
-    calibrated = paec(stats, torch.ones_like(stats.margin, dtype=torch.bool))
+
+    def of_all_tokens(of_batch: Callable[[MicroBatch], pk.TokenStats | None]) -> pk.TokenStats:
+        columns = zip(*([x[batch.valid] for x in of_batch(batch) or ()] for batch in batches), strict=True)
+        return pk.TokenStats(*map(torch.cat, columns))
+
+    stats = of_all_tokens(lambda batch: batch.stats)
+    anchor_stats = None if batches[0].anchor_stats is None else of_all_tokens(lambda batch: batch.anchor_stats)
+    calibrated = paec(stats, torch.ones_like(stats.margin, dtype=torch.bool), anchor_stats=anchor_stats)
+    floor_penalty = paec.config.lam * calibrated.metrics["penalty"]
     batch = calibrated.metrics | {
         "entropy": stats.entropy.mean(),
-        "entropy_bonus": -paec.config.beta * calibrated.metrics["mean_entropy"],
-        "floor_penalty": paec.config.lam * calibrated.metrics["penalty"],
+        "entropy_bonus": calibrated.loss - floor_penalty,
+        "floor_penalty": floor_penalty,
     }
     tokens = stats._asdict() | {"mask": calibrated.mask}
     return tokens, {name: value.item() for name, value in batch.items()}

@@ -47,6 +47,21 @@ def test_equals_the_definitions(kl_coef, inplace):
     torch.testing.assert_close(grad, expected_grad, rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.parametrize("anchored", ["scores", "positions"])
+def test_an_anchor_policy(anchored):
+    logits, token_ids, *others, old_logp = make_arguments(4, 50)
+    valid, config = others[-1], dataclasses.replace(CONFIG, anchored=anchored, beta=0.1)
+    options = {"top_p": config.top_p, "valid": valid}
+    anchor_stats = reference.token_stats(2 * logits.detach().flip(0), token_ids, **options)
+    out = PAECLoss(config)(logits, token_ids, *others, old_logp, anchor_stats=anchor_stats)
+    stats = reference.token_stats(logits.detach(), token_ids, **options)
+    expected, mask, _ = reference.paec_loss(stats, valid, config, anchor_stats=anchor_stats)
+    torch.testing.assert_close(out.metrics["paec_loss"], expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(out.mask, mask, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="anchor_stats is None"):
+        PAECLoss(config)(logits, token_ids, *others, old_logp)
+
+
 def test_the_configs_top_p_is_used():
     arguments = make_arguments(4, 50)
     losses = [PAECLoss(dataclasses.replace(CONFIG, top_p=p))(*arguments) for p in (0.5, 0.95)]

@@ -221,6 +221,18 @@ def test_own_prompts_are_looked_at_and_left(trained, tmp_path, capsys) -> None:
     assert not any(word in shown for word in ("wrong", "expected", "Loss"))
 
 
+@pytest.mark.parametrize("anchored", ["scores", "positions"])
+def test_an_anchor_policy_is_the_model_as_it_is_found(trained, anchored) -> None:
+    def report(**options) -> dict:
+        config = InspectConfig(run=trained, problems=1, answers=4, paec=pk.PAECConfig(anchor_steps=1, **options))
+        return make_report(config, Progress(disable=True))
+
+    found, of_a_mean = report(anchored=anchored), report()
+    assert found["before"]["threshold"] == of_a_mean["before"]["threshold"]
+    assert found["after"]["threshold"] == found["before"]["threshold"], "of the same policy, on the same answers"
+    assert found["after"]["threshold"] != of_a_mean["after"]["threshold"]
+
+
 def test_any_question_of_a_named_file_may_be_asked(trained, tmp_path) -> None:
     """A single question, which a division between training and evaluation would refuse."""
     file = tmp_path / "one.jsonl"
