@@ -24,7 +24,6 @@ from paec_kernels.integrations.common import (
     read_state,
     save_state,
     sources_of_noise,
-    without_anchor_policy,
 )
 from paec_kernels.losses.paec import PAEC, Plan
 from paec_kernels.losses.paec_config import PAECConfig
@@ -57,7 +56,8 @@ class PAECGRPOConfig(GRPOConfig):
     """TRL's GRPOConfig with the fields of ``PAECConfig``, each under the prefix ``paec_``.
 
     ``beta``, ``top_p`` and ``temperature`` remain TRL's: weight of the KL term, sampling, and the temperature at
-    which PAEC's statistics are taken, too.
+    which PAEC's statistics are taken, too. With another ``paec_anchored`` than ``"mean"`` the reference model of the KL
+    term is the anchor policy, so that ``beta`` must not be 0.
 
     Raises:
         TypeError, ValueError: as ``PAECConfig``.
@@ -74,10 +74,10 @@ class PAECGRPOConfig(GRPOConfig):
     paec_beta: float = _option("beta", "weight of the masked mean entropy, a bonus, >= 0.")
     paec_lam: float = _option("lam", "weight of the penalty below the floor, >= 0.")
     paec_rho_min: float = _option("rho_min", "entropy floor as a fraction of the anchor, >= 0.")
-    paec_anchored: str = _option("anchored", "what the anchor is: 'mean'; this trainer has no anchor policy.")
+    paec_anchored: str = _option("anchored", "what the anchor is: 'mean', 'scores' or 'positions'; see beta.")
     paec_anchor_steps: int = _option("anchor_steps", "steps averaged into the anchor, >= 1.")
     paec_entropy_support: str = _option("entropy_support", "whose entropy is kept up: 'full' or 'nucleus'.")
-    paec_penalty: str = _option("penalty", "how the shortfall counts: 'absolute' in nats, or 'relative' to the floor.")
+    paec_penalty: str = _option("penalty", "the penalty's form: 'absolute', 'relative', 'proportional' or 'integral'.")
     paec_anchor_unit: str = _option("anchor_unit", "what the anchor's steps are: 'optimiser_step' or 'rollout_batch'.")
     paec_vocab_size: int | None = _option("vocab_size", "vocabulary size, for nucleus_norm 'log_vocab'.")
 
@@ -87,7 +87,12 @@ class PAECGRPOConfig(GRPOConfig):
 
     def paec_config(self) -> PAECConfig:
         config = PAECConfig(**{option.name: getattr(self, f"paec_{option.name}") for option in fields(PAECConfig)})
-        return without_anchor_policy("paec_anchored", config)
+        if config.anchored != "mean" and self.beta == 0:
+            raise ValueError(
+                f"beta must not be 0 with paec_anchored={config.anchored!r}, whose anchor policy is the KL term's "
+                f"reference model, got {self.beta!r}"
+            )
+        return config
 
 
 class PAECGRPOTrainer(GRPOTrainer):
@@ -142,23 +147,30 @@ class PAECGRPOTrainer(GRPOTrainer):
         self._head = _Head(args.paec_top_p)
         causal_lm = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
         causal_lm.forward = _with_head(causal_lm.forward, self._head)
+        self._anchored_by_policy = self.paec.config.anchored != "mean"
+        if self._anchored_by_policy and self.ref_model is not None:  # without one it is the model without its adapter
+            reference = self.accelerator.unwrap_model(self.ref_model)
+            reference.forward = _with_head(reference.forward, self._head)
         self.add_callback(_EndOfStep(self))
 
     def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *others, **options):
         result = super()._get_per_token_logps_and_entropies(
             model, input_ids, attention_mask, logits_to_keep, *others, **options
         )
-        if model is not self.ref_model:
+        if model is not self.ref_model or self._anchored_by_policy:
             scored = attention_mask[:, -logits_to_keep:].bool()
             self._scored.append((result[0], self._head.take(scored)))
         return result
 
     def _generate_and_score_completions(self, inputs):
         output = super()._generate_and_score_completions(inputs)
-        old_logps = output.get("old_per_token_logps")
+        passes = {"paec_": output.get("old_per_token_logps")}
+        if self._anchored_by_policy:
+            passes["paec_anchor_"] = output["ref_per_token_logps"]
         for logps, stats in self._scored:
-            if logps is old_logps:  # and not the reference pass through the same model without its adapter
-                output |= {f"paec_{name}": value for name, value in stats._asdict().items()}
+            for prefix, of_pass in passes.items():
+                if logps is of_pass:  # the two may have gone through the same model, with its adapter and without
+                    output |= {f"{prefix}{name}": value for name, value in stats._asdict().items()}
         self._scored.clear()
         return output
 
@@ -168,7 +180,8 @@ class PAECGRPOTrainer(GRPOTrainer):
             generated: Any = self._buffered_inputs
             for k in range(self.current_gradient_accumulation_steps):
                 batch = generated[(self._step + k) % self.args.steps_per_generation]
-                self.paec.observe(self._stats_of(batch), _valid(batch))
+                anchor_stats = _kept_stats(batch, "paec_anchor_")
+                self.paec.observe(self._stats_of(batch), _valid(batch), anchor_stats=anchor_stats)
             self._plan = self._new_plan()
         return inputs
 
@@ -177,11 +190,11 @@ class PAECGRPOTrainer(GRPOTrainer):
         _, stats = self._scored.pop()
         if not self.model.training:
             return loss
-        valid = _valid(inputs)
+        valid, anchor_stats = _valid(inputs), _kept_stats(inputs, "paec_anchor_")
         if self._plan is None:  # one micro-batch is the whole step
-            self.paec.observe(stats, valid)
+            self.paec.observe(stats, valid, anchor_stats=anchor_stats)
             self._plan = self._new_plan()
-        return loss + self.paec.term(stats, valid, self._plan)
+        return loss + self.paec.term(stats, valid, self._plan, anchor_stats=anchor_stats)
 
     def train(self, resume_from_checkpoint=None, *args, **options):
         if self._within_step:
@@ -228,8 +241,8 @@ class PAECGRPOTrainer(GRPOTrainer):
     def _stats_of(self, batch: dict[str, Any]) -> TokenStats:
         """Return the statistics ``[B, T]`` of a micro-batch's completions by the present weights, without a graph."""
         just_generated = self._step % (self.args.steps_per_generation * self.num_iterations) == 0
-        if just_generated and "paec_entropy" in batch:
-            return TokenStats(*(batch[f"paec_{name}"] for name in TokenStats._fields))
+        if just_generated and (stats := _kept_stats(batch, "paec_")):
+            return stats
         with torch.no_grad(), disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
             self._get_per_token_logps_and_entropies(
                 self.model,
@@ -349,6 +362,13 @@ def _gather_in_backward(stats: TokenStats, *parameters: Any) -> None:
 
     node.register_prehook(gather)
     node.register_hook(release)
+
+
+def _kept_stats(batch: dict[str, Any], prefix: str) -> TokenStats | None:
+    """Return the statistics ``[B, T]`` that were put beside the completions when they were generated, if any were."""
+    if f"{prefix}entropy" not in batch:
+        return None
+    return TokenStats(*(batch[f"{prefix}{name}"] for name in TokenStats._fields))
 
 
 def _valid(batch: dict[str, Any]) -> Tensor:

@@ -28,7 +28,6 @@ from paec_kernels.integrations.common import (
     read_state,
     save_state,
     sources_of_noise,
-    without_anchor_policy,
 )
 from paec_kernels.losses.paec import PAEC, Plan
 from paec_kernels.losses.paec_config import PAECConfig
@@ -74,7 +73,13 @@ class PAECPolicyLossConfig(PolicyLossConfig):
         self.paec_config()
 
     def paec_config(self) -> PAECConfig:
-        return without_anchor_policy("paec.anchored", PAECConfig(**self.paec))
+        config = PAECConfig(**self.paec)
+        if config.anchored != "mean":
+            raise ValueError(
+                "paec.anchored must be 'mean' in verl, whose reference worker hands over log-probabilities alone, got "
+                f"{config.anchored!r}"
+            )
+        return config
 
 
 class PAECTrainingWorker(TrainingWorker):

@@ -136,6 +136,7 @@ EXACT = {
     "gradient checkpointing": {"gradient_checkpointing": True},
     "temperature": {"temperature": 0.7},
     "relative": {"paec_penalty": "relative"},
+    "proportional": {"paec_penalty": "proportional"},
     "nucleus": {"paec_entropy_support": "nucleus", "paec_top_p": 0.8},
     "log_vocab": {"paec_nucleus_norm": "log_vocab", "paec_vocab_size": 32, "paec_alpha": 0.9},
 }
@@ -162,6 +163,42 @@ def test_plan_and_gradient_are_those_of_the_whole_step(case: str, tmp_path: Path
     assert all(exact.metrics["penalty"] > 0.01 for exact in exacts[1:])
     lengths = {int(n) for step in steps for piece in step.pieces for n in piece.completion_mask.sum(1)}
     assert len(lengths) > 2
+
+
+ANCHORED = {
+    "scores": {"paec_anchored": "scores"},
+    "positions": {"paec_anchored": "positions"},
+    "one micro-batch": {"paec_anchored": "positions", "gradient_accumulation_steps": 1},
+    "old log-probs seen": {"paec_anchored": "positions", "num_iterations": 2, "max_steps": 4},
+    "adapters": {"paec_anchored": "positions", "num_iterations": 2, "max_steps": 4},
+}
+
+
+@pytest.mark.parametrize("case", ANCHORED)
+def test_the_reference_model_is_the_anchor_policy(case: str, tmp_path: Path) -> None:
+    """The weight of the KL term is so small that it leaves the gradient as it is."""
+    options, exact_options = PAEC_ON | ANCHORED[case] | {"beta": 1e-9}, {}
+    if case == "adapters":
+        options["peft_config"] = lora()
+        from peft import get_peft_model
+
+        exact_options["model"] = get_peft_model(tiny_trl.llama(), lora())
+    else:
+        options["model"] = saved_llama(tmp_path)
+    run, steps = recorded(tmp_path, reward=tiny_trl.constant, learning_rate=0.1, **options)
+    run.train()
+    exacts = truths(steps, run.args.paec_config(), **exact_options)
+    for name in ("threshold", "mask_sum", "penalty"):
+        expected = [exact.metrics[name].item() for exact in exacts]
+        assert logged(run, f"paec/{name}") == pytest.approx(expected, rel=1e-4), name
+    for step, exact in zip(steps, exacts, strict=True):
+        assert relative_error(step.gradients, exact.gradients) < 1e-4
+    assert all(exact.metrics["penalty"] > 0.01 for exact in exacts[1:])
+
+
+def test_without_a_reference_model_there_is_no_anchor_policy(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"beta must not be 0 with paec_anchored='positions', .*, got 0.0"):
+        tiny_trl.config(tmp_path, paec_anchored="positions")
 
 
 def test_the_anchor_of_rollout_batches_takes_all_their_steps(tmp_path: Path) -> None:

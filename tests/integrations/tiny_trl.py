@@ -157,33 +157,44 @@ def truth(
     model: nn.Module | None = None,
     bfloat16: bool = False,
     counted: Callable[[Tensor], Tensor] = lambda position: position >= 0,
+    anchor_weights: dict[str, Tensor] | None = None,
 ) -> Truth:
     """PAEC's loss of all pieces together from whole logits, by the reference alone, in float64 from the logits on.
 
     Args:
         model: whose forward makes the logits, in float32 or under autocast, as in training.
         counted: which positions ``[T]`` of a completion count.
+        anchor_weights: of the anchor policy.
     """
     model = llama() if model is None else model
-    model.load_state_dict(weights)
-    stats = []
-    for piece in pieces:
-        ids = torch.cat([piece.prompt_ids, piece.completion_ids], 1)
-        mask = torch.cat([piece.prompt_mask, piece.completion_mask], 1)
-        with torch.autocast("cpu", enabled=bfloat16):
-            logits = model(input_ids=ids, attention_mask=mask).logits[:, -piece.completion_ids.shape[1] - 1 : -1]
-        logits = logits.double()[piece.completion_mask.bool() & counted(torch.arange(piece.completion_ids.shape[1]))]
-        stats.append(reference.token_stats(logits, top_p=config.top_p, temperature=temperature)._replace(logp=None))
-    whole = reference.TokenStats(None, *(torch.cat(values) for values in list(zip(*stats, strict=True))[1:]))
-    loss, _, metrics = reference.paec_loss(whole, torch.ones_like(whole.entropy, dtype=torch.bool), config, anchor)
+
+    def stats_under(weights: dict[str, Tensor]) -> reference.TokenStats:
+        model.load_state_dict(weights)
+        stats = []
+        for piece in pieces:
+            ids = torch.cat([piece.prompt_ids, piece.completion_ids], 1)
+            mask = torch.cat([piece.prompt_mask, piece.completion_mask], 1)
+            with torch.autocast("cpu", enabled=bfloat16):
+                logits = model(input_ids=ids, attention_mask=mask).logits[:, -piece.completion_ids.shape[1] - 1 : -1]
+            counts = piece.completion_mask.bool() & counted(torch.arange(piece.completion_ids.shape[1]))
+            stats.append(reference.token_stats(logits.double()[counts], top_p=config.top_p, temperature=temperature))
+        return reference.TokenStats(None, *(torch.cat(values) for values in list(zip(*stats, strict=True))[1:]))
+
+    with torch.no_grad():
+        anchor_stats = None if anchor_weights is None else stats_under(anchor_weights)
+    whole = stats_under(weights)
+    valid = torch.ones_like(whole.entropy, dtype=torch.bool)
+    loss, _, metrics = reference.paec_loss(whole, valid, config, anchor, anchor_stats)
     parameters = {name: value for name, value in model.named_parameters() if value.requires_grad}
     gradients = torch.autograd.grad(loss, list(parameters.values()))
     return Truth(loss.detach(), metrics, dict(zip(parameters, gradients, strict=True)))
 
 
 def truths(steps: list[Step], config: PAECConfig, **options) -> list[Truth]:
-    """The truth of every step, the first of which sets the anchor."""
+    """The truth of every step, the first of which sets the anchor; its weights are those of the anchor policy."""
     found: list[Truth] = []
+    if config.anchored != "mean":
+        options["anchor_weights"] = steps[0].weights
     for step in steps:
         anchor = found[0].metrics["mean_entropy"].item() if found else None
         found.append(truth(step.pieces, step.weights, config, anchor, **options))
