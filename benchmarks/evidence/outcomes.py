@@ -58,11 +58,9 @@ def gather(name: str, rows: list[Row]) -> Family | str:
     Raises:
         ValueError: a row without a column, of another length than the others, or of no arm of the plan.
     """
-    try:
-        areas = grid_areas(rows)
-    except ValueError:
+    areas, chosen = grid_areas(rows), best(rows)
+    if plan.BASELINE not in chosen:
         return f"{sum(row['stage'] == 'grid' for row in rows)} runs of the grid" if rows else "nothing"
-    chosen = best(rows)
     by_arm: dict[str, dict[int, Row]] = {arm: {} for arm in plan.ARMS}
     names = {spelled: arm for arm, spelled in chosen.items()}
     of_main = [row for row in rows if row["stage"] == "main"]

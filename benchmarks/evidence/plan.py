@@ -36,8 +36,12 @@ ARMS = {
     "global": Arm("global", "bonus.coef", (0.003, 0.01, 0.03)),
     "paec": Arm("paec", "paec.lam", (0.2, 1, 5)),
     "paec-relative": Arm("paec,paec.penalty=relative", "paec.lam", (0.001, 0.005, 0.025)),
+    "paec-proportional": Arm("paec,paec.penalty=proportional", "paec.lam", (0.05, 0.2, 0.8)),
+    "paec-integral": Arm("paec,paec.penalty=integral", "paec.lam", (0.001, 0.005, 0.025)),
+    # These families have 5 to 16 % forks, fewer than the default's top fifth, whose threshold is then near 0.
+    "paec-sharp-mask": Arm("paec,paec.rho=0.95,paec.tau_m=0.01", "paec.lam", (0.2, 1, 5)),
     "paec-hard-mask": Arm("paec-hard-mask", "paec.lam", (0.2, 1, 5)),
-    "paec-no-mask": Arm("paec-no-mask,paec.penalty=relative", "paec.lam", (0.001, 0.005, 0.025)),
+    "paec-no-mask": Arm("paec-no-mask,paec.penalty=proportional", "paec.lam", (0.05, 0.2, 0.8)),
     "paec-no-penalty": Arm("paec-no-penalty", "paec.beta", (0.003, 0.01, 0.03)),
     "paec-scores": Arm("paec,paec.anchored=scores", "paec.lam", (0.2, 1, 5)),
     "paec-positions": Arm("paec,paec.anchored=positions", "paec.rho_min", (0.2, 0.4, 0.8)),

@@ -13,7 +13,6 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
-from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import mean
@@ -27,7 +26,7 @@ from paec_kernels.saved_state import whole_file
 from paec_kernels.train import loop
 from paec_kernels.train.config import TrainConfig
 from paec_kernels.train.policies import starting_policy
-from paec_kernels.train.presets import with_arm
+from paec_kernels.train.presets import with_arm_and_seed
 from paec_kernels.train.report.evaluate import Settings, evaluate
 from paec_kernels.train.report.statistics import reward_area
 from paec_kernels.train.tasks.task import ROLES
@@ -75,68 +74,65 @@ def add(rows: Iterable[Row], family: str, folder: Path = ROWS) -> None:
         partial.write_bytes(known + b"".join(lzma.compress(f"{json.dumps(row)}\n".encode()) for row in rows))
 
 
-def wanted(stage: str, rows: list[Row]) -> Iterator[tuple[str, int]]:
-    """Yield arm, as `paec compare` spells it, and seed of each run that the stage still lacks, seed by seed."""
+def wanted(stage: str, rows: list[Row], arms: Iterable[str]) -> list[tuple[str, int]]:
+    """Return arm, as `paec compare` spells it, and seed of each run that the stage still lacks, seed by seed.
+
+    Args:
+        arms: those of the plan that are asked for.
+    Raises:
+        ValueError: a main run is asked for before the whole grid of its arm is there.
+    """
     done = {(row["stage"], row["arm"], row["seed"]) for row in rows}
-    arms = [arm for each in plan.ARMS.values() for arm in each.candidates] if stage == "grid" else best(rows).values()
-    for seed in plan.GRID_SEEDS if stage == "grid" else plan.SEEDS:
-        for arm in arms:
-            if (stage, arm, seed) not in done:
-                yield arm, seed
+    chosen = best(rows)
+    if stage == "grid":
+        seeds, spelled = plan.GRID_SEEDS, [each for arm in arms for each in plan.ARMS[arm].candidates]
+    elif missing := [arm for arm in arms if arm not in chosen]:
+        raise ValueError(f"rows must hold the whole grid of an arm before its main runs; missing: {', '.join(missing)}")
+    else:
+        seeds, spelled = plan.SEEDS, [chosen[arm] for arm in arms]
+    return [(arm, seed) for seed in seeds for arm in spelled if (stage, arm, seed) not in done]
 
 
 def grid_areas(rows: list[Row]) -> dict[str, dict[str, float]]:
-    """Return the mean area of each arm's candidates over the grid's seeds, by arm.
-
-    Raises:
-        ValueError: a run of the grid is missing.
-    """
+    """Return the mean area of each candidate over the grid's seeds, by arm, of the arms whose whole grid is there."""
     found = {
         (row["arm"], row["seed"]): reward_area(row["log"]["mostly_right"]) for row in rows if row["stage"] == "grid"
     }
     areas: dict[str, dict[str, float]] = {}
     for name, arm in plan.ARMS.items():
         runs = {candidate: [(candidate, seed) for seed in plan.GRID_SEEDS] for candidate in arm.candidates}
-        if missing := [run for of_candidate in runs.values() for run in of_candidate if run not in found]:
-            raise ValueError(f"rows must hold the whole grid of {name!r} before the main runs; missing: {missing}")
-        areas[name] = {candidate: mean(found[run] for run in of_one) for candidate, of_one in runs.items()}
+        if all(run in found for of_one in runs.values() for run in of_one):
+            areas[name] = {candidate: mean(found[run] for run in of_one) for candidate, of_one in runs.items()}
     return areas
 
 
 def best(rows: list[Row]) -> dict[str, str]:
-    """Return each arm with the coefficient whose grid runs have the largest area; of equals the first.
-
-    Raises:
-        ValueError: as `grid_areas`.
-    """
+    """Return each arm of `grid_areas` with the coefficient whose runs have the largest area; of equals the first."""
     return {name: max(areas, key=areas.__getitem__) for name, areas in grid_areas(rows).items()}
+
+
+def make_start(config: TrainConfig) -> None:
+    """Make a run's warm start, unless the cache has it."""
+    torch.set_num_threads(1)
+    starting_policy(config, torch.device("cpu"))
 
 
 def run_one(family: str, stage: str, arm: str, seed: int, common: TrainConfig) -> Row:
     """Train and evaluate one arm and seed; nothing but the row is kept."""
     torch.set_num_threads(1)
     start = time.perf_counter()
-    start_seed = seed % plan.WARM_STARTS
-    run_config = replace(with_arm(common, arm), seed=seed, warm_start=replace(common.warm_start, seed=start_seed))
+    run_config = with_arm_and_seed(common, arm, seed, plan.WARM_STARTS)
     tasks, eval_tasks = run_config.load_tasks()
     run = loop.new_run(run_config, starting_policy(run_config, torch.device("cpu")))
     steps = [loop.train_step(run, tasks, 0, 1) for _ in range(run_config.steps)]
-    options = run_config.evaluate
-    settings = Settings(
-        options.problems,
-        options.samples,
-        options.seed,
-        max_new_tokens=run_config.max_new_tokens,
-        temperature=run_config.temperature,
-    )
-    evaluation = evaluate(run.policy, eval_tasks, settings)
+    evaluation = evaluate(run.policy, eval_tasks, Settings.after(run_config))
     (results,) = evaluation.tasks.values()
     return {
         "family": family,
         "stage": stage,
         "arm": arm,
         "seed": seed,
-        "warm_start": start_seed,
+        "warm_start": run_config.warm_start.seed,
         "config": run_config.identity(),
         "seconds": round(time.perf_counter() - start, 1),
         "log": {name: [_rounded(row[name]) for row in steps] for name in KEPT if name in steps[0]},
@@ -167,6 +163,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("stage", choices=("grid", "main"))
     parser.add_argument("--families", nargs="+", choices=plan.FAMILIES, default=plan.FAMILIES)
+    parser.add_argument("--arms", nargs="+", choices=tuple(plan.ARMS), default=tuple(plan.ARMS))
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, each on one core")
     parser.add_argument("--minutes", type=float, default=1e9, help="start no run after these")
     parser.add_argument("--out", type=Path, default=ROWS, help="folder of the rows")
@@ -178,10 +175,14 @@ def main(arguments: list[str] | None = None) -> int:
     calls = [
         (family, asked.stage, arm, seed, plan.config(family, asked.cache))
         for family in dict.fromkeys(asked.families)
-        for arm, seed in wanted(asked.stage, read(family, asked.out))
+        for arm, seed in wanted(asked.stage, read(family, asked.out), asked.arms)
     ]
+    # First, or two runs that are under way at once would both make the same.
+    starts = {(family, seed % plan.WARM_STARTS): (common, arm, seed) for family, _, arm, seed, common in calls}
     failed = 0
     with ProcessPoolExecutor(asked.jobs, get_context("spawn")) as pool:
+        if time.time() < until:
+            list(pool.map(make_start, [with_arm_and_seed(*each, plan.WARM_STARTS) for each in starts.values()]))
         for (family, _, arm, seed, _), future in finished(calls, pool, asked.jobs, until):
             what = f"{family} {arm} seed {seed}"
             if error := future.exception():  # it loses this run alone

@@ -82,11 +82,11 @@ def grids(families: Sequence[Family]) -> Iterator[str]:
         cells = []
         for family in families:
             candidates = []
-            for candidate, area in family.areas[name].items():
+            for candidate, area in family.areas.get(name, {}).items():
                 value = candidate.rpartition("=")[2] + ": " if arm.coefficient else ""
                 mark = "**" if candidate == family.chosen[name] else ""
                 candidates.append(f"{mark}{value}{shown(plan.PRIMARY, area)}{mark}")
-            cells.append(", ".join(candidates))
+            cells.append(", ".join(candidates) or "not run")
         yield _cells([f"`{name}`", f"`{arm.coefficient}`" if arm.coefficient else "", *cells])
     yield ""
 

@@ -18,7 +18,7 @@ from paec_kernels.train.inspect import InspectConfig, make_report
 from paec_kernels.train.models.policy import Policy
 from paec_kernels.train.out_folder import held
 from paec_kernels.train.policies import pick_device, save_pretrained, starting_policy, trained_policy
-from paec_kernels.train.presets import with_arm
+from paec_kernels.train.presets import with_arm_and_seed
 from paec_kernels.train.progress import progress
 from paec_kernels.train.report import plots, tables
 from paec_kernels.train.report.compare import compare as compare_runs
@@ -61,7 +61,7 @@ def train(config: TrainConfig) -> int:
         except loop.Interrupted as stopped:
             console.print(f"{stopped}; the same command goes on from there ({config.out / CHECKPOINT})")
             return INTERRUPTED
-        _evaluate(run.policy, eval_tasks, _settings(config), config.out, console)
+        _evaluate(run.policy, eval_tasks, Settings.after(config), config.out, console)
         _export(run.policy, config.out, console)
     return 0
 
@@ -104,7 +104,14 @@ def compare(config: CompareConfig) -> int:
             read = [read_run(folder, arm_fields=config.arm_fields) for folder in find_runs(config.runs)]
         else:
             seeds = range(config.first_seed, config.first_seed + config.seeds)
-            runs = {(arm, seed): _run_of(config, arm, seed) for seed in seeds for arm in config.arms}
+            runs = {
+                (arm, seed): replace(
+                    with_arm_and_seed(config.train, arm, seed, config.warm_starts),
+                    out=config.out / "runs" / arm / str(seed),
+                )
+                for seed in seeds
+                for arm in config.arms
+            }
             if not _train_all(list(runs.values()), config.jobs, console):
                 console.print("stopped; the same command goes on from the checkpoints")
                 return INTERRUPTED
@@ -115,12 +122,6 @@ def compare(config: CompareConfig) -> int:
         written = tables.save(comparison, read, config.out) + plots.save_plots(comparison, read, config.out)
         console.print("wrote " + ", ".join(map(str, written)))
     return 0
-
-
-def _run_of(config: CompareConfig, arm: str, seed: int) -> TrainConfig:
-    """Return one of a comparison's runs."""
-    start = replace(config.train.warm_start, seed=config.train.warm_start.seed + seed % config.warm_starts)
-    return replace(with_arm(config.train, arm), seed=seed, warm_start=start, out=config.out / "runs" / arm / str(seed))
 
 
 def inspect(config: InspectConfig) -> int:
@@ -199,7 +200,7 @@ def _train_one(config: TrainConfig, threads: int) -> bool:
         with held(config.out):
             run = loop.train(config, tasks=tasks)
             if not _is_evaluated(config, eval_tasks):
-                _evaluate(run.policy, eval_tasks, _settings(config), config.out, quiet)
+                _evaluate(run.policy, eval_tasks, Settings.after(config), config.out, quiet)
             if not (config.out / MODEL).exists():
                 _export(run.policy, config.out, quiet)
     except (loop.Interrupted, KeyboardInterrupt):
@@ -212,11 +213,7 @@ def _is_evaluated(config: TrainConfig, tasks: Sequence[Task]) -> bool:
     if not path.exists():
         return False
     found = Evaluation.load(path)
-    return found.settings == _settings(config) and list(found.tasks) == [task.name for task in tasks]
-
-
-def _settings(config: TrainConfig) -> Settings:
-    return Settings(**asdict(config.evaluate), max_new_tokens=config.max_new_tokens, temperature=config.temperature)
+    return found.settings == Settings.after(config) and list(found.tasks) == [task.name for task in tasks]
 
 
 def _evaluate(policy: Policy, tasks: Sequence[Task], settings: Settings, out: Path, console: Console) -> None:

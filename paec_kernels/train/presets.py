@@ -37,6 +37,16 @@ def with_arm(config: TrainConfig, arm: str) -> TrainConfig:
     return replace(config, method=method)
 
 
+def with_arm_and_seed(config: TrainConfig, arm: str, seed: int, warm_starts: int) -> TrainConfig:
+    """Return one run of a comparison, in which seed s begins with the warm start of s modulo ``warm_starts``.
+
+    Raises:
+        TypeError, ValueError: as ``with_arm``.
+    """
+    start = replace(config.warm_start, seed=config.warm_start.seed + seed % warm_starts)
+    return replace(with_arm(config, arm), seed=seed, warm_start=start)
+
+
 def _with_field(options: Any, path: str, text: str, arm: str) -> Any:
     """Return a frozen dataclass with the field at ``path``, dots for nested ones, set to what ``text`` says."""
     name, _, rest = path.partition(".")

@@ -207,6 +207,14 @@ def test_a_grid_alone_is_no_result(tmp_path) -> None:
     assert f"Not run yet: chain (0 of the main runs so far), chain+ ({len(rows) - 1} runs of the grid so far)." in page
 
 
+def test_an_arm_whose_grid_is_not_whole_is_not_run(tmp_path) -> None:
+    rows = made_rows(LEVELS, SEEDS)
+    lost = [row for row in rows if row["arm"].startswith("paec") and (row["stage"], row["seed"]) != ("grid", 100)]
+    page = page_of(tmp_path, chain=[row for row in rows if row not in lost])
+    assert "Not run yet in chain: `paec` (0 of 8 seeds)." in page
+    assert "| `paec` | `paec.lam` | not run |" in page
+
+
 def test_fewer_seeds_than_planned_are_said(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(plan, "SEEDS", range(9))
     page = page_of(tmp_path, chain=made_rows(LEVELS, SEEDS))
@@ -253,19 +261,21 @@ def test_findings_stand_on_the_page_and_on_its_numbers(tmp_path) -> None:
 
 def test_wanted_is_what_is_missing() -> None:
     everything = [(arm, seed) for seed in plan.GRID_SEEDS for a in plan.ARMS.values() for arm in a.candidates]
-    assert list(run.wanted("grid", [])) == everything
+    assert run.wanted("grid", [], plan.ARMS) == everything
     assert len(everything) == len(set(everything)) == 2 * (1 + 3 + 3)
     rows = made_rows({}, ())
-    assert list(run.wanted("grid", rows)) == []
+    assert run.wanted("grid", rows, plan.ARMS) == []
     gone = rows.pop(4)
-    assert list(run.wanted("grid", rows)) == [(gone["arm"], gone["seed"])]
-    with pytest.raises(ValueError, match="whole grid"):
-        list(run.wanted("main", rows))
+    assert run.wanted("grid", rows, plan.ARMS) == [(gone["arm"], gone["seed"])]
+    assert run.wanted("grid", rows, ["grpo", "paec"]) == []
+    with pytest.raises(ValueError, match=r"whole grid of an arm before its main runs; missing: oracle$"):
+        run.wanted("main", rows, plan.ARMS)
+    assert run.wanted("main", rows, ["grpo"]) == [("grpo", seed) for seed in SEEDS]
     rows.append(gone)
     best = ["grpo", "oracle,paec.rho_min=0.8", "paec,paec.lam=25"]
-    assert list(run.wanted("main", rows)) == [(arm, seed) for seed in SEEDS for arm in best]
+    assert run.wanted("main", rows, plan.ARMS) == [(arm, seed) for seed in SEEDS for arm in best]
     rows += [made_row("main", arm, seed, 0.5) for seed in SEEDS for arm in best if (arm, seed) != (best[1], 5)]
-    assert list(run.wanted("main", rows)) == [(best[1], 5)]
+    assert run.wanted("main", rows, plan.ARMS) == [(best[1], 5)]
 
 
 def test_best_is_the_largest_area_and_of_equals_the_first() -> None:
@@ -282,8 +292,7 @@ def test_best_is_the_largest_area_and_of_equals_the_first() -> None:
     assert run.best(rows)["paec"] == "paec,paec.lam=1"
     lost = next(row for row in rows if row["arm"] == "paec,paec.lam=5")
     rows.remove(lost)
-    with pytest.raises(ValueError, match=rf"whole grid of 'paec'.*\('paec,paec.lam=5', {lost['seed']}\)"):
-        run.best(rows)
+    assert run.best(rows) == {"grpo": "grpo", "oracle": "oracle,paec.rho_min=0.2"}
 
 
 def test_rows_are_added_and_a_run_stands_once(tmp_path) -> None:
@@ -330,13 +339,16 @@ def test_a_run_that_fails_is_lost_alone_and_asked_for_again(tmp_path, monkeypatc
             raise FloatingPointError("the gradient's norm is nan")
         return made_row(stage, arm, seed, 0.5, family=family)
 
+    starts: list[tuple] = []
     monkeypatch.setattr(run, "run_one", made)
+    monkeypatch.setattr(run, "make_start", lambda config: starts.append((config.tasks, config.warm_start.seed)))
     monkeypatch.setattr(run, "ProcessPoolExecutor", lambda jobs, context: ThreadPoolExecutor(jobs))
     monkeypatch.setattr(run, "provenance", lambda: {"commit": "made up"})
     arguments = ["grid", "--out", str(tmp_path), "--families", "chain", "chain+", "chain"]
     assert run.main([*arguments, "--minutes", "0"]) == 0
-    assert run.read("chain", tmp_path) == []
+    assert run.read("chain", tmp_path) == starts == []
     assert run.main(arguments) == 1
+    assert sorted(starts) == [((family,), start) for family in ("chain", "chain+") for start in (0, 1)]
     assert "chain paec,paec.lam=5 seed 101 failed: FloatingPointError" in capsys.readouterr().err
     assert (len(run.read("chain", tmp_path)), len(run.read("chain+", tmp_path))) == (13, 14)
     fails[0] = False

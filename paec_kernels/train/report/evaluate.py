@@ -13,7 +13,7 @@ import torch.distributed as dist
 from paec_kernels.checks import integer, number
 from paec_kernels.losses.ranks import rank_and_world
 from paec_kernels.saved_state import write_json
-from paec_kernels.train.config import EvalOptions, seed_of
+from paec_kernels.train.config import EvalOptions, TrainConfig, seed_of
 from paec_kernels.train.models.policy import Policy
 from paec_kernels.train.report import metrics
 from paec_kernels.train.report.statistics import Estimate, bootstrap
@@ -50,6 +50,11 @@ class Settings(EvalOptions):
         super().__post_init__()
         integer("max_new_tokens", self.max_new_tokens, least=1)
         number("temperature", self.temperature, above=0)  # the greedy responses come by themselves
+
+    @classmethod
+    def after(cls, config: TrainConfig) -> "Settings":
+        """Return what a training asks for at its end."""
+        return cls(**asdict(config.evaluate), max_new_tokens=config.max_new_tokens, temperature=config.temperature)
 
 
 @dataclass(frozen=True)
