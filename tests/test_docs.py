@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 import torch
 from helpers import on_ranks
+from losses.batches import with_anchor
 
 import paec_kernels as pk
+from paec_kernels import reference
 from paec_kernels.losses.paec import Plan
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -157,6 +159,23 @@ def test_two_ranks_take_the_step_of_one_process_for_all(page, model, library: st
         assert found["tokens"] == sum(int(batch.valid.sum()) for batch in batches) / RANKS
         before, after = found["anchors"]
         assert before == after == pytest.approx(page["paec"].anchor_sum.item(), rel=1e-6)
+
+
+def test_the_table_of_forces_is_that_of_real_logits(real_logits):
+    """Each row of the docs: the floor, q and sum(m) / N, and each penalty's pull."""
+    expected = []
+    for times in (1, 4):
+        stats = reference.token_stats(times * real_logits.logits.double())
+        valid = torch.ones_like(stats.entropy, dtype=torch.bool)
+        mean_entropy = pk.PAEC(pk.PAECConfig())(stats, valid).metrics["mean_entropy"].item()
+        forces = []
+        for penalty in ("absolute", "relative", "proportional"):
+            paec = with_anchor(pk.PAEC(pk.PAECConfig(penalty=penalty, rho_min=0.5)), mean_entropy / 0.9 / 0.5)
+            metrics = paec(stats, valid).metrics
+            forces.append(metrics["penalty_per_token"])
+        numbers = [metrics["floor"], metrics["threshold"], metrics["mean_mask"], *forces]
+        expected.append(f"| x {times} | {' | '.join(f'{x:.2f}' for x in numbers)} |")
+    assert re.findall(r"^\| x .*$", (DOCS / "diagnostics.md").read_text(), re.MULTILINE) == expected
 
 
 def test_the_table_of_diagnostics_has_what_the_plan_has():

@@ -234,7 +234,7 @@ _PLAIN = (
         name="chain",
         forks=CHAIN_FORKS,
         routes="abcd",
-        rare=0.1,
+        rare=0.03,
         hint=0.1,
         draw=partial(_draw_marked, CHAIN_FORKS * CHAIN_STEPS),
         needed=partial(_marked, forks=CHAIN_FORKS),
@@ -249,7 +249,7 @@ _PLAIN = (
         needed=partial(_marked, forks=1),
         script=scan,
     ),
-    LongFamily(name="carry", forks=COLUMNS, routes="pc", rare=0.1, draw=_draw_sum, needed=_carries_in, script=carry),
+    LongFamily(name="carry", forks=COLUMNS, routes="pc", rare=0.05, draw=_draw_sum, needed=_carries_in, script=carry),
 )
 LONG_FAMILIES = {
     family.name: family for plain in _PLAIN for family in (plain, replace(plain, name=f"{plain.name}+", free=True))
