@@ -33,7 +33,7 @@ def drawn_arms(arms: Sequence[str]) -> list[str]:
 def entropy(family: Family) -> Figure:
     """Draw the entropy at the places of each role over the batches."""
     roles = [role for role in PANELS if role in LONG_FAMILIES[family.name].roles]
-    figure, panels = _panels(4.3 * len(roles) + 2.2, len(roles))
+    figure, panels = panels_of(4.3 * len(roles) + 2.2, len(roles))
     window = max(1, family.batches // 40)
     for axes, role in zip(panels, roles, strict=True):
         means = []
@@ -52,7 +52,7 @@ def entropy(family: Family) -> Figure:
             axes.minorticks_off()
         axes.margins(x=0)
     panels[0].set_ylabel("entropy, nats")
-    _name(
+    legend_of(
         figure, f"{family.name}: entropy, mean over {len(family.seeds)} seeds with {100 * CONFIDENCE:g} % t intervals"
     )
     return figure
@@ -60,7 +60,7 @@ def entropy(family: Family) -> Figure:
 
 def outcomes(family: Family) -> Figure:
     """Draw the share of runs that have discovered by a batch, and the majority vote against its number of votes."""
-    figure, (found, votes) = _panels(11, 2)
+    figure, (found, votes) = panels_of(11, 2)
     ks = pass_ks(family.samples)
     batches = np.arange(1, family.batches + 1)
     for arm, style in _styles(family).items():
@@ -74,14 +74,14 @@ def outcomes(family: Family) -> Figure:
     votes.set_xticks(ks, [str(k) for k in ks])
     votes.minorticks_off()
     votes.set(title="Majority vote after training", xlabel="votes k", ylabel="maj@k, per cent")
-    _name(figure, f"{family.name}: means over {len(family.seeds)} seeds")
+    legend_of(figure, f"{family.name}: means over {len(family.seeds)} seeds")
     return figure
 
 
 def summary(families: Sequence[Family], pooled: Sequence[PairedComparison]) -> Figure:
     """Draw each arm's difference from the baseline in the primary outcome: of each family, and of all together."""
     rows = [row for row in pooled if row.outcome == plan.PRIMARY and row.baseline == plan.BASELINE]
-    figure, (axes,) = _panels(8.5, 1, 1.5 + 0.45 * len(rows))
+    figure, (axes,) = panels_of(8.5, 1, 1.5 + 0.45 * len(rows))
     style = STYLES | OWN | styles([row.arm for row in rows if row.arm not in STYLES | OWN])
     for y, row in enumerate(rows):
         color = style[row.arm]["color"]
@@ -108,7 +108,7 @@ def _styles(family: Family) -> dict[str, Style]:
     return {arm: OWN.get(arm) or style for arm, style in styles(arms).items()}
 
 
-def _panels(width: float, count: int, height: float = 4.6) -> tuple[Figure, list[Axes]]:
+def panels_of(width: float, count: int, height: float = 4.6) -> tuple[Figure, list[Axes]]:
     figure = Figure(figsize=(width, height), layout="constrained")
     panels = list(figure.subplots(1, count, squeeze=False).flat)
     for axes in panels:
@@ -118,7 +118,7 @@ def _panels(width: float, count: int, height: float = 4.6) -> tuple[Figure, list
     return figure, panels
 
 
-def _name(figure: Figure, title: str) -> None:
+def legend_of(figure: Figure, title: str) -> None:
     """Write the title, and the arms to the right of the axes."""
     figure.suptitle(title, x=0.01, ha="left", fontsize=11)
     handles, labels = figure.axes[0].get_legend_handles_labels()

@@ -135,14 +135,14 @@ def run_one(family: str, stage: str, arm: str, seed: int, common: TrainConfig) -
         "warm_start": run_config.warm_start.seed,
         "config": run_config.identity(),
         "seconds": round(time.perf_counter() - start, 1),
-        "log": {name: [_rounded(row[name]) for row in steps] for name in KEPT if name in steps[0]},
+        "log": {name: [rounded(row[name]) for row in steps] for name in KEPT if name in steps[0]},
         "greedy": [result.greedy_correct for result in results],
         "answers": [result.answers for result in results],
         "correct": [[int(right) for right in result.correct] for result in results],
     }
 
 
-def _rounded(value: float) -> float | None:
+def rounded(value: float) -> float | None:
     return float(f"{value:.{DIGITS}g}") if value == value else None
 
 

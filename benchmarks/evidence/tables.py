@@ -16,7 +16,7 @@ PLACES = {FORK: "forks", STEP: "steps", FREE: "harmless choices"}
 
 def arms(family: Family) -> Iterator[str]:
     """Tabulate each arm's outcomes over its seeds."""
-    yield from _header(["arm", "found", *plan.OUTCOMES, *BESIDE])
+    yield from table_header(["arm", "found", *plan.OUTCOMES, *BESIDE])
     starts = [seed % plan.WARM_STARTS for seed in family.seeds]
     for arm, by_seed in family.scores.items():
         values = {name: [by_seed[seed][name] for seed in family.seeds] for name in ("found", *plan.OUTCOMES, *BESIDE)}
@@ -24,7 +24,7 @@ def arms(family: Family) -> Iterator[str]:
         for name in (*plan.OUTCOMES, *BESIDE):
             middle = f", {shown(name, float(iqm(values[name])))}" if name in plan.OUTCOMES else ""
             cells.append(_estimate(name, bootstrap_interval(values[name], starts)) + middle)
-        yield _cells([f"`{arm}`", *cells])
+        yield table_line([f"`{arm}`", *cells])
     yield ""
 
 
@@ -35,10 +35,10 @@ def comparisons(rows: list[PairedComparison]) -> Iterator[str]:
         if not own:
             continue
         yield from (f"{title}: difference [{100 * CONFIDENCE:g} % interval], p.", "")
-        yield from _header(["", *plan.OUTCOMES])
+        yield from table_header(["", *plan.OUTCOMES])
         for arm, baseline in dict.fromkeys((row.arm, row.baseline) for row in own):
             cells = [difference(row) for name in plan.OUTCOMES for row in only(own, name, arm, baseline)]
-            yield _cells([f"`{arm}` - `{baseline}`", *cells])
+            yield table_line([f"`{arm}` - `{baseline}`", *cells])
         yield ""
 
 
@@ -50,7 +50,7 @@ def mechanisms(family: Family) -> Iterator[str]:
         "share on certain tokens: of the last tenth. Penalty: of all batches."
     )
     yield ""
-    yield from _header(
+    yield from table_header(
         [
             "arm",
             *(f"entropy at {PLACES[role]}" for role in roles),
@@ -66,10 +66,10 @@ def mechanisms(family: Family) -> Iterator[str]:
         of_arm = {name: told(family, arm, name) for name in next(iter(family.runs[arm].values())).mechanism}
         cells = [f"{of_arm[f'start entropy/{role}']:.3f} -> {of_arm[f'end entropy/{role}']:.3f}" for role in roles]
         cells += [f"{of_arm[f'start mask/{role}']:.2f} -> {of_arm[f'end mask/{role}']:.2f}" for role in (FORK, STEP)]
-        cells += [_or_dash(of_arm[name], ".3f") for name in outcomes.OF_MASK]
+        cells += [or_dash(of_arm[name], ".3f") for name in outcomes.OF_MASK]
         active, force, ratio = (of_arm[name] for name in outcomes.OF_PENALTY)
-        cells += [_or_dash(100 * active, ".0f", " %"), _or_dash(force, ".3f"), _or_dash(ratio, ".2f")]
-        yield _cells([f"`{arm}`", *cells])
+        cells += [or_dash(100 * active, ".0f", " %"), or_dash(force, ".3f"), or_dash(ratio, ".2f")]
+        yield table_line([f"`{arm}`", *cells])
     yield ""
 
 
@@ -77,7 +77,7 @@ def grids(families: Sequence[Family]) -> Iterator[str]:
     yield from ("## The grid", "")
     yield f"The mean {plan.PRIMARY} of each candidate, in per cent, over seeds {span(plan.GRID_SEEDS)}; bold: taken."
     yield ""
-    yield from _header(["arm", "field", *(family.name for family in families)])
+    yield from table_header(["arm", "field", *(family.name for family in families)])
     for name, arm in plan.ARMS.items():
         cells = []
         for family in families:
@@ -87,7 +87,7 @@ def grids(families: Sequence[Family]) -> Iterator[str]:
                 mark = "**" if candidate == family.chosen[name] else ""
                 candidates.append(f"{mark}{value}{shown(plan.PRIMARY, area)}{mark}")
             cells.append(", ".join(candidates) or "not run")
-        yield _cells([f"`{name}`", f"`{arm.coefficient}`" if arm.coefficient else "", *cells])
+        yield table_line([f"`{name}`", f"`{arm.coefficient}`" if arm.coefficient else "", *cells])
     yield ""
 
 
@@ -118,14 +118,14 @@ def span(seeds: Sequence[int]) -> str:
     return f"{seeds[0]} to {seeds[-1]}"
 
 
-def _or_dash(value: float, form: str, unit: str = "") -> str:
+def or_dash(value: float, form: str, unit: str = "") -> str:
     return "-" if math.isnan(value) else f"{value:{form}}{unit}"
 
 
-def _header(names: Sequence[str]) -> Iterator[str]:
-    yield _cells(names)
-    yield _cells(["---", *["---:"] * (len(names) - 1)])
+def table_header(names: Sequence[str]) -> Iterator[str]:
+    yield table_line(names)
+    yield table_line(["---", *["---:"] * (len(names) - 1)])
 
 
-def _cells(cells: Sequence[str]) -> str:
+def table_line(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
