@@ -76,8 +76,8 @@ class PAECPolicyLossConfig(PolicyLossConfig):
         config = PAECConfig(**self.paec)
         if config.anchored != "mean":
             raise ValueError(
-                "paec.anchored must be 'mean' in verl, whose reference worker hands over log-probabilities alone, got "
-                f"{config.anchored!r}"
+                "paec.anchored must be 'mean' in verl, whose trainer keeps of the reference pass the log-probabilities "
+                f"alone, got {config.anchored!r}"
             )
         return config
 

@@ -326,3 +326,5 @@ def test_values_of_the_configuration_are_checked() -> None:
         PAECPolicyLossConfig(paec=PAEC | {"rho": 2.0})
     with pytest.raises(TypeError, match="tau"):
         PAECPolicyLossConfig(paec={"tau": 1.0})
+    with pytest.raises(ValueError, match=r"paec.anchored must be 'mean' in verl, .*, got 'scores'"):
+        PAECPolicyLossConfig(paec=PAEC | {"anchored": "scores"})
