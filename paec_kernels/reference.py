@@ -201,9 +201,10 @@ def paec_loss(
     infinite = torch.full_like(floor, math.inf)
     unit = {"absolute": floor**0, "relative": floor**2, "proportional": floor, "integral": infinite}[config.penalty]
     unit = torch.where(floor > 0, unit, 1.0)
-    penalty = masked_mean(shortfall.square() / unit)  # a mean over tokens only where each has a floor
-    pull = masked_mean(2 * config.lam * shortfall / unit) + strength
-    active = (pull > 0).to(mask.dtype) if strength else masked_mean((shortfall > 0).to(mask.dtype))
+    pulls = strength + 2 * config.lam * shortfall / unit
+    active = pulls > 0 if config.penalty == "integral" else shortfall > 0
+    # Means over tokens only where each has a floor, but 0 without any.
+    penalty, pull, active = map(masked_mean, (shortfall.square() / unit, pulls, active.to(mask.dtype)))
     loss = -(config.beta + strength) * mean_entropy + config.lam * penalty
     n = valid.sum().to(mask.dtype)
     metrics = {

@@ -57,7 +57,7 @@ class PAECGRPOConfig(GRPOConfig):
 
     ``beta``, ``top_p`` and ``temperature`` remain TRL's: weight of the KL term, sampling, and the temperature at
     which PAEC's statistics are taken, too. With another ``paec_anchored`` than ``"mean"`` the reference model of the KL
-    term is the anchor policy, so that ``beta`` must not be 0.
+    term is the anchor policy, so that ``beta`` must not be 0; it must stay as it is, without ``sync_ref_model``.
 
     Raises:
         TypeError, ValueError: as ``PAECConfig``.
@@ -72,7 +72,7 @@ class PAECGRPOConfig(GRPOConfig):
     paec_rho: float = _option("rho", "quantile of the scores at which the soft mask is 1/2, in [0, 1].")
     paec_tau_m: float = _option("tau_m", "width of the soft mask, in units of the score, > 0.")
     paec_beta: float = _option("beta", "weight of the masked mean entropy, a bonus, >= 0.")
-    paec_lam: float = _option("lam", "weight of the penalty below the floor, >= 0.")
+    paec_lam: float = _option("lam", "weight of the penalty, or gain of the integral one, >= 0.")
     paec_rho_min: float = _option("rho_min", "entropy floor as a fraction of the anchor, >= 0.")
     paec_anchored: str = _option("anchored", "what the anchor is: 'mean', 'scores' or 'positions'; see beta.")
     paec_anchor_steps: int = _option("anchor_steps", "steps averaged into the anchor, >= 1.")
@@ -87,11 +87,12 @@ class PAECGRPOConfig(GRPOConfig):
 
     def paec_config(self) -> PAECConfig:
         config = PAECConfig(**{option.name: getattr(self, f"paec_{option.name}") for option in fields(PAECConfig)})
-        if config.anchored != "mean" and self.beta == 0:
-            raise ValueError(
-                f"beta must not be 0 with paec_anchored={config.anchored!r}, whose anchor policy is the KL term's "
-                f"reference model, got {self.beta!r}"
-            )
+        if config.anchored != "mean":
+            why = f"with paec_anchored={config.anchored!r}, whose anchor policy is the KL term's reference model"
+            if self.beta == 0:
+                raise ValueError(f"beta must not be 0 {why}, got {self.beta!r}")
+            if self.sync_ref_model:  # the floor would follow a collapse
+                raise ValueError(f"sync_ref_model must be False {why}, got True")
         return config
 
 
@@ -143,14 +144,16 @@ class PAECGRPOTrainer(GRPOTrainer):
         self.paec = PAEC(args.paec_config(), steps_per_batch=steps_per_batch)
         self._within_step = False
         self._plan: Plan | None = None  # of the optimiser step under way
-        self._scored: list[tuple[Tensor, TokenStats]] = []  # log-probs and statistics of the policy's last passes
+        self._scored: list[tuple[Tensor, TokenStats]] = []  # log-probs and statistics of the last passes
         self._head = _Head(args.paec_top_p)
         causal_lm = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
         causal_lm.forward = _with_head(causal_lm.forward, self._head)
         self._anchored_by_policy = self.paec.config.anchored != "mean"
         if self._anchored_by_policy and self.ref_model is not None:  # without one it is the model without its adapter
-            reference = self.accelerator.unwrap_model(self.ref_model)
-            reference.forward = _with_head(reference.forward, self._head)
+            reference = self.accelerator.unwrap_model(self.ref_model, keep_torch_compile=False)
+            # Without accelerate's autocast around it: TRL scores under its own.
+            forward = vars(reference).get("_original_forward", reference.forward)
+            reference.forward = _with_head(forward, self._head)
         self.add_callback(_EndOfStep(self))
 
     def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *others, **options):

@@ -24,8 +24,8 @@ SELECTIVE = 3  # a threshold of so many tau_m leaves a token of score 0 a mask o
 class Plan(NamedTuple):
     """What every micro-batch of an optimiser step must know of the whole batch; 0-d tensors, no gradient.
 
-    With no valid token ``mean_entropy``, ``penalty``, ``penalty_active`` and ``mask_sum`` are 0, and whatever else is
-    of the tokens is NaN. docs/diagnostics.md says which values are healthy, and what to do about others.
+    With no valid token ``mean_entropy``, ``penalty``, ``pull``, ``penalty_active`` and ``mask_sum`` are 0, and whatever
+    else is of the tokens is NaN. docs/diagnostics.md says which values are healthy, and what to do about others.
     """
 
     mean_entropy: Tensor
@@ -34,6 +34,9 @@ class Plan(NamedTuple):
     """rho_min * anchor, in nats; 0 until the anchor is set."""
     penalty: Tensor
     """max(0, floor - H_bar)^2, or as ``PAECConfig.penalty`` says; not multiplied by lam; 0 where that is "integral"."""
+    pull: Tensor
+    """What the penalty adds to beta, -lam dP/dH_bar: 2 lam (floor - H_bar) below the floor, or as the penalty is; the
+    strength c where that is "integral"."""
     threshold: Tensor
     """q, the score at which the mask is 1/2."""
     mask_sum: Tensor
@@ -47,7 +50,8 @@ class Plan(NamedTuple):
     floor_ratio: Tensor
     """H_bar / floor; NaN until there is a floor [ours]."""
     penalty_active: Tensor
-    """1 where H_bar is below the floor, else 0, so that its mean over a log is the share of steps [ours]."""
+    """1 where the penalty pulls, else 0, so that its mean over a log is the share of steps [ours]: where H_bar is below
+    the floor, or, with the integral penalty, c is not 0."""
     bonus_per_token: Tensor
     """beta N / sum(m): what the entropy of a token with mask 1 weighs, where its policy gradient weighs 1 [ours].
 
@@ -55,9 +59,6 @@ class Plan(NamedTuple):
     """
     penalty_per_token: Tensor
     """The same for the penalty: ``pull`` N / sum(m) [ours]."""
-    pull: Tensor
-    """What the penalty adds to beta, -lam dP/dH_bar: 2 lam (floor - H_bar) below the floor, or as the penalty is; the
-    strength c where that is "integral"."""
 
 
 class PAECOutput(NamedTuple):
@@ -163,12 +164,17 @@ class PAEC(EntropyTerm):
 
     @torch.no_grad()
     def step(self) -> None:
+        """Commit the last plan's mean entropy to the anchor, and to the strength of the integral penalty.
+
+        Raises:
+            RuntimeError: as in `EntropyTerm`.
+        """
         floor = self.config.rho_min * self.anchor  # that the step was planned with: NaN before it is set
         super().step()
         if self._integral:
             # c <- max(0, c + lam (1 - H_bar / floor))
             moved = self.strength + self.config.lam * (1 - self.last_mean_entropy / floor)
-            self.strength.copy_(torch.where(moved.isfinite(), moved.clamp(min=0), self.strength))
+            self.strength.copy_(torch.where(moved.isfinite() & (floor > 0), moved.clamp(min=0), self.strength))
 
     def get_extra_state(self) -> dict[str, Any]:
         # The anchor is the mean of so many optimiser steps, and that also depends on how many are a batch.
@@ -205,23 +211,23 @@ class PAEC(EntropyTerm):
             penalty, pull, active = map(masked_mean, (penalty, pull, penalty > 0))
         else:
             penalty, pull = self._penalty(mean_entropy, floor)
+            penalty, pull = torch.where(empty, 0.0, penalty), torch.where(empty, 0.0, pull)
             active = (pull if self._integral else penalty) > 0
-            penalty = torch.where(empty, 0.0, penalty)
         known_mean = torch.where(empty, torch.nan, mean_entropy)
         plan = Plan(
             mean_entropy,
             floor,
             penalty,
+            pull,
             threshold,
             mask_sum,
             anchor,
             mean_mask=mask_sum / n_valid,
             mask_on_certain=torch.where(entropy < CERTAIN, mask, 0.0).sum() / mask_sum,
             floor_ratio=torch.where(floor == 0, torch.nan, known_mean / floor),
-            penalty_active=torch.where(empty, 0.0, active.to(score)),
+            penalty_active=active.to(score),
             bonus_per_token=self.config.beta * n_valid / mask_sum,
             penalty_per_token=pull * n_valid / mask_sum,
-            pull=pull,
         )
         return plan, known_mean
 

@@ -218,11 +218,10 @@ def calibrate(paec: pk.PAEC, batches: list[MicroBatch]) -> tuple[dict[str, Tenso
     stats = of_all_tokens(lambda batch: batch.stats)
     anchor_stats = None if batches[0].anchor_stats is None else of_all_tokens(lambda batch: batch.anchor_stats)
     calibrated = paec(stats, torch.ones_like(stats.margin, dtype=torch.bool), anchor_stats=anchor_stats)
-    floor_penalty = paec.config.lam * calibrated.metrics["penalty"]
     batch = calibrated.metrics | {
         "entropy": stats.entropy.mean(),
-        "entropy_bonus": calibrated.loss - floor_penalty,
-        "floor_penalty": floor_penalty,
+        "entropy_bonus": -paec.config.beta * calibrated.metrics["mean_entropy"],
+        "floor_penalty": paec.config.lam * calibrated.metrics["penalty"],
     }
     tokens = stats._asdict() | {"mask": calibrated.mask}
     return tokens, {name: value.item() for name, value in batch.items()}

@@ -985,9 +985,30 @@ CALIBRATION = [
     Fault(
         "the integral strength follows a step without a token",
         "losses/paec.py",
-        "torch.where(moved.isfinite(), moved.clamp(min=0)",
-        "torch.where(moved.isfinite() | True, moved.clamp(min=0)",
+        "torch.where(moved.isfinite() & (floor > 0)",
+        "torch.where((floor > 0)",
         "losses/test_paec.py::test_a_step_that_is_not_taken_leaves_the_integral_strength",
+    ),
+    Fault(
+        "the integral strength jumps where the floor is below 0 by rounding",
+        "losses/paec.py",
+        "torch.where(moved.isfinite() & (floor > 0)",
+        "torch.where(moved.isfinite()",
+        "losses/test_paec.py::test_a_step_that_is_not_taken_leaves_the_integral_strength",
+    ),
+    Fault(
+        "without a token the penalty pulls",
+        "losses/paec.py",
+        "torch.where(empty, 0.0, pull)",
+        "pull",
+        "losses/test_paec.py::test_no_valid_token_is_exactly_nothing",
+    ),
+    Fault(
+        "TRL: the reference model's forward is taken as accelerate has wrapped it",
+        "integrations/trl.py",
+        'vars(reference).get("_original_forward", reference.forward)',
+        "reference.forward",
+        "integrations/test_trl.py::test_the_reference_model_is_the_anchor_policy[bfloat16]",
     ),
     Fault(
         "the integral strength is not saved",
