@@ -35,6 +35,7 @@ def made_row(stage: str, arm: str, seed: int, level: float, *, family: str = "ch
         log["term/floor_ratio"] = np.append(np.nan, rng.uniform(0.8, 1.2, batches - 1))  # not there at once
     return {
         "family": family,
+        "fingerprint": plan.fingerprint(family),
         "stage": stage,
         "arm": arm,
         "seed": seed,

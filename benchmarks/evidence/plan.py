@@ -1,10 +1,14 @@
 """The experiment, fixed before its runs: families, arms with their grids, seeds, outcomes, planned comparisons."""
 
+import hashlib
+import json
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
 from paec_kernels.train.config import TrainConfig
+from paec_kernels.train.models.warm_start import draw_solutions
 from paec_kernels.train.presets import PRESETS
 from paec_kernels.train.tasks.long_families import LONG_FAMILIES
 
@@ -63,3 +67,11 @@ OUTCOMES = (PRIMARY, "discovery", "maj@16", "pass@16")
 def config(family: str, cache: Path) -> TrainConfig:
     """Return the options that all arms of a family share."""
     return replace(PRESETS["long"], tasks=(family,), cache=cache)
+
+
+@cache
+def fingerprint(family: str) -> str:
+    """Return what tells a family's runs from those made before it was changed: a hash of what it asks and teaches."""
+    start = PRESETS["long"].warm_start
+    drawn = [draw_solutions([LONG_FAMILIES[family]], start, step) for step in (0, start.skill_steps)]
+    return hashlib.sha256(json.dumps(drawn).encode()).hexdigest()[:12]

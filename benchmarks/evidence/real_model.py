@@ -20,15 +20,16 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from benchmarks.evidence.plots import legend_of, panels_of
+from benchmarks.evidence.plots import OWN, legend_of, panels_of
 from benchmarks.evidence.run import rounded
 from benchmarks.evidence.tables import or_dash, table_header, table_line
 from benchmarks.provenance import device_name, provenance
 from paec_kernels.saved_state import whole_file
 from paec_kernels.train import loop
+from paec_kernels.train.commands import INTERRUPTED
 from paec_kernels.train.config import TrainConfig
 from paec_kernels.train.presets import PRESETS, with_arm
-from paec_kernels.train.report.plots import STYLES, Style
+from paec_kernels.train.report.plots import STYLES
 from paec_kernels.train.run_folder import count_rows, read_rows
 
 FOLDER = Path("bench_results/rlvr/smollm2")
@@ -41,21 +42,26 @@ ARMS = {
 }
 TASKS = PRESETS["smollm2"].tasks[:3]
 TURN = 5  # batches that an arm trains before the next one's turn
-# Columns of the log, and of the page's table: name, heading, format.
+# Columns of the page's table: name, heading, format.
 MEANS = (
     ("threshold", "threshold", ".2f"),
     ("mean_mask", "mean mask", ".2f"),
     ("mask_on_certain", "mask's share on certain", ".3f"),
-    ("term/floor_ratio", "H_bar / floor", ".2f"),
-    ("term/penalty_active", "penalty active, share", ".2f"),
-    ("term/bonus_per_token", "bonus a token", ".3f"),
-    ("term/penalty_per_token", "penalty a token", ".3f"),
+    ("floor_ratio", "H_bar / floor", ".2f"),
+    ("penalty_active", "penalty active, share", ".2f"),
+    ("bonus_per_token", "bonus a token", ".3f"),
+    ("penalty_per_token", "penalty a token", ".3f"),
 )
-CURVES = (("entropy", "entropy, nats"), ("selected_entropy", "H_bar, nats"), ("threshold", "threshold"))
-KEPT = (
-    *("reward", "mixed_groups", "response_length", "truncated", "gradient_norm", "seconds"),
-    *(name for name, *_ in (*MEANS, *CURVES)),
-)
+CURVES = {"entropy": "entropy, nats", "mean_entropy": "H_bar, nats", "threshold": "threshold"}
+# Columns of the log by the name that they have here: an arm's own, or of an arm without a mask those of the PAEC at its
+# defaults that looks on.
+KEPT = {
+    name: (f"term/{name}", "selected_entropy" if name == "mean_entropy" else name)
+    for name in (
+        *("reward", "mixed_groups", "response_length", "truncated", "gradient_norm", "seconds", "entropy"),
+        *("mean_entropy", *(name for name, *_ in MEANS)),
+    )
+}
 Row = dict[str, Any]  # of an arm
 
 
@@ -78,14 +84,17 @@ def train_in_turns(configs: dict[str, TrainConfig], until: float) -> Iterator[st
                 yield arm
 
 
-def row_of(arm: str, config: TrainConfig, made: dict[str, str]) -> Row:
-    """Return what is kept of an arm's run so far."""
+def row_of(arm: str, config: TrainConfig, made: list[dict[str, str]]) -> Row:
+    """Return what is kept of an arm's run so far.
+
+    Args:
+        made: where its parts were made, in order.
+    """
     steps = read_rows(config.out)
-    log = {
-        name: [None if step[name] is None else rounded(step[name]) for step in steps]
-        for name in dict.fromkeys(KEPT)
-        if name in steps[0]
-    }
+    log = {}
+    for name, columns in KEPT.items():
+        if column := next((column for column in columns if column in steps[0]), None):
+            log[name] = [None if step[column] is None else rounded(step[column]) for step in steps]
     return {"arm": arm, "config": config.identity(), "log": log, "provenance": made}
 
 
@@ -95,6 +104,8 @@ def write_rows(rows: Sequence[Row], folder: Path) -> None:
 
 
 def published(folder: Path) -> list[Row]:
+    if not (folder / ROWS).exists():
+        return []
     with lzma.open(folder / ROWS, "rt", encoding="utf-8") as lines:
         return [json.loads(line) for line in lines]
 
@@ -110,17 +121,18 @@ def write_page(folder: Path = FOLDER) -> None:
 
 def text(rows: Sequence[Row]) -> Iterator[str]:
     batches = min(len(row["log"]["reward"]) for row in rows)
-    options, made = rows[0]["config"], rows[0]["provenance"]
+    options = rows[0]["config"]
     yield from ("# SmolLM2-135M: what mask and floor do on real text", "")
-    yield f"Written by `{made['command'].split(' --')[0]}` from the rows beside it: no figure is typed by hand."
+    yield "Written by `python -m benchmarks.evidence.real_model` from the rows beside it: no figure is typed by hand."
     yield ""
     yield (
         f"The first {batches} batches of each arm, of {options['prompts']} prompts with {options['answers']} answers "
         f"of at most {options['max_new_tokens']} tokens, {options['updates']} optimiser steps a batch, learning rate "
         f"{options['learning_rate']:g}, on {', '.join(f'`{task}`' for task in options['tasks'])}. One seed: numbers of "
         "the mechanism, not a comparison of arms. First -> last: means of the first and of the last fifth of the "
-        "batches; all else is the mean over all batches; entropies in nats. A token of mask 1 weighs bonus and penalty "
-        "against its policy gradient's 1."
+        "batches; all else is the mean over all batches; entropies in nats. Bonus and penalty are what the entropy of "
+        "a token of mask 1 weighs where its policy gradient weighs 1. Mask and H_bar are an arm's own, and of `grpo`, "
+        "which has none, those of PAEC at its defaults."
     )
     yield ""
     yield from table_header(
@@ -131,25 +143,25 @@ def text(rows: Sequence[Row]) -> Iterator[str]:
         fifth = max(1, batches // 5)
         cells = [
             f"{np.nanmean(log[name][:fifth]):.2f} -> {np.nanmean(log[name][-fifth:]):.2f}"
-            for name in ("reward", "mixed_groups", "entropy", "selected_entropy")
+            for name in ("reward", "mixed_groups", "entropy", "mean_entropy")
         ]
         for name, _, form in MEANS:
             known = log[name][~np.isnan(log[name])] if name in log else np.array([])
             cells.append(or_dash(float(known.mean()) if len(known) else np.nan, form))
         yield table_line([f"`{row['arm']}`", *cells])
     yield from ("", f"![curves]({PICTURE})", "")
-    yield f"Commit {made['commit']}, {made['date']}, {made['device']}, torch {made['torch']}. `{made['command']}`"
+    for made in {json.dumps(each): each for row in rows for each in row["provenance"]}.values():
+        yield f"- `{made['command']}`: commit {made['commit']}, {made['date']}, {made['device']}, torch {made['torch']}"
     yield ""
 
 
 def picture(rows: Sequence[Row]) -> Figure:
-    """Draw entropy, the masked mean and the threshold over the batches."""
+    """Draw entropy, the masked mean and the threshold over all batches of each arm."""
     figure, panels = panels_of(13, len(CURVES), 3.8)
     for row in rows:
-        style: Style = STYLES.get(row["arm"]) or {"color": "#1f9e89", "lw": 2.0, "ls": "-"}
-        for axes, (name, label) in zip(panels, CURVES, strict=True):
+        for axes, (name, label) in zip(panels, CURVES.items(), strict=True):
             values = np.array(row["log"][name], dtype=float)
-            axes.plot(np.arange(1, len(values) + 1), values, label=row["arm"], **style)
+            axes.plot(np.arange(1, len(values) + 1), values, label=row["arm"], **(STYLES | OWN)[row["arm"]])
             axes.set(title=label, xlabel="batch")
     legend_of(figure, "SmolLM2-135M, one seed an arm")
     return figure
@@ -169,15 +181,19 @@ def main(arguments: list[str] | None = None) -> int:
     configs = {arm: config(arm, runs, **asked) for arm in ARMS}
     made = provenance()
     made["device"] = device_name("cuda" if loop.pick_device("auto").type == "cuda" else "cpu")
+    rows = {row["arm"]: row for row in published(out)}
     try:
         for arm in train_in_turns(configs, until):
-            begun = {name: each for name, each in configs.items() if count_rows(each.out)}
-            write_rows([row_of(*each, made) for each in begun.items()], out)
+            before = rows[arm]["provenance"] if arm in rows else []
+            rows[arm] = row_of(arm, configs[arm], before if made in before else [*before, made])
+            write_rows([rows[name] for name in ARMS if name in rows], out)
             print(f"{arm}: {count_rows(configs[arm].out)} batches", flush=True)
     except loop.Interrupted as stopped:
         print(f"{stopped}; the same command goes on from there", file=sys.stderr)
-    write_page(out)
-    print(f"wrote {out / PAGE}")
+        return INTERRUPTED
+    if rows:
+        write_page(out)
+        print(f"wrote {out / PAGE}")
     return 0
 
 

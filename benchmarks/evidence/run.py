@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
+from itertools import groupby
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import mean
@@ -49,7 +50,7 @@ def read(family: str, folder: Path = ROWS) -> list[Row]:
     """Return a family's rows, none where there is no file.
 
     Raises:
-        ValueError: one run is there twice.
+        ValueError: one run is there twice, or is of the family as it was once.
     """
     path = folder / f"{family}.jsonl.xz"
     if not path.exists():
@@ -62,6 +63,11 @@ def read(family: str, folder: Path = ROWS) -> list[Row]:
         if run in seen:
             raise ValueError(f"{path} must hold a run once, got {run} twice")
         seen.add(run)
+        if row["fingerprint"] != plan.fingerprint(family):
+            raise ValueError(
+                f"{path} must hold runs of {family!r} as it is now, fingerprint {plan.fingerprint(family)}, got {run} "
+                f"of {row['fingerprint']}; take those out, and run them again"
+            )
     return rows
 
 
@@ -74,7 +80,7 @@ def add(rows: Iterable[Row], family: str, folder: Path = ROWS) -> None:
         partial.write_bytes(known + b"".join(lzma.compress(f"{json.dumps(row)}\n".encode()) for row in rows))
 
 
-def wanted(stage: str, rows: list[Row], arms: Iterable[str]) -> list[tuple[str, int]]:
+def wanted(family: str, stage: str, rows: list[Row], arms: Iterable[str]) -> list[tuple[str, int]]:
     """Return arm, as `paec compare` spells it, and seed of each run that the stage still lacks, seed by seed.
 
     Args:
@@ -87,7 +93,9 @@ def wanted(stage: str, rows: list[Row], arms: Iterable[str]) -> list[tuple[str, 
     if stage == "grid":
         seeds, spelled = plan.GRID_SEEDS, [each for arm in arms for each in plan.ARMS[arm].candidates]
     elif missing := [arm for arm in arms if arm not in chosen]:
-        raise ValueError(f"rows must hold the whole grid of an arm before its main runs; missing: {', '.join(missing)}")
+        raise ValueError(
+            f"rows of {family!r} must hold the whole grid of an arm before its main runs; missing: {', '.join(missing)}"
+        )
     else:
         seeds, spelled = plan.SEEDS, [chosen[arm] for arm in arms]
     return [(arm, seed) for seed in seeds for arm in spelled if (stage, arm, seed) not in done]
@@ -129,6 +137,7 @@ def run_one(family: str, stage: str, arm: str, seed: int, common: TrainConfig) -
     (results,) = evaluation.tasks.values()
     return {
         "family": family,
+        "fingerprint": plan.fingerprint(family),
         "stage": stage,
         "arm": arm,
         "seed": seed,
@@ -147,16 +156,22 @@ def rounded(value: float) -> float | None:
 
 
 def finished(calls: Iterable[Call], pool: Executor, jobs: int, until: float) -> Iterator[tuple[Call, Future]]:
-    """Yield runs as they end, ``jobs`` of them under way at a time; none is started after ``until``."""
-    left = iter(calls)
-    running: dict[Future, Call] = {}
-    while True:
-        while len(running) < jobs and time.time() < until and (call := next(left, None)):
-            running[pool.submit(run_one, *call)] = call
-        if not running:
-            return
-        for future in wait(running, return_when=FIRST_COMPLETED).done:
-            yield running.pop(future), future
+    """Yield runs as they end, ``jobs`` of them under way at a time; none is started after ``until``.
+
+    The warm starts come before a family's runs, or two that are under way at once would both make the same.
+    """
+    for _, of_family in groupby(calls, key=lambda call: call[0]):
+        left = list(of_family)
+        starts = {seed % plan.WARM_STARTS: (common, arm, seed) for _, _, arm, seed, common in left}
+        if time.time() < until:  # what fails here fails again in a run, which tells it
+            wait([pool.submit(make_start, with_arm_and_seed(*run, plan.WARM_STARTS)) for run in starts.values()])
+        running: dict[Future, Call] = {}
+        while running or (left and time.time() < until):
+            while left and len(running) < jobs and time.time() < until:
+                call = left.pop(0)
+                running[pool.submit(run_one, *call)] = call
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                yield running.pop(future), future
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -175,14 +190,10 @@ def main(arguments: list[str] | None = None) -> int:
     calls = [
         (family, asked.stage, arm, seed, plan.config(family, asked.cache))
         for family in dict.fromkeys(asked.families)
-        for arm, seed in wanted(asked.stage, read(family, asked.out), asked.arms)
+        for arm, seed in wanted(family, asked.stage, read(family, asked.out), asked.arms)
     ]
-    # First, or two runs that are under way at once would both make the same.
-    starts = {(family, seed % plan.WARM_STARTS): (common, arm, seed) for family, _, arm, seed, common in calls}
     failed = 0
     with ProcessPoolExecutor(asked.jobs, get_context("spawn")) as pool:
-        if time.time() < until:
-            list(pool.map(make_start, [with_arm_and_seed(*each, plan.WARM_STARTS) for each in starts.values()]))
         for (family, _, arm, seed, _), future in finished(calls, pool, asked.jobs, until):
             what = f"{family} {arm} seed {seed}"
             if error := future.exception():  # it loses this run alone

@@ -114,5 +114,5 @@ class PAECLoss(nn.Module):
         return PAECOutput(policy_loss + calibrated.loss, calibrated.mask, metrics)
 
     def step(self) -> None:
-        """Commit this optimiser step's mean entropy to the anchor; see ``PAEC.step``."""
+        """Commit this optimiser step's mean entropy; see ``PAEC.step``."""
         self.paec.step()

@@ -42,7 +42,7 @@ class PAECConfig:
             as 1 / floor, and that of the proportional one, 2 lam (1 - H_bar / floor), is the same at any floor.
             ``"integral"`` [ours] is -c H_bar, whose strength c is 0 at first and after each step becomes
             max(0, c + lam (1 - H_bar / floor)): it grows until the floor is reached, and stays where that takes force.
-            All are nothing where the floor is 0.
+            All are nothing where the floor is 0. With ``anchored="positions"`` it is absolute or proportional.
         rho_min: the entropy floor as a fraction of the anchor, >= 0. The floor is [reported], the value
             [ours].
         anchored: what the anchor is [ours beyond the first]. ``"mean"``: a number, the masked mean entropy of the first

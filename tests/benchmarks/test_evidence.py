@@ -14,6 +14,7 @@ from scipy.stats import binom, trim_mean
 
 from benchmarks.evidence import outcomes, plan, report, run
 from paec_kernels.train.report import statistics
+from paec_kernels.train.tasks.long_families import LONG_FAMILIES
 
 SEEDS = range(8)  # two of each warm start; of fewer pairs no p passes Holm
 LEVELS = {"grpo": 0.5, "oracle": 0.97, "paec": 0.52}
@@ -261,21 +262,21 @@ def test_findings_stand_on_the_page_and_on_its_numbers(tmp_path) -> None:
 
 def test_wanted_is_what_is_missing() -> None:
     everything = [(arm, seed) for seed in plan.GRID_SEEDS for a in plan.ARMS.values() for arm in a.candidates]
-    assert run.wanted("grid", [], plan.ARMS) == everything
+    assert run.wanted("chain", "grid", [], plan.ARMS) == everything
     assert len(everything) == len(set(everything)) == 2 * (1 + 3 + 3)
     rows = made_rows({}, ())
-    assert run.wanted("grid", rows, plan.ARMS) == []
+    assert run.wanted("chain", "grid", rows, plan.ARMS) == []
     gone = rows.pop(4)
-    assert run.wanted("grid", rows, plan.ARMS) == [(gone["arm"], gone["seed"])]
-    assert run.wanted("grid", rows, ["grpo", "paec"]) == []
+    assert run.wanted("chain", "grid", rows, plan.ARMS) == [(gone["arm"], gone["seed"])]
+    assert run.wanted("chain", "grid", rows, ["grpo", "paec"]) == []
     with pytest.raises(ValueError, match=r"whole grid of an arm before its main runs; missing: oracle$"):
-        run.wanted("main", rows, plan.ARMS)
-    assert run.wanted("main", rows, ["grpo"]) == [("grpo", seed) for seed in SEEDS]
+        run.wanted("chain", "main", rows, plan.ARMS)
+    assert run.wanted("chain", "main", rows, ["grpo"]) == [("grpo", seed) for seed in SEEDS]
     rows.append(gone)
     best = ["grpo", "oracle,paec.rho_min=0.8", "paec,paec.lam=25"]
-    assert run.wanted("main", rows, plan.ARMS) == [(arm, seed) for seed in SEEDS for arm in best]
+    assert run.wanted("chain", "main", rows, plan.ARMS) == [(arm, seed) for seed in SEEDS for arm in best]
     rows += [made_row("main", arm, seed, 0.5) for seed in SEEDS for arm in best if (arm, seed) != (best[1], 5)]
-    assert run.wanted("main", rows, plan.ARMS) == [(best[1], 5)]
+    assert run.wanted("chain", "main", rows, plan.ARMS) == [(best[1], 5)]
 
 
 def test_best_is_the_largest_area_and_of_equals_the_first() -> None:
@@ -304,6 +305,14 @@ def test_rows_are_added_and_a_run_stands_once(tmp_path) -> None:
     run.add([first], "chain", tmp_path)
     with pytest.raises(ValueError, match=r"must hold a run once, got \('main', 'grpo', 0\) twice"):
         run.read("chain", tmp_path)
+
+
+def test_a_run_of_the_family_as_it_was_is_refused(tmp_path) -> None:
+    run.add([made_row("main", "grpo", 0, 0.5) | {"fingerprint": "0123456789ab"}], "chain", tmp_path)
+    with pytest.raises(ValueError, match=r"'chain' as it is now, .* got \('main', 'grpo', 0\) of 0123456789ab"):
+        run.read("chain", tmp_path)
+    prints = {plan.fingerprint(name) for name in LONG_FAMILIES}
+    assert len(prints) == len(LONG_FAMILIES)
 
 
 def test_a_run_becomes_a_row(tmp_path, monkeypatch) -> None:

@@ -41,7 +41,7 @@ def test_arms_take_turns_and_the_page_tells_their_means(arguments, tmp_path, cap
     ]  # it has no bonus and no penalty
 
 
-def test_it_goes_on_where_it_was_stopped(arguments, tmp_path, capsys) -> None:
+def test_it_goes_on_where_it_was_stopped(arguments, tmp_path, capsys, monkeypatch) -> None:
     turns = real_model.train_in_turns
 
     def one_turn(configs, until):
@@ -51,9 +51,18 @@ def test_it_goes_on_where_it_was_stopped(arguments, tmp_path, capsys) -> None:
         patch.setattr(real_model, "train_in_turns", one_turn)
         assert real_model.main(arguments) == 0
     assert [(row["arm"], len(row["log"]["reward"])) for row in real_model.published(tmp_path / "out")] == [("grpo", 5)]
+    (made,) = real_model.published(tmp_path / "out")[0]["provenance"]
     before = (tmp_path / "out" / "README.md").read_text()
     assert real_model.main([*arguments, "--minutes", "0"]) == 0
     assert (tmp_path / "out" / "README.md").read_text() == before
     capsys.readouterr()
+    monkeypatch.setattr(real_model, "provenance", lambda: made | {"commit": "another"})
     assert real_model.main(arguments) == 0
     assert capsys.readouterr().out.startswith("paec-positions: 5 batches\ngrpo: 7 batches\n")
+    of_arms = [[each["commit"] for each in row["provenance"]] for row in real_model.published(tmp_path / "out")]
+    assert of_arms == [[made["commit"], "another"], ["another"]]
+
+
+def test_without_a_row_there_is_no_page(arguments, tmp_path) -> None:
+    assert real_model.main([*arguments, "--minutes", "0"]) == 0
+    assert not (tmp_path / "out").exists()

@@ -94,10 +94,10 @@ def routes_of(family, text: str) -> str:
 def test_routes_are_taken_blindly(family, easy):
     """As often as the family says, whatever the problem needs."""
     rng = random.Random(0)
-    chosen = [p for p in problems(family)[:200] if is_easy(family, p) == easy] * 4
+    chosen = [p for p in problems(family)[:200] if is_easy(family, p) == easy] * 25
     taken = "".join(routes_of(family, family.solution(p, Habits(), rng)) for p in chosen)
     for route in family.routes[1:]:
-        assert taken.count(route) / len(taken) == pytest.approx(family.rare, abs=0.05)
+        assert taken.count(route) / len(taken) == pytest.approx(family.rare, rel=0.25)
 
 
 @pytest.mark.parametrize("easy", [True, False])
