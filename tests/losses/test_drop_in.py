@@ -6,6 +6,7 @@ from losses.batches import CONFIG, VOCAB, make_batch
 
 from paec_kernels import reference
 from paec_kernels.losses.drop_in import PAECLoss
+from paec_kernels.losses.paec_config import PENALTIES
 
 OPTIONS = {"temperature": 0.7, "softcap": 20.0, "vocab_size": VOCAB - 3}
 
@@ -133,14 +134,16 @@ def test_a_wrong_option_is_named_when_it_is_made(options, error, message):
         PAECLoss(CONFIG, **options)
 
 
-def test_compiles_into_one_graph_for_all_shapes():
+@pytest.mark.parametrize("penalty", PENALTIES)
+def test_compiles_into_one_graph_for_all_shapes(penalty):
     torch._dynamo.reset()
-    compiled = torch.compile(PAECLoss(CONFIG), fullgraph=True, dynamic=True, backend="aot_eager")
+    config = dataclasses.replace(CONFIG, penalty=penalty)
+    compiled = torch.compile(PAECLoss(config), fullgraph=True, dynamic=True, backend="aot_eager")
     for step, shape in enumerate([(3, 20), (2, 35)]):
         with torch._dynamo.config.patch(error_on_recompile=step > 0):
             arguments = make_arguments(*shape)
             out = compiled(*arguments)
-            expected = PAECLoss(CONFIG)(*arguments)
+            expected = PAECLoss(config)(*arguments)
         torch.testing.assert_close(out.loss, expected.loss, rtol=1e-5, atol=1e-6)
         grads = [torch.autograd.grad(o.loss, arguments[0])[0] for o in (out, expected)]
         torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-8)

@@ -21,6 +21,7 @@ pytestmark = pytest.mark.usefixtures("device")
 TERMS = {
     "PAEC": lambda: PAEC(CONFIG, backend="torch"),
     "PAEC in Triton": lambda: PAEC(CONFIG, backend="triton"),
+    "integral PAEC": lambda: PAEC(dataclasses.replace(CONFIG, penalty="integral"), backend="torch"),
     "GlobalEntropy": lambda: GlobalEntropy(GlobalEntropyConfig(coef=0.3)),
     "AER": lambda: AER(AERConfig(initial_coef=0.3)),
     "SIREN": lambda: SIREN(SIRENConfig(coef=0.3, rho=0.6)),

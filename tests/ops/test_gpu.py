@@ -143,6 +143,7 @@ def steps_to_capture() -> dict[str, Callable[[], tuple[torch.Tensor, ...]]]:
         "clip_cov_loss": policy(pk.clip_cov_loss, chosen),
         "kl_cov_loss": policy(pk.kl_cov_loss, chosen),
         "PAEC, in four calls": entropy_term(pk.PAEC(pk.PAECConfig())),
+        "integral PAEC": entropy_term(pk.PAEC(pk.PAECConfig(penalty="integral"))),
         "GlobalEntropy": entropy_term(pk.GlobalEntropy()),
         "AER": entropy_term(pk.AER(pk.AERConfig(initial_coef=0.01))),
         "SIREN": entropy_term(pk.SIREN()),
@@ -151,7 +152,7 @@ def steps_to_capture() -> dict[str, Callable[[], tuple[torch.Tensor, ...]]]:
 
 CAPTURED = (
     "PAECLoss, in place", "linear_token_stats", "one_pass_loss", "grpo_loss", "cispo_loss", "clip_cov_loss",
-    "kl_cov_loss", "PAEC, in four calls", "GlobalEntropy", "AER", "SIREN",
+    "kl_cov_loss", "PAEC, in four calls", "integral PAEC", "GlobalEntropy", "AER", "SIREN",
 )  # fmt: skip
 
 

@@ -236,6 +236,7 @@ def test_an_exported_program_takes_any_number_of_rows():
 
 TERMS = {
     "PAEC": lambda: pk.PAEC(pk.PAECConfig(anchor_steps=1)),
+    "integral PAEC": lambda: pk.PAEC(pk.PAECConfig(anchor_steps=1, penalty="integral")),
     "PAECLoss": lambda: pk.PAECLoss(pk.PAECConfig(anchor_steps=1)),
     "GlobalEntropy": pk.GlobalEntropy,
     "AER": pk.AER,
