@@ -36,5 +36,5 @@ def test_each_trainer_gets_its_row() -> None:
 
 def test_another_loss_gets_no_number(monkeypatch) -> None:
     term = PAEC.term
-    monkeypatch.setattr(PAEC, "term", lambda *arguments: 2 * term(*arguments))
+    monkeypatch.setattr(PAEC, "term", lambda *arguments, **options: 2 * term(*arguments, **options))
     assert [row.status for row in trl_step.step_rows(PART)] == 2 * ["ok", "wrong"]
