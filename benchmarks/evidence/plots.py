@@ -21,13 +21,18 @@ PANELS = {FORK: "At forks", STEP: "At steps (logarithmic)", FREE: "At harmless c
 OWN: dict[str, Style] = {
     "paec-positions": {"color": "#1f9e89", "lw": 2.6, "ls": "-"},
     "paec-scores": {"color": "#1f9e89", "lw": 1.4, "ls": (0, (3, 1.5))},
+    "paec-integral": {"color": "#8a5a2b", "lw": 1.4, "ls": "-"},
+    "paec-sharp-mask": {"color": "#b58ad6", "lw": 1.4, "ls": "-"},
 }
+
+
+def planned_arms() -> list[str]:
+    return list(dict.fromkeys([plan.BASELINE, *(arm for pair in plan.PLANNED for arm in pair)]))
 
 
 def drawn_arms(arms: Sequence[str]) -> list[str]:
     """Return the arms to draw, those of the planned comparisons first."""
-    first = dict.fromkeys([plan.BASELINE, *(arm for pair in plan.PLANNED for arm in pair)])
-    return [arm for arm in dict.fromkeys([*first, *arms]) if arm in arms][:LEGIBLE]
+    return [arm for arm in dict.fromkeys([*planned_arms(), *arms]) if arm in arms][:LEGIBLE]
 
 
 def entropy(family: Family) -> Figure:
@@ -41,7 +46,8 @@ def entropy(family: Family) -> Figure:
             columns = [smooth(run.curves[role], window) for run in family.runs[arm].values()]
             mean, low, high = mean_with_band(columns)
             batches = np.arange(1, len(mean) + 1)
-            axes.fill_between(batches, low, high, color=style["color"], alpha=0.08, lw=0)
+            if arm in planned_arms():  # more bands would hide each other
+                axes.fill_between(batches, low, high, color=style["color"], alpha=0.1, lw=0)
             axes.plot(batches, mean, label=arm, **style)
             means.append(mean)
         axes.set(title=PANELS[role], xlabel=f"batch (running mean of {window})", ylim=(0, 1.1 * np.nanmax(means)))
@@ -53,7 +59,9 @@ def entropy(family: Family) -> Figure:
         axes.margins(x=0)
     panels[0].set_ylabel("entropy, nats")
     legend_of(
-        figure, f"{family.name}: entropy, mean over {len(family.seeds)} seeds with {100 * CONFIDENCE:g} % t intervals"
+        figure,
+        f"{family.name}: entropy, mean over {len(family.seeds)} seeds; of planned arms with {100 * CONFIDENCE:g} % t "
+        "intervals",
     )
     return figure
 
