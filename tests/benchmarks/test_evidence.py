@@ -1,6 +1,7 @@
 """The evidence's report says what its rows say and finds what is there alone; no run is lost or repeated."""
 
 import itertools
+import re
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -368,6 +369,16 @@ def test_a_run_that_fails_is_lost_alone_and_asked_for_again(tmp_path, monkeypatc
     assert rows[-1]["provenance"] == {"commit": "made up", "command": "python -m benchmarks.evidence.run grid"}
     with pytest.raises(ValueError, match="whole grid"):  # before the first run of any family
         run.main(["main", "--out", str(tmp_path / "empty")])
+
+
+def test_the_readme_has_the_published_numbers() -> None:
+    root = Path(__file__).parents[2]
+    page = (root / run.ROWS / "README.md").read_text()
+    (paragraph,) = re.findall(rf"\[{run.ROWS}\].*?\n\n", (root / "README.md").read_text(), re.DOTALL)
+    of_arm = dict(re.findall(r"^\| `([\w-]+)` \| (\d+) of 16 \|", page, re.MULTILINE))
+    told = re.findall(r"\bin (\d+)", paragraph)
+    assert told == [of_arm[arm] for arm in ("oracle", "grpo", "paec", "paec-positions")]
+    assert len(re.findall(r"^## \w+\+?$", page, re.MULTILINE)) == 1  # "one family"
 
 
 @pytest.mark.slow
