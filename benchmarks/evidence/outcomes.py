@@ -70,8 +70,7 @@ def gather(name: str, rows: list[Row]) -> Family | str:
         _check(row, of_main[0])
         by_arm[names[row["arm"]]][row["seed"]] = row
 
-    main_arms = {arm for pair in plan.PLANNED for arm in pair}
-    enough = [arm for arm in plan.ARMS if arm in main_arms and fill_warm_starts(by_arm[arm])]
+    enough = [arm for arm in plan.ARMS if arm in plan.PLANNED_ARMS and fill_warm_starts(by_arm[arm])]
     if not any(set(pair) <= set(enough) for pair in plan.PLANNED) or plan.BASELINE not in enough:
         return f"{len(of_main)} of the main runs"
     seeds = sorted(set.intersection(*(set(by_arm[arm]) for arm in enough)))
@@ -129,9 +128,9 @@ def mechanism(row: Row) -> dict[str, float]:
     found: dict[str, float] = {}
     for name in BY_ROLE:
         values = _numbers(log[name])
-        found |= {f"start {name}": float(values[0]), f"end {name}": _known_mean(values[-last:])}
-    found |= {name: _known_mean(_numbers(log[name])[-last:]) for name in OF_MASK}
-    return found | {name: _known_mean(_numbers(log[name])) if name in log else np.nan for name in OF_PENALTY}
+        found |= {f"start {name}": float(values[0]), f"end {name}": known_mean(values[-last:])}
+    found |= {name: known_mean(_numbers(log[name])[-last:]) for name in OF_MASK}
+    return found | {name: known_mean(_numbers(log[name])) if name in log else np.nan for name in OF_PENALTY}
 
 
 def has(family: Family, role: str) -> bool:
@@ -183,6 +182,6 @@ def _numbers(values: list[float | None]) -> np.ndarray:
     return np.array(values, dtype=float)  # None becomes NaN
 
 
-def _known_mean(values: np.ndarray) -> float:
+def known_mean(values: np.ndarray) -> float:
     known = values[~np.isnan(values)]
     return float(known.mean()) if len(known) else np.nan

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from paec_kernels.train.config import TrainConfig
-from paec_kernels.train.models.warm_start import draw_solutions
+from paec_kernels.train.models.warm_start import first_solutions
 from paec_kernels.train.presets import PRESETS
 from paec_kernels.train.tasks.long_families import LONG_FAMILIES
 
@@ -58,6 +58,7 @@ ARMS = {
 BASELINE = "grpo"
 # In each family, and over all, each outcome is tested over these alone, adjusted by Holm; all else is exploratory.
 PLANNED = (("oracle", "grpo"), ("paec", "grpo"), ("paec-positions", "grpo"), ("paec-positions", "paec"))
+PLANNED_ARMS = tuple(dict.fromkeys([BASELINE, *(arm for pair in PLANNED for arm in pair)]))
 DISCOVERED = 0.75  # of prompts mostly right: the easy half, and half of the hard one
 WINDOW = 10  # batches of a running mean
 PRIMARY = "area"  # the mean of prompts mostly right over all batches, of what finds sooner and keeps it; it decides
@@ -72,6 +73,5 @@ def config(family: str, cache: Path) -> TrainConfig:
 @cache
 def fingerprint(family: str) -> str:
     """Return what tells a family's runs from those made before it was changed: a hash of what it asks and teaches."""
-    start = PRESETS["long"].warm_start
-    drawn = [draw_solutions([LONG_FAMILIES[family]], start, step) for step in (0, start.skill_steps)]
+    drawn = first_solutions([LONG_FAMILIES[family]], PRESETS["long"].warm_start)
     return hashlib.sha256(json.dumps(drawn).encode()).hexdigest()[:12]

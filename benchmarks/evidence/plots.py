@@ -1,6 +1,7 @@
 """A family's runs as pictures: where entropy goes, who finds what when, and maj@k; and all families side by side."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -9,6 +10,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator
 
 from benchmarks.evidence import plan
 from benchmarks.evidence.outcomes import Family
+from paec_kernels.saved_state import whole_file
 from paec_kernels.train.report.evaluate import pass_ks
 from paec_kernels.train.report.plots import STYLES, Style, mean_with_band, smooth, styles
 from paec_kernels.train.report.statistics import CONFIDENCE, PairedComparison
@@ -26,13 +28,9 @@ OWN: dict[str, Style] = {
 }
 
 
-def planned_arms() -> list[str]:
-    return list(dict.fromkeys([plan.BASELINE, *(arm for pair in plan.PLANNED for arm in pair)]))
-
-
 def drawn_arms(arms: Sequence[str]) -> list[str]:
     """Return the arms to draw, those of the planned comparisons first."""
-    return [arm for arm in dict.fromkeys([*planned_arms(), *arms]) if arm in arms][:LEGIBLE]
+    return [arm for arm in dict.fromkeys([*plan.PLANNED_ARMS, *arms]) if arm in arms][:LEGIBLE]
 
 
 def entropy(family: Family) -> Figure:
@@ -46,7 +44,7 @@ def entropy(family: Family) -> Figure:
             columns = [smooth(run.curves[role], window) for run in family.runs[arm].values()]
             mean, low, high = mean_with_band(columns)
             batches = np.arange(1, len(mean) + 1)
-            if arm in planned_arms():  # more bands would hide each other
+            if arm in plan.PLANNED_ARMS:  # more bands would hide each other
                 axes.fill_between(batches, low, high, color=style["color"], alpha=0.1, lw=0)
             axes.plot(batches, mean, label=arm, **style)
             means.append(mean)
@@ -114,6 +112,12 @@ def summary(families: Sequence[Family], pooled: Sequence[PairedComparison]) -> F
 def _styles(family: Family) -> dict[str, Style]:
     arms = drawn_arms(list(family.runs))
     return {arm: OWN.get(arm) or style for arm, style in styles(arms).items()}
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a PNG, whole or not at all, without what would make two of the same rows differ."""
+    with whole_file(path) as partial:
+        figure.savefig(partial, dpi=110, format="png", metadata={"Software": None})
 
 
 def panels_of(width: float, count: int, height: float = 4.6) -> tuple[Figure, list[Axes]]:

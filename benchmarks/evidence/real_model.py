@@ -20,8 +20,10 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from benchmarks.evidence.plots import OWN, legend_of, panels_of
-from benchmarks.evidence.run import rounded
+from benchmarks.evidence import plan
+from benchmarks.evidence.outcomes import known_mean
+from benchmarks.evidence.plots import OWN, legend_of, panels_of, save
+from benchmarks.evidence.run import Row, rounded, rows_in
 from benchmarks.evidence.tables import or_dash, table_header, table_line
 from benchmarks.provenance import device_name, provenance
 from paec_kernels.saved_state import whole_file
@@ -34,12 +36,7 @@ from paec_kernels.train.run_folder import count_rows, read_rows
 
 FOLDER = Path("bench_results/rlvr/smollm2")
 ROWS, PAGE, PICTURE = "rows.jsonl.xz", "README.md", "curves.png"
-ARMS = {
-    "grpo": "grpo",
-    "paec": "paec",
-    "paec-no-mask": "paec-no-mask,paec.penalty=proportional",
-    "paec-positions": "paec,paec.anchored=positions",
-}
+ARMS = ("grpo", "paec", "paec-no-mask", "paec-positions")  # of the plan, their coefficients at the defaults
 TASKS = PRESETS["smollm2"].tasks[:3]
 TURN = 5  # batches that an arm trains before the next one's turn
 # Columns of the page's table: name, heading, format.
@@ -62,13 +59,12 @@ KEPT = {
         *("mean_entropy", *(name for name, *_ in MEANS)),
     )
 }
-Row = dict[str, Any]  # of an arm
 
 
 def config(arm: str, runs: Path, **options: Any) -> TrainConfig:
     """Return the options of an arm's run."""
     shared = replace(PRESETS["smollm2"], tasks=TASKS, checkpoint_every=TURN, **options)
-    return replace(with_arm(shared, ARMS[arm]), out=runs / arm)
+    return replace(with_arm(shared, plan.ARMS[arm].method), out=runs / arm)
 
 
 def train_in_turns(configs: dict[str, TrainConfig], until: float) -> Iterator[str]:
@@ -104,17 +100,13 @@ def write_rows(rows: Sequence[Row], folder: Path) -> None:
 
 
 def published(folder: Path) -> list[Row]:
-    if not (folder / ROWS).exists():
-        return []
-    with lzma.open(folder / ROWS, "rt", encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines]
+    return rows_in(folder / ROWS)
 
 
 def write_page(folder: Path = FOLDER) -> None:
     """Write the page and its picture from the rows alone."""
     rows = published(folder)
-    with whole_file(folder / PICTURE) as partial:
-        picture(rows).savefig(partial, dpi=110, format="png", metadata={"Software": None})
+    save(picture(rows), folder / PICTURE)
     with whole_file(folder / PAGE) as partial:
         partial.write_text("\n".join(text(rows)))
 
@@ -146,8 +138,7 @@ def text(rows: Sequence[Row]) -> Iterator[str]:
             for name in ("reward", "mixed_groups", "entropy", "mean_entropy")
         ]
         for name, _, form in MEANS:
-            known = log[name][~np.isnan(log[name])] if name in log else np.array([])
-            cells.append(or_dash(float(known.mean()) if len(known) else np.nan, form))
+            cells.append(or_dash(known_mean(log[name]) if name in log else np.nan, form))
         yield table_line([f"`{row['arm']}`", *cells])
     yield from ("", f"![curves]({PICTURE})", "")
     for made in {json.dumps(each): each for row in rows for each in row["provenance"]}.values():

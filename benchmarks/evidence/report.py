@@ -45,8 +45,7 @@ def write(folder: Path = ROWS) -> list[Path]:
         page = "\n\n".join([title, findings.read_text().strip(), rest])
     drawn = dict(figures(families))
     for name, figure in drawn.items():
-        with whole_file(folder / f"{name}.png") as partial:
-            figure.savefig(partial, dpi=110, format="png", metadata={"Software": None})
+        plots.save(figure, folder / f"{name}.png")
     with whole_file(folder / "README.md") as partial:
         partial.write_text(page)
     return [folder / "README.md", *(folder / f"{name}.png" for name in drawn)]

@@ -46,6 +46,14 @@ Row = dict[str, Any]
 Call = tuple[str, str, str, int, TrainConfig]  # of `run_one`
 
 
+def rows_in(path: Path) -> list[Row]:
+    """Return the rows of a compressed file, a JSON object a line; none where there is no file."""
+    if not path.exists():
+        return []
+    with lzma.open(path, "rt", encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
+
+
 def read(family: str, folder: Path = ROWS) -> list[Row]:
     """Return a family's rows, none where there is no file.
 
@@ -53,10 +61,7 @@ def read(family: str, folder: Path = ROWS) -> list[Row]:
         ValueError: one run is there twice, or is of the family as it was once.
     """
     path = folder / f"{family}.jsonl.xz"
-    if not path.exists():
-        return []
-    with lzma.open(path, "rt", encoding="utf-8") as lines:
-        rows = [json.loads(line) for line in lines]
+    rows = rows_in(path)
     seen = set()
     for row in rows:
         run = row["stage"], row["arm"], row["seed"]

@@ -100,7 +100,7 @@ def _sides(low: dict[str, PairedComparison], row: PairedComparison, count: int) 
 
 def _of_mechanism(families: Sequence[Family]) -> Iterator[str]:
     """Say what became of entropy under the arms of the planned comparisons, as means over families and seeds."""
-    arms = [arm for arm in plan.ARMS if any(arm in pair for pair in plan.PLANNED)]
+    arms = [arm for arm in plan.ARMS if arm in plan.PLANNED_ARMS]
     yield from ("What became of entropy, as means over families and seeds:", "")
     for role in (FORK, STEP, FREE):
         changes = []

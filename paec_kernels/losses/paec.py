@@ -18,6 +18,7 @@ from paec_kernels.losses.ranks import gather_columns, world_size
 from paec_kernels.ops.operator import BACKENDS
 from paec_kernels.types import CERTAIN, TokenStats
 
+POWER_OF_FLOOR = {"absolute": 0, "relative": 1, "proportional": 0.5}  # what a penalty's shortfall is divided by
 SELECTIVE = 3  # a threshold of so many tau_m leaves a token of score 0 a mask of sigmoid(-3) = .05
 
 
@@ -284,8 +285,7 @@ class PAEC(EntropyTerm):
         """
         if self._integral:
             return torch.zeros_like(mean_entropy), self.strength.to(mean_entropy, copy=True)
-        units = {"absolute": torch.ones_like(floor), "relative": floor, "proportional": floor.sqrt()}
-        unit = torch.where(floor <= 0, math.inf, units[self.config.penalty])  # rounding can take an entropy under 0
+        unit = torch.where(floor <= 0, math.inf, floor ** POWER_OF_FLOOR[self.config.penalty])  # < 0 by rounding
         shortfall = (floor - mean_entropy).clamp(min=0) / unit
         return shortfall.square(), 2 * self.config.lam * shortfall / unit
 

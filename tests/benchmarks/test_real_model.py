@@ -18,7 +18,7 @@ def arguments(tmp_path, monkeypatch) -> list[str]:
     tiny = replace(PRESETS["tiny"], warm_start=start, cache=tmp_path / "cache")
     monkeypatch.setattr(real_model, "PRESETS", {"smollm2": tiny})
     monkeypatch.setattr(real_model, "TASKS", ("add", "sub"))
-    monkeypatch.setattr(real_model, "ARMS", {name: real_model.ARMS[name] for name in ("grpo", "paec-positions")})
+    monkeypatch.setattr(real_model, "ARMS", ("grpo", "paec-positions"))
     return ["--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out"), *BATCHES]
 
 

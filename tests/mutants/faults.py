@@ -929,8 +929,8 @@ CALIBRATION = [
     Fault(
         "the relative penalty is divided by the mean, not by the floor",
         "losses/paec.py",
-        '"relative": floor,',
-        '"relative": mean_entropy,',
+        "floor ** POWER_OF_FLOOR",
+        "mean_entropy ** POWER_OF_FLOOR",
         "losses/test_paec.py::test_equals_the_definition",
     ),
     Fault(
@@ -950,22 +950,22 @@ CALIBRATION = [
     Fault(
         "before the floor is set the relative penalty divides by it",
         "losses/paec.py",
-        "torch.where(floor <= 0, math.inf, units",
-        "torch.where(floor < 0, math.inf, units",
+        "torch.where(floor <= 0, math.inf, floor",
+        "torch.where(floor < 0, math.inf, floor",
         "losses/test_paec.py::test_without_a_floor_there_is_no_penalty",
     ),
     Fault(
         "the proportional penalty is the absolute one",
         "losses/paec.py",
-        '"proportional": floor.sqrt()',
-        '"proportional": floor**0',
+        '"proportional": 0.5',
+        '"proportional": 0',
         "losses/test_paec.py::test_a_proportional_penalty_pulls_alike_at_any_floor",
     ),
     Fault(
         "a floor that rounding took under 0 has a square root",
         "losses/paec.py",
-        "torch.where(floor <= 0, math.inf, units",
-        "torch.where(floor == 0, math.inf, units",
+        "torch.where(floor <= 0, math.inf, floor",
+        "torch.where(floor == 0, math.inf, floor",
         "losses/test_anchor_policy.py::test_an_anchor_policy_equals_the_definition",
     ),
     Fault(

@@ -77,6 +77,11 @@ def draw_solutions(
     return prompts, solutions
 
 
+def first_solutions(families: Sequence[Family | LongFamily], options: WarmStart) -> list[tuple[list[str], list[str]]]:
+    """Return those of the first step of each phase, by which a start, or a family, is told from one changed since."""
+    return [draw_solutions(families, options, step) for step in (0, options.skill_steps)]
+
+
 def batch_loss(
     model: TinyModel, families: Sequence[Family | LongFamily], options: WarmStart, step: int
 ) -> torch.Tensor:
@@ -105,7 +110,7 @@ def warm_start(
     model = TinyModel(options.width, options.layers)
     families = [OF_LETTERS[name] for name in options.families]
     # What is learned belongs to the key: a family may be written otherwise some day.
-    learned = [draw_solutions(families, options, step) for step in (0, options.skill_steps)]
+    learned = first_solutions(families, options)
     key = hashlib.sha256(json.dumps([asdict(options), learned], sort_keys=True).encode()).hexdigest()[:16]
     path = folder / f"tiny-{key}.pt"
     if path.exists():
