@@ -19,10 +19,12 @@ def not_run(families: Sequence[Family], missing: dict[str, str]) -> Iterator[str
     lines = []
     if missing:
         lines.append(f"Not run yet: {', '.join(f'{name} ({found} so far)' for name, found in missing.items())}.")
+    few: dict[str, list[str]] = {}
     for family in families:
-        if family.few:
-            few = ", ".join(f"`{arm}` ({count} of {len(plan.SEEDS)} seeds)" for arm, count in family.few.items())
-            lines.append(f"Not run yet in {family.name}: {few}.")
+        arms = ", ".join(f"`{arm}` ({count} of {len(plan.SEEDS)} seeds)" for arm, count in family.few.items())
+        few.setdefault(arms, []).append(family.name)
+    lines += [f"Not run yet in {', '.join(names)}: {arms}." for arms, names in few.items() if arms]
+    for family in families:
         if len(family.seeds) < len(plan.SEEDS):
             lines.append(f"Of {family.name} {len(family.seeds)} of the planned {len(plan.SEEDS)} seeds are in.")
     for line in lines:

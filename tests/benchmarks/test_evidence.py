@@ -375,10 +375,16 @@ def test_the_readme_has_the_published_numbers() -> None:
     root = Path(__file__).parents[2]
     page = (root / run.ROWS / "README.md").read_text()
     (paragraph,) = re.findall(rf"\[{run.ROWS}\].*?\n\n", (root / "README.md").read_text(), re.DOTALL)
-    of_arm = dict(re.findall(r"^\| `([\w-]+)` \| (\d+) of 16 \|", page, re.MULTILINE))
-    told = re.findall(r"\bin (\d+)", paragraph)
-    assert told == [of_arm[arm] for arm in ("oracle", "grpo", "paec", "paec-positions")]
-    assert len(re.findall(r"^## \w+\+?$", page, re.MULTILINE)) == 1  # "one family"
+    together = dict(
+        re.findall(r"`([\w-]+)` is above `grpo` in .* All together: \+(\d+\.\d) .*", page.partition("- **dis")[0])
+    )
+    told = re.findall(r"(\d+\.\d)", paragraph)
+    assert told == [together[arm] for arm in ("oracle", "paec", "paec-positions")]
+    families = re.findall(r"^## \w+\+?\n(.*?)(?=\n## )", page, re.MULTILINE | re.DOTALL)
+    assert len(families) == 4
+    every_run = [bool(re.search(r"^\| `paec-positions` \| 16 of 16 \|", family, re.MULTILINE)) for family in families]
+    assert every_run.count(True) == 3
+    assert "`paec-positions` is above `grpo` in 3 (chain, chain+, carry+) of 4 families, below it in none." in page
 
 
 @pytest.mark.slow
