@@ -3,11 +3,14 @@
 import gc
 import os
 import socket
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+from filelock import FileLock
 from torch import Tensor
 
 
@@ -42,6 +45,19 @@ def on_ranks(n: int, work: Callable[..., Any], folder: Path, *arguments: Any) ->
         folder: where their results are passed, as ``torch.load(weights_only=True)`` takes them.
     """
     torch.multiprocessing.spawn(_rank, (n, work, free_port(), folder, arguments), nprocs=n)
+    return [torch.load(folder / str(rank), weights_only=True) for rank in range(n)]
+
+
+def on_ranks_once(n: int, work: Callable[..., Any], factory: pytest.TempPathFactory, *arguments: Any) -> list[Any]:
+    """Do as `on_ranks`, once for all workers of pytest-xdist, of which several may take tests of one module."""
+    base = factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    folder = base / "-".join(map(str, (work.__module__, work.__name__, n, *arguments)))
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            scratch = Path(tempfile.mkdtemp(dir=folder.parent))
+            on_ranks(n, work, scratch, *arguments)
+            scratch.rename(folder)
     return [torch.load(folder / str(rank), weights_only=True) for rank in range(n)]
 
 

@@ -30,6 +30,8 @@ class PAECLoss(nn.Module):
         temperature, softcap, vocab_size, inplace_backward, backend: as in ``token_stats``; log-probabilities
             and entropies are those of the scaled logits.
         process_group, steps_per_batch: as in ``PAEC``.
+        vocab_group: as in ``token_stats``, whose ranks have the same positions: ``process_group`` is then of those that
+            have others, or of this rank alone.
 
     Raises:
         TypeError, ValueError: an option of the wrong type or range, by name, when the module is made.
@@ -47,6 +49,7 @@ class PAECLoss(nn.Module):
         vocab_size: int | None = None,
         inplace_backward: bool = False,
         process_group: dist.ProcessGroup | None = None,
+        vocab_group: dist.ProcessGroup | None = None,
         steps_per_batch: int | None = None,
         backend: str = "auto",
     ) -> None:
@@ -57,7 +60,10 @@ class PAECLoss(nn.Module):
             config.top_p, temperature, softcap, vocab_size
         )
         checks.boolean("inplace_backward", inplace_backward)
+        if vocab_group is not None:
+            checks.instance("vocab_group", vocab_group, dist.ProcessGroup)
         self.inplace_backward = inplace_backward
+        self.vocab_group = vocab_group
         self.backend = backend
 
     def forward(
@@ -95,6 +101,7 @@ class PAECLoss(nn.Module):
             softcap=self.softcap,
             vocab_size=self.vocab_size,
             inplace_backward=self.inplace_backward,
+            vocab_group=self.vocab_group,
             backend=self.backend,
         )
         policy_loss, metrics = grpo_loss(

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -155,4 +155,5 @@ def prepare(
 
 
 def _gathered(parameter: Tensor) -> Tensor:
-    return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
+    value: Any = parameter
+    return value.full_tensor() if hasattr(parameter, "device_mesh") else parameter  # torch.compile denies full_tensor

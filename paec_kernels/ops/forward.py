@@ -71,6 +71,34 @@ def read_row(
 
 
 @triton.jit
+def sum_row(row, scale, softcap, LANES: tl.constexpr, ALIGNED: tl.constexpr):
+    """Sum the row relative to a logit of it that is near enough to the largest.
+
+    Returns:
+        the reference f(r), Z, S; the two largest logits of each lane; the largest of all.
+    """
+    head = load_last(row, 0, LANES)
+    reference = capped(tl.max(head), softcap)
+    reference = tl.where(tl.abs(reference) < float("inf"), reference, 0.0)
+    total, weighted, first, second = read_row(row, Units(reference, scale, softcap), LANES, ALIGNED)
+    top_logit = tl.max(first)
+    top = capped(top_logit, softcap)
+    distance = tl.abs(top - reference) * scale
+    if (distance > REFERENCE_RANGE) & (tl.abs(top) < float("inf")):
+        reference = top
+        total, weighted, first, second = read_row(row, Units(reference, scale, softcap), LANES, ALIGNED)
+    return reference, tl.sum(total), tl.sum(weighted), first, second, top_logit
+
+
+@triton.jit
+def second_largest(first, second, top_logit):
+    """Return the row's second largest logit, of those of each lane."""
+    is_top = first == top_logit
+    n_top = tl.sum(is_top.to(tl.int32))
+    return tl.where(n_top > 1, top_logit, tl.max(tl.where(is_top, second, first)))
+
+
+@triton.jit
 def store_everywhere(stats_ptr, rest_ptr, size_ptr, n_rows, row, value):
     """Store the statistics of a row that has none: value in the table, and a nucleus of size 0."""
     every = tl.arange(0, 8)  # a power of two
@@ -112,18 +140,8 @@ def forward_kernel(
         return  # the nucleus' search need not end at a temperature below 0
 
     logits_row = Row(row_ptr, stride_col, n_cols)
-    head = load_last(logits_row, 0, LANES)
-    reference = capped(tl.max(head), softcap)
-    reference = tl.where(tl.abs(reference) < float("inf"), reference, 0.0)
-    total, weighted, first, second = read_row(logits_row, Units(reference, scale, softcap), LANES, ALIGNED)
-    top_logit = tl.max(first)
+    reference, z_total, z_weighted, first, second, top_logit = sum_row(logits_row, scale, softcap, LANES, ALIGNED)
     top = capped(top_logit, softcap)
-    distance = tl.abs(top - reference) * scale
-    if (distance > REFERENCE_RANGE) & (tl.abs(top) < float("inf")):
-        reference = top
-        total, weighted, first, second = read_row(logits_row, Units(reference, scale, softcap), LANES, ALIGNED)
-    z_total = tl.sum(total)
-    z_weighted = tl.sum(weighted)
 
     if (z_total > 0) & (z_total < float("inf")) & (top_logit < float("inf")):
         # Each is stored as soon as it is known: the search of the nucleus needs the registers.
@@ -138,9 +156,7 @@ def forward_kernel(
         tl.store(rest_ptr + layout.TOP * n_rows + row, top)
         tl.store(rest_ptr + layout.LOG_TOTAL * n_rows + row, log2_total * LN2)
 
-        is_top = first == top_logit
-        n_top = tl.sum(is_top.to(tl.int32))
-        second_best = tl.where(n_top > 1, top_logit, tl.max(tl.where(is_top, second, first)))
+        second_best = second_largest(first, second, top_logit)
         margin = (top - capped(second_best, softcap)) / temperature
         tl.store(rest_ptr + layout.MARGIN * n_rows + row, margin)
 
@@ -201,7 +217,7 @@ def forward(
             softcap or None,
             SHIFT=KEY_SHIFT[logits.dtype],
             LANES=LANES,
-            ALIGNED=_aligned(logits),
+            ALIGNED=is_aligned(logits),
             num_warps=SOFTCAP_WARPS if softcap else FORWARD_WARPS,
             enable_fp_fusion=True,
         )
@@ -211,7 +227,7 @@ def forward(
     return stats, rest, size
 
 
-def _aligned(logits: Tensor) -> bool:
+def is_aligned(logits: Tensor) -> bool:
     """Tell whether every row begins at a multiple of 16 bytes and its columns adjoin."""
     outer, inner, column = strides_of(logits)
     starts = (logits.data_ptr(), outer * logits.itemsize, inner * logits.itemsize)

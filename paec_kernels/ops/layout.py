@@ -27,6 +27,26 @@ LOG_MASS = 6  # log of the nucleus' share of the probability
 
 N_REST = 7
 
+# Rows of what one rank's columns add to the sums of rows that lie on several ranks: f(z) of the largest logit (also as
+# it was given), of the second largest and of the token, and sums relative to the first.
+TOP_LOGIT = 0
+OWN_TOP = 1
+OWN_SECOND = 2
+TOTAL = 3
+MOMENT = 4
+TOKEN = 5
+
+N_SUMS = 6
+N_CUTS = 3  # thresholds of which a reading sums the masses
+# And what they add to the nucleus.
+MASS = 0
+MASS_MOMENT = 1
+N_ABOVE = 2
+N_TIED = 3
+LARGEST_BELOW = 4
+
+N_MEMBERS = 5
+
 
 class Rows(NamedTuple):
     """The arguments that each row of logits has of its own."""

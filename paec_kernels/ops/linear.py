@@ -10,11 +10,14 @@ each block of d_weight is then one product over all rows, accumulated in float32
 float32 sum kept for 16-bit weights is d_hidden's, N x D and not V x D.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from paec_kernels import reference
+from paec_kernels import checks, reference
 from paec_kernels.ops import layout, operator
 from paec_kernels.ops.chunks import (
     add_product,
@@ -47,21 +50,42 @@ def linear_token_stats_forward(
 
     chunk_rows 0: the budget decides.
     """
-    n_rows, n_cols = len(hidden), len(weight)
-    arguments = Rows(token_ids, valid, temperature)
-    operator.check_values(arguments, n_cols, backend)
+    rows = Rows(token_ids, valid, temperature)
+    operator.check_values(rows, len(weight), backend)
     forward = operator.passes_of(backend).forward
+
+    def statistics(logits: Tensor, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
+        return forward(logits[None], rows, top_p, softcap, logits.shape[1])
+
+    return table_by_rows(statistics, hidden, weight, bias, rows, chunk_rows, len(weight))
+
+
+def table_by_rows(
+    statistics: Callable[[Tensor, Rows], tuple[Tensor, Tensor, Tensor]],
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    arguments: Rows,
+    chunk_rows: int,
+    widest: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Let ``statistics`` make the table of all valid rows from the logits of some rows at a time.
+
+    Args:
+        widest: as many rows at a time as a head of so many columns allows.
+    """
+    n_rows, n_cols = len(hidden), len(weight)
     table = layout.new_table(torch.zeros, n_rows, hidden.device)
-    kept = None if valid is None else valid.nonzero().squeeze(1)
+    kept = None if arguments.valid is None else arguments.valid.nonzero().squeeze(1)
     n_kept = n_rows if kept is None else len(kept)
-    chunks = choose_chunks(n_kept, n_cols, hidden.shape[1], hidden.dtype, kept is not None, chunk_rows)
+    chunks = choose_chunks(n_kept, widest, hidden.shape[1], hidden.dtype, kept is not None, chunk_rows)
     buffer = empty_logits(min(chunks.rows, n_kept), n_cols, hidden)
     for block in spans(n_kept, chunks.rows):
         rows = block if kept is None else kept[block]
         logits, hidden_rows = buffer[: block.stop - block.start], hidden[rows]
         for columns in tiles(n_cols, chunks.columns, hidden.dtype):
             multiply(hidden_rows, weight[columns], select(bias, columns), out=logits[:, columns])
-        part = forward(logits[None], arguments.take(rows), top_p, softcap, n_cols)
+        part = statistics(logits, arguments.take(rows))
         for whole, values in zip(table, part, strict=True):
             whole[..., rows] = values
     return table
@@ -91,30 +115,69 @@ def linear_token_stats_backward(
     needs_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute d_hidden, d_weight, d_bias; empty tensors where not needed, whose products are not computed."""
+    rows = Rows(token_ids, valid, temperature)
+    needs = needs_hidden, needs_weight, needs_bias
     backward = operator.passes_of(backend).backward
-    n_rows, n_cols = len(hidden), len(weight)
+    return gradients_by_columns(
+        backward, d_stats, stats, rest, hidden, weight, bias, rows, softcap, chunk_rows, needs, len(weight)
+    )
+
+
+def gradients_by_columns(
+    backward: Callable[..., None],
+    d_stats: Tensor,
+    stats: Tensor,
+    rest: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    rows: Rows,
+    softcap: float,
+    chunk_rows: int,
+    needs: tuple[bool, bool, bool],
+    n_cols: int,
+    first_column: int = 0,
+    widest: int = 0,
+    sum_hidden: Callable[[Tensor], Callable[[], None]] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute d_hidden, d_weight and d_bias, of the logits of some columns at a time.
+
+    Args:
+        n_cols: rows of the weight from here on are padding, gradient 0.
+        first_column, widest: of the weight's rows in a wider vocabulary, and what `table_by_rows` was given.
+        sum_hidden: begins to add up d_hidden over ranks, in place, and returns what waits for it.
+    """
+    n_rows = len(hidden)
+    needs_hidden, needs_weight, needs_bias = needs
     d_weight = torch.empty_like(weight, memory_format=torch.contiguous_format) if needs_weight else weight.new_empty(0)
-    d_bias = weight.new_empty(n_cols if needs_bias else 0)
-    rows, kept = Rows(token_ids, valid, temperature), None
-    if valid is not None:
-        kept = valid.nonzero().squeeze(1)
+    d_bias = weight.new_empty(len(weight) if needs_bias else 0)
+    d_weight[n_cols:], d_bias[n_cols:] = 0, 0
+    kept = None
+    if rows.valid is not None:
+        kept = rows.valid.nonzero().squeeze(1)
         hidden, rows = hidden[kept], rows.take(kept)
         d_stats, stats, rest = (values[:, kept].contiguous() for values in (d_stats, stats, rest))
     total = torch.zeros(hidden.shape if needs_hidden else 0, dtype=torch.float32, device=hidden.device)
-    chunks = choose_chunks(len(hidden), n_cols, hidden.shape[1], hidden.dtype, kept is not None, chunk_rows)
-    buffer = empty_logits(len(hidden), chunks.columns, hidden)
+    chunks = choose_chunks(len(hidden), widest or n_cols, hidden.shape[1], hidden.dtype, kept is not None, chunk_rows)
+    buffer = empty_logits(len(hidden), min(chunks.columns, n_cols), hidden)
+    logits = wait = None
     for columns in spans(n_cols, chunks.columns):
         n_columns = columns.stop - columns.start
         logits = buffer[:, :n_columns]
         for tile in tiles(len(hidden), chunks.rows, hidden.dtype):
             multiply(hidden[tile], weight[columns], select(bias, columns), out=logits[tile])
-        backward(d_stats, stats, rest, logits[None], rows, softcap, n_columns, logits[None], columns.start)
+        first = first_column + columns.start
+        backward(d_stats, stats, rest, logits[None], rows, softcap, n_columns, logits[None], first)
         if needs_hidden:
             add_product(total, logits, weight[columns])
+            if sum_hidden is not None and columns.stop == n_cols:  # while the last products are made
+                wait = sum_hidden(total)
         if needs_weight:
             torch.mm(logits.T, hidden, out=d_weight[columns])
         if needs_bias:
             torch.sum(logits, 0, out=d_bias[columns])
+    if sum_hidden is not None and needs_hidden:
+        (wait or sum_hidden(total))()
     del buffer, logits  # before the copies below, which are not in the budget beside them
     d_hidden = total.to(hidden.dtype)
     del total
@@ -180,6 +243,7 @@ def linear_token_stats(
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     vocab_size: int | None = None,
+    vocab_group: Any = None,
     backend: str = "auto",
 ) -> TokenStats:
     """Compute `token_stats` of ``hidden @ weight.T + bias``, whose logits exist only a chunk at a time.
@@ -204,6 +268,8 @@ def linear_token_stats(
         chunk_rows: rows of logits at a time in the forward pass (as many elements in the backward pass), in place of
             the memory budget. One value gives one result, to the bit; others differ in rounding.
         vocab_size: rows of ``weight`` from here on are padding: not multiplied, gradient 0.
+        vocab_group: the ``ProcessGroup`` over whose ranks ``weight`` and ``bias`` are split by rows, as `token_stats`
+            has it; ``hidden`` is the same on all, and its gradient, summed over them, too.
 
     Returns:
         `TokenStats`, its tensors shaped ``hidden.shape[:-1]``.
@@ -211,19 +277,41 @@ def linear_token_stats(
     Raises:
         TypeError, ValueError: as `token_stats`, and for hidden, weight, bias or chunk_rows that do not fit.
     """
+    own_vocab_size = vocab_size
+    if vocab_group is not None:
+        from paec_kernels.ops.split_linear import split_linear_token_stats_forward
+        from paec_kernels.ops.vocab_group import group_of, own_rows
+
+        vocab_group = group_of(vocab_group)
+    if vocab_group is not None:
+        checks.tensor("weight", weight, kind="floating")
+        weight, bias = own_rows(weight, vocab_group), None if bias is None else own_rows(bias, vocab_group)
+        if vocab_size is not None:
+            vocab_size = checks.integer("vocab_size", vocab_size, least=1)
+            own_vocab_size = None  # no rank knows yet which of its own rows are padding
     hidden, weight, bias, rows, (top_p, temperature, softcap, _) = prepare(
-        hidden, weight, bias, token_ids, valid, top_p, temperature, softcap, vocab_size, chunk_rows
+        hidden, weight, bias, token_ids, valid, top_p, temperature, softcap, own_vocab_size, chunk_rows
     )
     backend = operator.resolve_backend(backend, hidden.device)
     operator.check_dtype("hidden", hidden, backend)
     if backend == "reference":
+        if vocab_group is not None:
+            raise ValueError("backend must be 'auto', 'triton' or 'torch' with a vocab_group, got 'reference'")
         operator.check_values(rows, len(weight), backend)
         return reference.linear_token_stats(
             hidden, weight, token_ids, bias=bias, valid=valid, top_p=top_p, temperature=temperature, softcap=softcap
         )
     operator.forbid_forward_mode("linear_token_stats", hidden, weight, bias)
-    table = linear_token_stats_forward(
-        hidden.reshape(-1, hidden.shape[-1]), weight, bias, *rows, top_p, softcap or 0.0, chunk_rows or 0,
-        backend,
-    )  # fmt: skip
+    inputs = (hidden.reshape(-1, hidden.shape[-1]), weight, bias, *rows, top_p, softcap or 0.0)
+    if vocab_group is None:
+        table = linear_token_stats_forward(*inputs, chunk_rows or 0, backend)
+    else:
+        *table, _ = split_linear_token_stats_forward(
+            *inputs,
+            vocab_size or 0,
+            chunk_rows or 0,
+            torch.is_grad_enabled() and hidden.requires_grad,
+            backend,
+            vocab_group.group_name,
+        )
     return operator.as_token_stats(table, hidden.shape[:-1], token_ids is not None)

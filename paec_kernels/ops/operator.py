@@ -7,7 +7,7 @@ whatever gradients arrive for logp, H and H_p before a single backward pass, and
 import importlib.util
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -202,19 +202,41 @@ def token_stats_backward(
 
     They are not named twice, since a compiler that finds them read and written makes a copy to write to.
     """
+    rows = Rows(token_ids, valid, temperature)
+    write_gradient(passes_of(backend).backward, d_stats, stats, rest, logits, rows, softcap, vocab_size, out)
+
+
+def write_gradient(
+    backward: Callable[..., None],
+    d_stats: Tensor,
+    stats: Tensor,
+    rest: Tensor,
+    logits: Tensor | None,
+    rows: Rows,
+    softcap: float,
+    n_cols: int,
+    out: Tensor,
+    first_column: int = 0,
+) -> None:
+    """Let a backend's pass write the gradient of ``[..., V]`` into out, which without logits holds them."""
     z = as_rows(out if logits is None else logits)
     d_z = z if logits is None else out.reshape(z.shape)
-    rows = Rows(token_ids, valid, temperature)
-    passes_of(backend).backward(d_stats, stats, rest, z, rows, softcap, vocab_size, d_z)
+    backward(d_stats, stats, rest, z, rows, softcap, n_cols, d_z, first_column)
     if d_z.data_ptr() != out.data_ptr():
         out.copy_(d_z.view(out.shape))
 
 
-def save_table(ctx: Any, inputs: tuple[Tensor | None, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    """Keep what a backward pass reads: the inputs and the table, of which stats alone has a gradient."""
+def save_table(
+    ctx: Any, inputs: tuple[Tensor | None, ...], output: tuple[Tensor, Tensor, Tensor], *others: Tensor
+) -> None:
+    """Keep what a backward pass reads: the inputs and the table, of which stats alone has a gradient.
+
+    Args:
+        others: outputs beside the table, without a gradient.
+    """
     stats, rest, sizes = output
     ctx.save_for_backward(*inputs, stats, rest)
-    ctx.mark_non_differentiable(rest, sizes)
+    ctx.mark_non_differentiable(rest, sizes, *others)
     ctx.set_materialize_grads(False)  # of those two it would be zeros, launched for nothing
 
 
@@ -252,7 +274,7 @@ def _backward(ctx, d_stats, *_):
 token_stats_forward.register_autograd(_backward, setup_context=_setup_context)
 
 
-def as_token_stats(table: tuple[Tensor, Tensor, Tensor], shape: torch.Size, has_tokens: bool) -> TokenStats:
+def as_token_stats(table: Sequence[Tensor], shape: torch.Size, has_tokens: bool) -> TokenStats:
     """Return the public rows of a table."""
     stats, rest, sizes = table
     # All three at once: their gradients are then stacked, in one launch, where those of rows taken one by one would
@@ -275,6 +297,7 @@ def token_stats(
     softcap: float | None = None,
     vocab_size: int | None = None,
     inplace_backward: bool = False,
+    vocab_group: Any = None,
     backend: str = "auto",
 ) -> TokenStats:
     """Compute log-prob, entropy, nucleus entropy and size, and top-two margin of every token in one pass.
@@ -293,6 +316,10 @@ def token_stats(
         inplace_backward: write the gradient over ``logits`` instead of a new tensor. Whoever saved the logits for
             their own backward pass then gets autograd's "modified by an inplace operation" error, not wrong numbers.
             A leaf, such as a parameter, is refused.
+        vocab_group: the ``ProcessGroup`` over whose ranks, in their order, the columns are split: ``logits`` are this
+            rank's, all else is the whole vocabulary's, and the same on every rank, as the result is. Shards may differ
+            in width, and need no column. A DTensor sharded on its last dimension says so itself. See
+            docs/vocabulary_split.md.
         backend: "auto", "triton" (a GPU, or Triton's interpreter), "torch" or "reference" (plain; float64 too).
 
     Returns:
@@ -304,16 +331,25 @@ def token_stats(
             range raises on a CPU and stops a GPU with a device assertion.
     """
     checks.tensor("logits", logits)
-    if logits.dim() == 0 or logits.shape[-1] == 0:
+    if vocab_group is not None or hasattr(logits, "device_mesh"):  # a DTensor
+        from paec_kernels.ops.split_operator import own_shard, split_token_stats_forward
+
+        logits, token_ids, valid, temperature, vocab_group = own_shard(
+            logits, token_ids, valid, temperature, vocab_group, inplace_backward
+        )
+    if logits.dim() == 0 or (logits.shape[-1] == 0 and vocab_group is None):
         raise ValueError(f"logits must have shape [..., V] with V >= 1, got {tuple(logits.shape)}")
     backend = resolve_backend(backend, logits.device)
     check_dtype("logits", logits, backend)
-    n_cols = logits.shape[-1]
+    n_cols = logits.shape[-1] if vocab_group is None else None
     top_p, temperature, softcap, vocab_size = check_options(top_p, temperature, softcap, vocab_size, n_cols)
     checks.boolean("inplace_backward", inplace_backward)
-    rows = flat_rows("logits[..., 0]", logits[..., 0], token_ids, valid, temperature)
-    n_cols = vocab_size or n_cols
+    one_a_row = logits[..., 0] if logits.shape[-1] else logits.new_empty(logits.shape[:-1])
+    rows = flat_rows("logits[..., 0]", one_a_row, token_ids, valid, temperature)
+    n_cols = vocab_size or n_cols or 0
     if backend == "reference":
+        if vocab_group is not None:
+            raise ValueError("backend must be 'auto', 'triton' or 'torch' with a vocab_group, got 'reference'")
         check_values(rows, n_cols, backend)
         return reference.token_stats(
             logits, token_ids, valid=valid, top_p=top_p, temperature=temperature, softcap=softcap, vocab_size=n_cols
@@ -323,7 +359,11 @@ def token_stats(
         raise ValueError("inplace_backward needs logits of their own memory, got an expanded tensor (stride 0)")
     if inplace_backward and torch.is_grad_enabled() and logits.requires_grad and _is_leaf(logits):
         raise ValueError("inplace_backward needs logits that were computed, got a leaf, whose values would be lost")
-    table = token_stats_forward(logits, *rows, top_p, softcap or 0.0, n_cols, inplace_backward, backend)
+    options = (top_p, softcap or 0.0, n_cols, inplace_backward, backend)
+    if vocab_group is None:
+        table = token_stats_forward(logits, *rows, *options)
+    else:
+        *table, _ = split_token_stats_forward(logits, *rows, *options, vocab_group.group_name)
     return as_token_stats(table, logits.shape[:-1], token_ids is not None)
 
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import on_ranks
+from helpers import on_ranks_once
 from losses.batches import ANCHOR, CONFIG, VOCAB, Batch, anchored, flattened, make_batch
 
 from paec_kernels import reference
@@ -84,7 +84,7 @@ def work(rank: int, n_ranks: int) -> dict:
 
 @pytest.fixture(scope="module", params=[2, 3])
 def ranks(request, tmp_path_factory) -> list[dict]:
-    return on_ranks(request.param, work, tmp_path_factory.mktemp("ranks"), request.param)
+    return on_ranks_once(request.param, work, tmp_path_factory, request.param)
 
 
 def truth(batches: list[Batch], variant: str = "") -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import on_ranks
+from helpers import on_ranks_once
 from losses.batches import accuracy_of, make_batch
 from losses.test_entropy_term import TERMS
 
@@ -78,7 +78,7 @@ def work(rank: int) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory) -> list[dict]:
-    return on_ranks(2, work, tmp_path_factory.mktemp("ranks"))
+    return on_ranks_once(2, work, tmp_path_factory)
 
 
 @pytest.mark.parametrize("situation", sorted(RANKS.keys() - DIFFER))

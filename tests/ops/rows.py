@@ -184,9 +184,7 @@ def check_gradient(
 
     In place it is written over the logits.
     """
-    exact = gradient_of(lambda z: reference.token_stats(z, token_ids, **options), logits.double(), weights.double())
-    eager = gradient_of(lambda z: reference.token_stats(z, token_ids, **options), logits, weights)
-    truth = truth_of(logits, token_ids, **options)
+    expected = expected_gradient(logits, token_ids, weights, **options)
     got = gradient_of(
         # A leaf may not be written over, so in place it goes by another name.
         lambda z: token_stats(
@@ -195,14 +193,35 @@ def check_gradient(
         logits,
         weights,
     )
-    assert got.dtype == logits.dtype
-    assert torch.equal(got.isnan(), exact.isnan())
-    error = (got.double() - exact).nan_to_num().abs().amax(-1)[~truth.ambiguous]
-    eager_error = (eager.double() - exact).nan_to_num().abs().amax(-1)[~truth.ambiguous]
-    # Or one float32 rounding of the row's largest entry, where a small temperature makes that large; and what the
+    check_against_gradient(got, expected)
+
+
+class ExpectedGradient(NamedTuple):
+    """The reference's gradient in float64 and in the logits' dtype, what rounding leaves open, and in which rows."""
+
+    exact: Tensor
+    eager: Tensor
+    rounding: Tensor
+    ambiguous: Tensor
+
+
+def expected_gradient(logits: Tensor, token_ids: Tensor | None, weights: Tensor, **options) -> ExpectedGradient:
+    exact = gradient_of(lambda z: reference.token_stats(z, token_ids, **options), logits.double(), weights.double())
+    eager = gradient_of(lambda z: reference.token_stats(z, token_ids, **options), logits, weights)
+    truth = truth_of(logits, token_ids, **options)
+    # One float32 rounding of the row's largest entry, where a small temperature makes that large; and what the
     # roundings of x = softcap * tanh(z / softcap) / T make of the gradient, whose own slope in x is at most 1 or so.
     rounding = torch.finfo(torch.float32).eps * exact.nan_to_num().abs().amax(-1)
     rounding += truth.rounding * (weights.abs().sum(0).view_as(rounding) / options.get("temperature", 1.0))
-    assert (error <= torch.maximum(eager_error, rounding[~truth.ambiguous]) + 1e-5).all(), (
+    return ExpectedGradient(exact, eager, rounding, truth.ambiguous)
+
+
+def check_against_gradient(got: Tensor, expected: ExpectedGradient) -> None:
+    exact, eager, rounding, ambiguous = expected
+    assert got.dtype == eager.dtype
+    assert torch.equal(got.isnan(), exact.isnan())
+    error = (got.double() - exact).nan_to_num().abs().amax(-1)[~ambiguous]
+    eager_error = (eager.double() - exact).nan_to_num().abs().amax(-1)[~ambiguous]
+    assert (error <= torch.maximum(eager_error, rounding[~ambiguous]) + 1e-5).all(), (
         f"{error.max():.2e}, eager {eager_error.max():.2e}"
     )

@@ -86,7 +86,8 @@ def test_nothing_else_is_passed_between_threads(report):
 def test_a_thread_overwrites_what_itself_has_read(report):
     """The gradient in place: a tile's load and store with the same layout, in which no element is held twice."""
     for row in report["rows"]:
-        assert row["one_owner"] == (row["kernel"] == "backward"), row
+        if row["kernel"] in ("forward", "backward"):  # others have nothing to write over the logits
+            assert row["one_owner"] == (row["kernel"] == "backward"), row
 
 
 def test_offsets_into_the_logits_have_64_bits(report):

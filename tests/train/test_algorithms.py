@@ -8,7 +8,7 @@ import warnings
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import on_ranks
+from helpers import on_ranks_once
 from torch.utils._python_dispatch import TorchDispatchMode
 from train.steps import OPTIONS, PIECES, Outcome, make_answers, run_step, started
 
@@ -91,7 +91,7 @@ def outcomes_of_rank(rank: int) -> list[tuple]:
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory) -> list[list[Outcome]]:
     """What each of two processes made of its micro-batches, for every algorithm."""
-    outcomes = on_ranks(2, outcomes_of_rank, tmp_path_factory.mktemp("ranks"))
+    outcomes = on_ranks_once(2, outcomes_of_rank, tmp_path_factory)
     return [[Outcome(*outcome) for outcome in of_rank] for of_rank in outcomes]
 
 
