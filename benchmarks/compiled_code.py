@@ -27,7 +27,7 @@ from triton.compiler import ASTSource
 
 from benchmarks import cost_model, exchanges
 from benchmarks.provenance import provenance
-from paec_kernels.ops import backward, forward
+from paec_kernels.ops import backward, forward, shard_kernels
 from paec_kernels.ops.nucleus import gather_lanes
 from paec_kernels.ops.nucleus_search import search_values
 from paec_kernels.ops.rows import Row, Units
@@ -72,7 +72,12 @@ def gather_kernel(logits_ptr, flags_ptr, scratch_ptr, sum_ptr, n_cols, LANES: tl
     tl.store(sum_ptr, tl.sum(best + next_best) + dropped)
 
 
-KERNELS = {
+OF_SHARDS = {
+    "sums": shard_kernels.sums_kernel,
+    "masses": shard_kernels.masses_kernel,
+    "members": shard_kernels.members_kernel,
+}
+KERNELS = OF_SHARDS | {
     "forward": forward.forward_kernel,
     "backward": backward.backward_kernel,
     "search": candidate_search_kernel,
@@ -104,7 +109,7 @@ def compile_kernel(
         "stride_col": 1,
         "d_stride_col": 1,
         "SHIFT": forward.KEY_SHIFT[DTYPES[dtype]],
-        "LANES": forward.LANES,
+        "LANES": shard_kernels.READING_LANES if kernel in ("masses", "members") else forward.LANES,
         "ALIGNED": aligned,
         "BLOCK": backward.BACKWARD_BLOCK,
     } | ({} if softcap else {"softcap": None})
@@ -338,7 +343,9 @@ def memory(compiled: Any, tile: int) -> dict[str, Any]:
 def report() -> dict[str, Any]:
     variants = [*itertools.product(DTYPES, (False, True), (True,)), ("bf16", False, False)]
     rows = []
-    for kernel, target, (dtype, softcap, aligned) in itertools.product(("forward", "backward"), TARGETS, variants):
+    chosen = [(kernel, variant) for kernel in ("forward", "backward") for variant in variants]
+    chosen += [(kernel, variant) for kernel in OF_SHARDS for variant in variants[::3]]  # each option either way
+    for (kernel, (dtype, softcap, aligned)), target in itertools.product(chosen, TARGETS):
         compiled = compile_kernel(kernel, target, dtype, softcap, aligned)
         variant = {"kernel": kernel, "target": target, "dtype": dtype, "softcap": softcap, "aligned": aligned}
         rows.append(variant | resources(compiled) | memory(compiled, backward.BACKWARD_BLOCK))
