@@ -16,7 +16,7 @@ TORCH_VERSION := $(shell sed -n 's/^torch==\([^ ]*\).*/\1/p' constraints/default
 UNAME := $(shell uname -s)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-llm test test-gpu test-oldest test-verl test-trl-own fuzz mutants bench bench-gpu lint format
+.PHONY: help setup demo demo-llm test test-gpu test-oldest test-verl test-megatron test-torchtitan test-trl-own fuzz mutants bench bench-gpu lint format
 .PHONY: lock audit
 
 help: ## show this list
@@ -45,6 +45,12 @@ test-oldest: .venv-oldest/.stamp ## tests on the oldest versions allowed, in an 
 
 test-verl: .venv-verl/.stamp ## the tests of PAEC in verl, in an environment of its own (Python 3.11 or 3.12)
 	.venv-verl/bin/python -m pytest -n $(JOBS) --dist loadfile tests/integrations_verl
+
+test-megatron: .venv-megatron/.stamp ## the tests of a head that Megatron-Core splits over ranks, in an environment of its own
+	.venv-megatron/bin/python -m pytest tests/integrations_split/test_megatron.py
+
+test-torchtitan: .venv-torchtitan/.stamp ## the same of one that torchtitan splits
+	.venv-torchtitan/bin/python -m pytest tests/integrations_split/test_torchtitan.py
 
 fuzz: .venv/.stamp ## every property on thousands of drawn inputs, of another SEED if it is given: bench_results/trust
 	.venv/bin/python -m pytest tests/fuzz -n $(JOBS) --dist worksteal --timeout 7200 \
@@ -76,6 +82,8 @@ format: .venv/.stamp ## let ruff fix and format
 lock: .venv-tools/.stamp ## write constraints/*.txt, with hashes; UPGRADE='-P numpy' takes a newer numpy
 	$(LOCK) $(UPGRADE) constraints/default.in --output-file constraints/default.txt
 	$(LOCK) $(UPGRADE) constraints/verl.in --output-file constraints/verl.txt
+	$(LOCK) $(UPGRADE) constraints/megatron.in --output-file constraints/megatron.txt
+	$(LOCK) $(UPGRADE) constraints/torchtitan.in --output-file constraints/torchtitan.txt
 	$(LOCK) $(UPGRADE) constraints/tools.in --output-file constraints/tools.txt
 	$(LOCK) $(UPGRADE) --resolution lowest-direct constraints/oldest.in --output-file constraints/oldest.txt
 ifdef TORCH_CPU_INDEX
@@ -84,7 +92,7 @@ ifdef TORCH_CPU_INDEX
 endif
 
 audit: .venv-tools/.stamp ## look for known vulnerabilities that constraints/audit.md does not explain
-	@for list in default verl oldest tools; do echo "$$list"; \
+	@for list in default verl megatron torchtitan oldest tools; do echo "$$list"; \
 		.venv-tools/bin/pip-audit --strict --disable-pip --require-hashes --requirement constraints/$$list.txt \
 			$$(grep '^- ' constraints/audit.md | grep -oE '(PYSEC|CVE|GHSA)-[0-9a-z-]+' | sed 's/^/--ignore-vuln /') \
 			|| exit 1; done
@@ -140,11 +148,13 @@ endef
 	@touch $@
 
 .venv-verl/.stamp: EXTRAS = verl,test
-.venv-verl/.stamp: pyproject.toml constraints/verl.txt constraints/torch-cpu.txt
-	$(call new_venv,.venv-verl)
-	$(call install_cpu_torch,.venv-verl)
-	$(call install_list,.venv-verl,constraints/verl.txt)
-	$(call install_package,.venv-verl)
+.venv-megatron/.stamp .venv-torchtitan/.stamp: EXTRAS = test
+.venv-verl/.stamp .venv-megatron/.stamp .venv-torchtitan/.stamp: .venv-%/.stamp: pyproject.toml constraints/%.txt \
+		constraints/torch-cpu.txt
+	$(call new_venv,.venv-$*)
+	$(call install_cpu_torch,.venv-$*)
+	$(call install_list,.venv-$*,constraints/$*.txt)
+	$(call install_package,.venv-$*)
 	@touch $@
 
 .venv-oldest/.stamp: pyproject.toml constraints/oldest.txt constraints/cuda_stand_ins.py
