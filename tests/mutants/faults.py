@@ -689,8 +689,8 @@ LINEAR = [
     Fault(
         "the target's column counted from the chunk's begin",
         "ops/linear.py",
-        "logits[None], columns.start)",
-        "logits[None], 0)",
+        "first = first_column + columns.start",
+        "first = first_column",
         "ops/test_linear.py::test_options",
     ),
     Fault(
@@ -738,8 +738,8 @@ LINEAR = [
     Fault(
         "every chunk has the first one's temperatures",
         "ops/linear.py",
-        "arguments.take(rows), top_p",
-        "arguments.take(rows)._replace(temperature=temperature[: len(hidden_rows)]), top_p",
+        "statistics(logits, arguments.take(rows))",
+        "statistics(logits, arguments.take(rows)._replace(temperature=arguments.temperature[: len(hidden_rows)]))",
         "ops/test_linear.py::test_temperature_per_row_and_rows_that_are_not_valid",
     ),
     Fault(
@@ -829,7 +829,7 @@ LINEAR = [
     Fault(
         "rows that are not valid are multiplied, too",
         "ops/linear.py",
-        "    kept = None if valid is None else valid.nonzero().squeeze(1)\n    n_kept",
+        "    kept = None if arguments.valid is None else arguments.valid.nonzero().squeeze(1)\n    n_kept",
         "    kept = None\n    n_kept",
         "ops/test_linear.py::test_temperature_per_row_and_rows_that_are_not_valid",
     ),
@@ -837,7 +837,7 @@ LINEAR = [
         "the first rows' temperatures in place of the valid ones' in the gradient",
         "ops/linear.py",
         "hidden, rows = hidden[kept], rows.take(kept)",
-        "hidden, rows = hidden[kept], rows.take(kept)._replace(temperature=temperature[: len(kept)])",
+        "hidden, rows = hidden[kept], rows.take(kept)._replace(temperature=rows.temperature[: len(kept)])",
         "ops/test_linear.py::test_temperature_per_row_and_rows_that_are_not_valid",
     ),
     Fault(
@@ -848,6 +848,166 @@ LINEAR = [
         "ops/test_linear.py::test_options",
     ),
 ]
+SPLIT_CASES = ", ".join(
+    f"ops/test_split_vocabulary.py::test_{what}_are_those_of_one_process" for what in ("statistics", "gradients")
+)
+SPLIT = [
+    Fault(
+        "split: a rank's sums are not scaled to the largest logit of all",
+        "ops/split_rows.py",
+        "total, has_top = own[layout.TOTAL] * d.exp(), own_top == top",
+        "total, has_top = own[layout.TOTAL] * 1, own_top == top",
+        SPLIT_CASES,
+    ),
+    Fault(
+        "split: the moment is left relative to the rank's own largest logit",
+        "ops/split_rows.py",
+        "moment = own[layout.MOMENT] * d.exp() + total * d",
+        "moment = own[layout.MOMENT] * d.exp()",
+        SPLIT_CASES,
+    ),
+    Fault(
+        "split: a token on two ranks, where columns are counted from the first",
+        "ops/split_rows.py",
+        "column = token_ids - shard.first_column",
+        "column = token_ids",
+        SPLIT_CASES,
+    ),
+    Fault(
+        "split: the second largest logit is the rank's own, whoever has the largest",
+        "ops/split_rows.py",
+        "torch.where(has_top, own[layout.OWN_SECOND], own_top)",
+        "own[layout.OWN_SECOND].clone()",
+        SPLIT_CASES,
+    ),
+    Fault(
+        "split: a tie of two ranks for the largest logit is no tie",
+        "ops/split_rows.py",
+        "second = torch.where(n_top > 1, top, second)",
+        "second = torch.where(n_top > 9, top, second)",
+        SPLIT_CASES,
+    ),
+    Fault(
+        "split: a NaN on one rank stays there",
+        "ops/split_rows.py",
+        "    broken |= total.isnan()\n",
+        "",
+        SPLIT_CASES,
+    ),
+    Fault(
+        "split: the search is for more than top_p",
+        "ops/split_rows.py",
+        "torch.cat((low[None], cuts, high[None]))",
+        "torch.cat((low[None], cuts + 1, high[None]))",
+        SPLIT_CASES,
+    ),
+    Fault(
+        "split: keys are of a value beside the logit",
+        "ops/split_rows.py",
+        "integer = torch.int32 if dtype.itemsize == 4 else torch.int16\n    bits = z.to(dtype).view(integer)",
+        "integer = torch.int32 if dtype.itemsize == 4 else torch.int16\n    bits = (z.to(dtype) * 1.01).view(integer)",
+        SPLIT_CASES,
+    ),
+    Fault(
+        "split: the search begins above the smallest member",
+        "ops/split_rows.py",
+        "(negligible.log() - 1e-3)",
+        "(negligible.log() + 3)",
+        SPLIT_CASES,
+    ),
+    Fault(
+        "split: the search ends with two tokens in the bracket",
+        "ops/split_rows.py",
+        "mass_high > 1.5 * lightest",
+        "mass_high > 2.5 * lightest",
+        SPLIT_CASES,
+    ),
+    Fault(
+        "split: all that tie at the threshold are members",
+        "ops/split_rows.py",
+        ".ceil().clamp(min=1), n_tied)",
+        ".ceil().clamp(min=1e9), n_tied)",
+        SPLIT_CASES,
+    ),
+    Fault(
+        "split: rows that are not valid have statistics",
+        "ops/split_rows.py",
+        "            values.masked_fill_(~split.rows.valid, 0)\n",
+        "            pass\n",
+        SPLIT_CASES,
+    ),
+    Fault(
+        "split: padding of the last rank counts",
+        "ops/vocab_group.py",
+        "max(0, min(width, vocab_size - first))",
+        "width",
+        SPLIT_CASES,
+    ),
+    Fault(
+        "split: columns begin where equal shards would",
+        "ops/vocab_group.py",
+        "int(sum(widths[: dist.get_rank(group)]))",
+        "int(widths[0] * dist.get_rank(group))",
+        "ops/test_split_ranks.py::test_a_head_split_over_ranks",
+    ),
+    Fault(
+        "split: other token ids on another rank pass",
+        "ops/vocab_group.py",
+        "return ((x ^ (x >> 31)).sum() % (1 << 52)).double()",
+        "return bits.sum().double()",
+        "ops/test_split_ranks.py::test_a_difference_is_named_on_every_rank",
+    ),
+    Fault(
+        "split: d_hidden is this rank's share alone",
+        "ops/linear.py",
+        "        (wait or sum_hidden(total))()\n",
+        "        pass\n",
+        "ops/test_split_ranks.py::test_a_head_split_over_ranks",
+    ),
+    Fault(
+        "split: a head of nothing but padding leaves d_hidden to the others",
+        "ops/linear.py",
+        "(wait or sum_hidden(total))()",
+        "(wait or (lambda: None))()",
+        "ops/test_split_ranks.py::test_a_head_split_over_ranks",
+    ),
+    Fault(
+        "split: chunks of each rank's own width",
+        "ops/split_linear.py",
+        "rows, chunk_rows, shard.widest)",
+        "rows, chunk_rows, max(1, shard.n_cols))",
+        "ops/test_split_ranks.py::test_a_head_split_over_ranks",
+    ),
+    Fault(
+        "split: the gradient of the first rank's columns, on every rank",
+        "ops/split_operator.py",
+        "n_cols, out, first_column)",
+        "n_cols, out, 0)",
+        SPLIT_CASES,
+    ),
+    Fault(
+        "split: a DTensor's rows taken for its columns",
+        "ops/split_operator.py",
+        "last = logits.dim() - 1",
+        "last = 0",
+        "ops/test_split_ranks.py::test_it_holds_on_every_rank[dtensors]",
+    ),
+    Fault(
+        "split: of the kernels' second largest logit, that of one lane",
+        "ops/shard_kernels.py",
+        "second_best = second_largest(first, second, top_logit)",
+        "second_best = tl.max(second)",
+        SPLIT_CASES,
+    ),
+    Fault(
+        "split: torch's shards count masked tokens among the ties",
+        "ops/torch_shard.py",
+        "tied = ((z >= low) & ~above).sum(-1)",
+        "tied = (~above).sum(-1)",
+        SPLIT_CASES,
+    ),
+]
+
 CALIBRATION = [
     Fault(
         "the anchor takes one step too many",
@@ -2141,4 +2301,4 @@ INTEGRATIONS = [
     ),
 ]
 
-FAULTS = [*STRIDES, *FORWARD, *NUCLEUS, *BACKWARD, *LINEAR, *CALIBRATION, *LOSSES, *TRAINING, *INTEGRATIONS]
+FAULTS = [*STRIDES, *FORWARD, *NUCLEUS, *BACKWARD, *LINEAR, *SPLIT, *CALIBRATION, *LOSSES, *TRAINING, *INTEGRATIONS]
