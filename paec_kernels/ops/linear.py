@@ -186,14 +186,19 @@ def gradients_by_columns(
     return d_hidden, d_weight, d_bias
 
 
-@linear_token_stats_backward.register_fake
-def _(d_stats, stats, rest, hidden, weight, *others):
-    needs_hidden, needs_weight, needs_bias = others[-3:]
+def empty_gradients(hidden: Tensor, weight: Tensor, needs: tuple[bool, bool, bool]) -> tuple[Tensor, Tensor, Tensor]:
+    """Make d_hidden, d_weight and d_bias as the backward operators do, for a compiler."""
+    needs_hidden, needs_weight, needs_bias = needs
     return (
         hidden.new_empty(hidden.shape if needs_hidden else 0),
         weight.new_empty(weight.shape if needs_weight else 0),
         weight.new_empty(weight.shape[0] if needs_bias else 0),
     )
+
+
+@linear_token_stats_backward.register_fake
+def _(d_stats, stats, rest, hidden, weight, *others):
+    return empty_gradients(hidden, weight, others[-3:])
 
 
 def _setup_context(ctx, inputs, output):

@@ -43,7 +43,7 @@ def sums_kernel(
     sums_ptr, n_rows, n_inner, n_cols, softcap,
     LANES: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """Compute one row's column of sums [5, n_rows], as `torch_shard.sums`; other arguments as `forward_kernel`'s."""
+    """Compute one row's column of sums [6, n_rows], as `torch_shard.sums`; other arguments as `forward_kernel`'s."""
     row = tl.program_id(0)
     if valid_ptr is not None and tl.load(valid_ptr + row) == 0:
         store_nothing(sums_ptr, n_rows, row, layout.N_SUMS)

@@ -14,7 +14,7 @@ from torch import Tensor
 from paec_kernels.ops import layout, operator, split_rows
 from paec_kernels.ops.chunks import chunk_bytes, select
 from paec_kernels.ops.layout import Rows
-from paec_kernels.ops.linear import gradients_by_columns, table_by_rows
+from paec_kernels.ops.linear import empty_gradients, gradients_by_columns, table_by_rows
 from paec_kernels.ops.split_operator import shard_passes_of
 from paec_kernels.ops.split_rows import SplitRows
 from paec_kernels.ops.vocab_group import Setting, agree, group_named
@@ -117,12 +117,7 @@ def split_linear_token_stats_backward(
 
 @split_linear_token_stats_backward.register_fake
 def _(d_stats, stats, rest, place, hidden, weight, *others):
-    needs_hidden, needs_weight, needs_bias = others[-3:]
-    return (
-        hidden.new_empty(hidden.shape if needs_hidden else 0),
-        weight.new_empty(weight.shape if needs_weight else 0),
-        weight.new_empty(weight.shape[0] if needs_bias else 0),
-    )
+    return empty_gradients(hidden, weight, others[-3:])
 
 
 def _setup_context(ctx, inputs, output):

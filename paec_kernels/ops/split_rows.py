@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from paec_kernels.checks import LARGEST
 from paec_kernels.ops import layout
 from paec_kernels.ops.layout import Rows
 from paec_kernels.ops.torch_backend import LOWEST
@@ -26,7 +27,6 @@ from paec_kernels.ops.vocab_group import Shard
 from paec_kernels.types import IGNORE_INDEX
 
 CUTS = layout.N_CUTS  # of a bracket in a round
-LARGEST = torch.finfo(torch.float32).max
 
 
 class ShardPasses(NamedTuple):
@@ -44,7 +44,6 @@ class SplitRows:
         self, passes: ShardPasses, logits: Tensor, rows: Rows, softcap: float, shard: Shard, group: dist.ProcessGroup
     ) -> None:
         self.passes, self.logits, self.softcap, self.shard, self.group = passes, logits, softcap, shard, group
-        self.dtype = logits.dtype
         self.rows = rows._replace(temperature=rows.temperature.expand(logits.shape[0] * logits.shape[1]).contiguous())
         self.own = self.rows._replace(token_ids=own_columns(rows.token_ids, shard))
 
@@ -92,14 +91,15 @@ def own_columns(token_ids: Tensor | None, shard: Shard) -> Tensor | None:
 def forward(split: SplitRows, top_p: float) -> tuple[Tensor, Tensor, Tensor]:
     """Return the rows' table, as the forward pass of a backend; the same on every rank, to the bit."""
     own = split.sums()
-    own_top = own[layout.OWN_TOP].clone()
+    own_top = own[layout.OWN_TOP]
     top_logit, top = split.largest(own[: layout.OWN_TOP + 1].clone())
     broken = ~top_logit.isfinite()
     top_logit, top = top_logit.masked_fill(broken, 0.0), top.masked_fill(broken, 0.0)
 
     d = ((own_top - top) / split.rows.temperature).clamp(min=LOWEST)
-    total, has_top = own[layout.TOTAL] * d.exp(), own_top == top
-    moment = own[layout.MOMENT] * d.exp() + total * d
+    e, has_top = d.exp(), own_top == top
+    total = own[layout.TOTAL] * e
+    moment = own[layout.MOMENT] * e + total * d
     d_token = torch.zeros_like(total)
     if split.own.token_ids is not None:
         there = (own[layout.TOKEN] - top) / split.rows.temperature
@@ -143,7 +143,7 @@ def forward(split: SplitRows, top_p: float) -> tuple[Tensor, Tensor, Tensor]:
 def whole_vocabulary(split: SplitRows, top_logit: Tensor, total: Tensor, moment: Tensor) -> Nucleus:
     """Return the nucleus at top_p = 1: every finite logit, each above the threshold -inf."""
     own = split.members(top_logit, torch.full((2, len(total)), -LARGEST, device=total.device))
-    count, nothing = split.add(own[layout.N_ABOVE].clone()), torch.zeros_like(total)
+    count, nothing = split.add(own[layout.N_ABOVE]), torch.zeros_like(total)
     return Nucleus(count, nothing - math.inf, nothing, total, moment)
 
 
@@ -151,20 +151,20 @@ def find_nucleus(split: SplitRows, top_logit: Tensor, top: Tensor, total: Tensor
     """Find the nucleus of rows with the largest logit ``top_logit``, f of it ``top``, and Z ``total``, 0 for none."""
     target = top_p * total
     low = lowest_keys(split, top_logit, total, top_p)
-    high = key_of(top_logit + 0.0, split.dtype) + 1  # -0.0 + 0.0 is 0.0
+    high = key_of(top_logit + 0.0, split.logits.dtype) + 1  # -0.0 + 0.0 is 0.0
     mass_low, mass_high = torch.full_like(total, LARGEST), torch.zeros_like(total)
     while bool((may_hold_more(split, top, low, high, mass_low, mass_high) & (total > 0)).any()):
         cuts = torch.stack([low + (high - low) * i // (CUTS + 1) for i in range(1, CUTS + 1)])
-        masses = split.add(split.masses(top_logit, value_of(cuts, split.dtype)))
+        masses = split.add(split.masses(top_logit, value_of(cuts, split.logits.dtype)))
         enough = ((masses >= target) | (cuts == low)).long().cumprod(0).sum(0)[None]
         ends = torch.cat((low[None], cuts, high[None]))
         masses = torch.cat((mass_low[None], masses, mass_high[None]))
         low, high = (ends.gather(0, enough + i)[0] for i in (0, 1))
         mass_low, mass_high = (masses.gather(0, enough + i)[0] for i in (0, 1))
 
-    own = split.members(top_logit, value_of(torch.stack((low, high)), split.dtype))
-    threshold = split.largest(own[layout.LARGEST_BELOW].clone())
-    mass, moment, n_above, n_tied = split.add(own[: layout.LARGEST_BELOW].clone())
+    own = split.members(top_logit, value_of(torch.stack((low, high)), split.logits.dtype))
+    threshold = split.largest(own[layout.LARGEST_BELOW])
+    mass, moment, n_above, n_tied = split.add(own[: layout.LARGEST_BELOW])
     # k = min(n, max(1, ceil((target - M>) / e))) of the n tied at the threshold belong, each with weight k / n  [ours]
     d = split.relative(threshold, top)
     e = d.exp()
@@ -176,21 +176,23 @@ def may_hold_more(
     split: SplitRows, top: Tensor, low: Tensor, high: Tensor, mass_low: Tensor, mass_high: Tensor
 ) -> Tensor:
     """Tell which brackets may still hold tokens of more than one value. Each weighs at least what one at low does."""
-    lightest = split.relative(value_of(low, split.dtype), top).exp()
+    lightest = split.relative(value_of(low, split.logits.dtype), top).exp()
     rounding = 1e-6 * mass_low
     return (low + 1 < high) & (mass_low - mass_high > 1.5 * lightest - rounding)
 
 
 def lowest_keys(split: SplitRows, top_logit: Tensor, total: Tensor, top_p: float) -> Tensor:
     """Return keys below any nucleus: tokens with e < (1 - top_p) Z / V weigh at most (1 - top_p) Z together."""
-    least = torch.finfo(split.dtype).min
+    least = torch.finfo(split.logits.dtype).min
     lowest = torch.full_like(top_logit, least)
     if not split.softcap:
         # Lowered by far more than rounding errors, and by far less than a round is worth.
         negligible = (1 - top_p) * total / split.shard.vocab_size
         lowest = top_logit + split.rows.temperature * (negligible.log() - 1e-3) - 1e-6 * top_logit.abs()
     # One key lower, as 16 bits may have rounded it up.
-    return torch.maximum(key_of(lowest, split.dtype) - 1, key_of(torch.full_like(top_logit, least), split.dtype))
+    return torch.maximum(
+        key_of(lowest, split.logits.dtype) - 1, key_of(torch.full_like(top_logit, least), split.logits.dtype)
+    )
 
 
 def key_of(z: Tensor, dtype: torch.dtype) -> Tensor:
