@@ -2,6 +2,7 @@
 
 python -m benchmarks.evidence.real_model --minutes 8
 python -m benchmarks.evidence.real_model --minutes 0     # the page from its rows, nothing else
+python -m benchmarks.evidence.real_model --precision bfloat16 --prompts 4 --answers 4 --max-new-tokens 48  # on a CPU
 
 The arms take turns of a few batches, so that a page of all of them is there soon; the same command goes on from their
 checkpoints. What is published is in ``bench_results/rlvr/smollm2/``.
@@ -15,7 +16,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -117,14 +118,15 @@ def text(rows: Sequence[Row]) -> Iterator[str]:
     yield from ("# SmolLM2-135M: what mask and floor do on real text", "")
     yield "Written by `python -m benchmarks.evidence.real_model` from the rows beside it: no figure is typed by hand."
     yield ""
+    tasks = ", ".join(f"`{task}`" for task in options["tasks"])
     yield (
         f"The first {batches} batches of each arm, of {options['prompts']} prompts with {options['answers']} answers "
         f"of at most {options['max_new_tokens']} tokens, {options['updates']} optimiser steps a batch, learning rate "
-        f"{options['learning_rate']:g}, on {', '.join(f'`{task}`' for task in options['tasks'])}. One seed: numbers of "
-        "the mechanism, not a comparison of arms. First -> last: means of the first and of the last fifth of the "
-        "batches; all else is the mean over all batches; entropies in nats. Bonus and penalty are what the entropy of "
-        "a token of mask 1 weighs where its policy gradient weighs 1. Mask and H_bar are an arm's own, and of `grpo`, "
-        "which has none, those of PAEC at its defaults."
+        f"{options['learning_rate']:g}, precision `{options['precision']}`, on {tasks}. One seed: numbers of the "
+        "mechanism, not a comparison of arms. First -> last: means of the first and of the last fifth of the batches; "
+        "all else is the mean over all batches; entropies in nats. Bonus and penalty are what the entropy of a token "
+        "of mask 1 weighs where its policy gradient weighs 1. Mask and H_bar are an arm's own, and of `grpo`, which "
+        "has none, those of PAEC at its defaults."
     )
     yield ""
     yield from table_header(
@@ -165,6 +167,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=40, help="batches of each arm")
     for name in ("prompts", "answers", "max_new_tokens", "micro_batch"):
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=getattr(default, name))
+    parser.add_argument(
+        "--precision", choices=get_args(get_type_hints(TrainConfig)["precision"]), default=default.precision
+    )
     parser.add_argument("--runs", type=Path, default=Path("runs/smollm2"), help="folder of checkpoints")
     parser.add_argument("--out", type=Path, default=FOLDER, help="folder of the rows, the page and its picture")
     asked = vars(parser.parse_args(arguments))

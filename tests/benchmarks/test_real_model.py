@@ -8,7 +8,7 @@ from benchmarks.evidence import real_model
 from paec_kernels.train.models.warm_start import WarmStart
 from paec_kernels.train.presets import PRESETS
 
-BATCHES = ["--steps", "7", "--prompts", "2", "--answers", "2", "--max-new-tokens", "6"]
+BATCHES = ["--steps", "7", "--prompts", "2", "--answers", "2", "--max-new-tokens", "6", "--precision", "bfloat16"]
 
 
 @pytest.fixture
@@ -31,6 +31,7 @@ def test_arms_take_turns_and_the_page_tells_their_means(arguments, tmp_path, cap
     assert rows[1]["config"]["method"]["paec"]["anchored"] == "positions"
     page = (tmp_path / "out" / "README.md").read_text()
     assert "The first 7 batches of each arm, of 2 prompts with 2 answers of at most 6 tokens" in page
+    assert "precision `bfloat16`" in page
     entropy = rows[1]["log"]["entropy"]
     (line,) = [line for line in page.splitlines() if line.startswith("| `paec-positions` |")]
     cells = line.split(" | ")
