@@ -116,9 +116,12 @@ def prepare(
     softcap: float | None,
     vocab_size: int | None,
     chunk_rows: int | None,
+    fewest: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor | None, Rows, Scaling]:
     """Check the arguments of a linear head's statistics; gather what is sharded, cast under autocast, cut the padding.
 
+    Args:
+        fewest: rows that the weight must have; 0 where other ranks have others.
     Raises:
         TypeError, ValueError: by name.
     """
@@ -128,9 +131,10 @@ def prepare(
     checks.tensor("weight", weight, kind="floating")
     if bias is not None:
         checks.tensor("bias", bias, kind="floating")
-    if hidden.dim() == 0 or weight.dim() != 2 or hidden.shape[-1] != weight.shape[1] or 0 in weight.shape:
+    fits = hidden.dim() > 0 and weight.dim() == 2 and hidden.shape[-1] == weight.shape[1] > 0
+    if not fits or len(weight) < fewest:
         raise ValueError(
-            "hidden must have shape [..., D] and weight [V, D], D and V at least 1, "
+            f"hidden must have shape [..., D] and weight [V, D], D {'and V ' if fewest else ''}at least 1, "
             f"got {tuple(hidden.shape)} and {tuple(weight.shape)}"
         )
     if bias is not None and bias.shape != weight.shape[:1]:

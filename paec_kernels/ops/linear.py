@@ -274,7 +274,7 @@ def linear_token_stats(
             the memory budget. One value gives one result, to the bit; others differ in rounding.
         vocab_size: rows of ``weight`` from here on are padding: not multiplied, gradient 0.
         vocab_group: the ``ProcessGroup`` over whose ranks ``weight`` and ``bias`` are split by rows, as `token_stats`
-            has it; ``hidden`` is the same on all, and its gradient, summed over them, too.
+            has it, none on some if need be; ``hidden`` is the same on all, and its gradient, summed over them, too.
 
     Returns:
         `TokenStats`, its tensors shaped ``hidden.shape[:-1]``.
@@ -282,20 +282,21 @@ def linear_token_stats(
     Raises:
         TypeError, ValueError: as `token_stats`, and for hidden, weight, bias or chunk_rows that do not fit.
     """
-    own_vocab_size = vocab_size
+    own_vocab_size, fewest = vocab_size, 1
     if vocab_group is not None:
         from paec_kernels.ops.split_linear import split_linear_token_stats_forward
         from paec_kernels.ops.vocab_group import group_of, own_rows
 
         vocab_group = group_of(vocab_group)
     if vocab_group is not None:
+        fewest = 0
         checks.tensor("weight", weight, kind="floating")
         weight, bias = own_rows(weight, vocab_group), None if bias is None else own_rows(bias, vocab_group)
         if vocab_size is not None:
             vocab_size = checks.integer("vocab_size", vocab_size, least=1)
             own_vocab_size = None  # no rank knows yet which of its own rows are padding
     hidden, weight, bias, rows, (top_p, temperature, softcap, _) = prepare(
-        hidden, weight, bias, token_ids, valid, top_p, temperature, softcap, own_vocab_size, chunk_rows
+        hidden, weight, bias, token_ids, valid, top_p, temperature, softcap, own_vocab_size, chunk_rows, fewest
     )
     backend = operator.resolve_backend(backend, hidden.device)
     operator.check_dtype("hidden", hidden, backend)

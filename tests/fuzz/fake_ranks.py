@@ -1,9 +1,10 @@
-"""Data-parallel ranks as threads of one process: the collectives that `losses/ranks.py` calls, and nothing else."""
+"""Ranks as threads of one process: the collectives that the package calls, and nothing else."""
 
 import copy
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -11,6 +12,10 @@ import torch
 from torch import Tensor
 
 from paec_kernels.losses import ranks
+
+
+class Done:
+    def wait(self) -> None: ...
 
 
 class FakeDist:
@@ -30,10 +35,10 @@ class FakeDist:
 
     is_initialized = is_available
 
-    def get_rank(self, group: None) -> int:
+    def get_rank(self, group: Any) -> int:
         return self.here.rank
 
-    def get_world_size(self, group: None) -> int:
+    def get_world_size(self, group: Any) -> int:
         return self.n
 
     def exchange(self, x: Any) -> list[Any]:
@@ -50,20 +55,25 @@ class FakeDist:
         finally:
             self.turn.acquire()
 
-    def all_reduce(self, x: Tensor, op: Any = ReduceOp.SUM, group: None = None) -> None:
+    def all_reduce(self, x: Tensor, op: Any = ReduceOp.SUM, group: Any = None, async_op: bool = False) -> Any:
         received = torch.stack(self.exchange(x))
         x.copy_(received.amax(0) if op == self.ReduceOp.MAX else received.sum(0))
+        return Done() if async_op else None
 
-    def all_gather_object(self, objects: list[Any], x: Any, group: None = None) -> None:
+    def all_gather_object(self, objects: list[Any], x: Any, group: Any = None) -> None:
         objects[:] = self.exchange(x)
 
-    def all_gather(self, parts: list[Tensor], x: Tensor, group: None = None) -> None:
+    def all_gather(self, parts: list[Tensor], x: Tensor, group: Any = None) -> None:
         for part, received in zip(parts, self.exchange(x), strict=True):
             part.copy_(received)
 
 
-def on_threads(n: int, work: Callable[[int], Any]) -> list[Any]:
-    """Call ``work(rank)`` in n threads that are ranks of one group, and return what they return."""
+def on_threads(n: int, work: Callable[[int], Any], modules: Iterable[ModuleType] = (ranks,)) -> list[Any]:
+    """Call ``work(rank)`` in n threads that are ranks of one group, and return what they return.
+
+    Args:
+        modules: those that call ``torch.distributed``, which they name ``dist``.
+    """
     fake = FakeDist(n)
 
     def of_rank(rank: int) -> Any:
@@ -76,5 +86,6 @@ def on_threads(n: int, work: Callable[[int], Any]) -> list[Any]:
             raise
 
     with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(n) as threads:
-        patch.setattr(ranks, "dist", fake)
+        for module in modules:
+            patch.setattr(module, "dist", fake)
         return list(threads.map(of_rank, range(n)))

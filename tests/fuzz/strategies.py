@@ -110,6 +110,12 @@ class Logits:
         z = MASKS[self.mask](z.clamp(-most, most).to(self.dtype), generator)
         return VIEWS[self.view](z)
 
+    def padded(self, n: int) -> Tensor:
+        """Return them with n more columns of what must not be read."""
+        z = self.make()
+        rubbish = torch.tensor([math.nan, INF, -INF, 7.0], dtype=z.dtype)
+        return torch.cat([z, rubbish[torch.arange(n) % 4].expand(*z.shape[:-1], n)], dim=-1)
+
 
 @dataclass(frozen=True)
 class Options:

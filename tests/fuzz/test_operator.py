@@ -12,13 +12,6 @@ import paec_kernels as pk
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, in the interpreter: overflow
 
 
-def padded(logits: Logits, n: int) -> torch.Tensor:
-    """The logits with n more columns of what must not be read."""
-    z = logits.make()
-    rubbish = torch.tensor([float("nan"), float("inf"), -float("inf"), 7.0], dtype=z.dtype)
-    return torch.cat([z, rubbish[torch.arange(n) % 4].expand(*z.shape[:-1], n)], dim=-1)
-
-
 def check(backend: str, z: torch.Tensor, given: Options, width: int, weights: torch.Tensor, inplace: bool) -> bool:
     token_ids, arguments = given.for_rows(z.shape[:-1], width)
     if width < z.shape[-1]:
@@ -29,7 +22,7 @@ def check(backend: str, z: torch.Tensor, given: Options, width: int, weights: to
 
 
 def check_logits(backend: str, logits: Logits, given: Options, inplace: bool) -> bool:
-    z = padded(logits, given.padding) if given.padding else logits.make()
+    z = logits.padded(given.padding) if given.padding else logits.make()
     weights = torch.randn(3, z[..., 0].numel(), generator=torch.Generator().manual_seed(given.seed))
     own_memory = logits.view != "one row for all" or given.padding > 0
     return check(backend, z, given, logits.width, weights, inplace and own_memory)
