@@ -81,11 +81,16 @@ def empty_logits(n_rows: int, n_cols: int, like: Tensor) -> Tensor:
 
 
 def multiply(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    """Compute out = hidden @ weight.T + bias."""
+    """Compute out = hidden @ weight.T + bias; the numbers do not depend on the stride of out's rows."""
+    # In float32, with several threads and few rows, MKL's would; `tiles` says what comes of it.
+    few = out.dtype == torch.float32 and not out.is_cuda and len(out) < 16 and not out.is_contiguous()
+    product = torch.empty_like(out, memory_format=torch.contiguous_format) if few else out
     if bias is None:
-        torch.mm(hidden, weight.T, out=out)
+        torch.mm(hidden, weight.T, out=product)
     else:
-        torch.addmm(bias, hidden, weight.T, out=out)
+        torch.addmm(bias, hidden, weight.T, out=product)
+    if few:
+        out.copy_(product)
 
 
 def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:

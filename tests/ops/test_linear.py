@@ -90,12 +90,17 @@ def test_any_leading_shape_and_stride(backend):
 
 
 @pytest.mark.parametrize("sizes", [(37, 24, 530), (300, 64, 5003), (129, 576, 4096)])
-def test_backward_sees_the_logits_that_forward_saw(sizes):
+@pytest.mark.parametrize("threads", [1, 2])
+def test_backward_sees_the_logits_that_forward_saw(sizes, threads):
     """To the bit, in float32: else the token at the nucleus' threshold drops out of the gradient."""
-    case = head(*sizes)
-    for chunk_rows in (None, 7, 64):
-        seen = logits_seen(case, chunk_rows)
-        assert torch.equal(seen["forward"], seen["backward"])
+    case, before = head(*sizes), torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for chunk_rows in (None, 7, 64):
+            seen = logits_seen(case, chunk_rows)
+            assert torch.equal(seen["forward"], seen["backward"])
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("n_cols", [1, 32, 33, 50_257])
