@@ -1,6 +1,7 @@
 """What tests of several folders use."""
 
 import gc
+import multiprocessing
 import os
 import socket
 import tempfile
@@ -40,11 +41,15 @@ def free_port() -> int:
 def on_ranks(n: int, work: Callable[..., Any], folder: Path, *arguments: Any) -> list[Any]:
     """Call ``work(rank, *arguments)``, which joins a process group, in n new processes; return what they return.
 
+    They are forked from a process that has only imported torch, which takes longer than most of what they do.
+
     Args:
         work: of a module, which the new processes import.
         folder: where their results are passed, as ``torch.load(weights_only=True)`` takes them.
     """
-    torch.multiprocessing.spawn(_rank, (n, work, free_port(), folder, arguments), nprocs=n)
+    multiprocessing.set_forkserver_preload(["torch.distributed.tensor", "triton", "pytest", "paec_kernels"])
+    given = (n, work, free_port(), folder, arguments, dict(os.environ))
+    torch.multiprocessing.start_processes(_rank, given, nprocs=n, start_method="forkserver")
     return [torch.load(folder / str(rank), weights_only=True) for rank in range(n)]
 
 
@@ -61,8 +66,17 @@ def on_ranks_once(n: int, work: Callable[..., Any], factory: pytest.TempPathFact
     return [torch.load(folder / str(rank), weights_only=True) for rank in range(n)]
 
 
-def _rank(rank: int, n: int, work: Callable[..., Any], port: int, folder: Path, arguments: tuple) -> None:
+def _rank(
+    rank: int,
+    n: int,
+    work: Callable[..., Any],
+    port: int,
+    folder: Path,
+    arguments: tuple[Any, ...],
+    environment: dict[str, str],
+) -> None:
     torch.set_num_threads(1)
+    os.environ |= environment
     # As torchrun sets them
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "GROUP_RANK": "0", "WORLD_SIZE": str(n)}
     os.environ |= {"LOCAL_WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
