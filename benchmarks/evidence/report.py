@@ -84,9 +84,11 @@ def text(families: Sequence[Family], missing: dict[str, str]) -> str:
 
 
 def compared(scores: Scores) -> list[PairedComparison]:
-    """Return the planned comparisons of which both arms are there, then all other arms against the baseline."""
+    """Return the comparisons of which both arms are there: the planned ones, all other arms with the baseline, and
+    those that are told beside."""
     planned = [pair for pair in plan.PLANNED if set(pair) <= scores.keys()]
     others = [(arm, plan.BASELINE) for arm in scores if arm != plan.BASELINE and (arm, plan.BASELINE) not in planned]
+    others += [pair for pair in plan.EXPLORED if set(pair) <= scores.keys()]
     if not planned:
         return []
     return planned_comparisons(scores, planned, plan.OUTCOMES, exploratory=others, warm_starts=plan.WARM_STARTS)

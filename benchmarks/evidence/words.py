@@ -68,7 +68,7 @@ def _exploratory(within: dict[str, list[PairedComparison]], outcome: str) -> Ite
     arms: dict[str, dict[str, PairedComparison]] = {}
     for name, rows in within.items():
         for row in rows:
-            if not row.planned and row.outcome == outcome:
+            if not row.planned and row.outcome == outcome and row.baseline == plan.BASELINE:
                 arms.setdefault(row.arm, {})[name] = row
     low = {arm: {name: row for name, row in found.items() if row.p_value <= ALPHA} for arm, found in arms.items()}
     count = sum(map(len, arms.values()))
