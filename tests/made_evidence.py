@@ -1,6 +1,7 @@
 """Made-up rows of the evidence: a level of prompts mostly right for each arm, noise of each seed, no training."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -40,7 +41,7 @@ def made_row(stage: str, arm: str, seed: int, level: float, *, family: str = "ch
         "arm": arm,
         "seed": seed,
         "warm_start": seed % plan.WARM_STARTS,
-        "config": {},
+        "config": plan.config(family, Path()).identity(),
         "seconds": 36.0,
         "log": {name: [None if np.isnan(x) else round(float(x), 5) for x in values] for name, values in log.items()},
         "greedy": [bool(x) for x in rng.random(PROBLEMS) < level],

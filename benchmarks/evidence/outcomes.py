@@ -13,11 +13,12 @@ from paec_kernels.train.report.evaluate import pass_ks
 from paec_kernels.train.report.metrics import majority_vote, mean_at_k, pass_at_k
 from paec_kernels.train.report.statistics import batches_to_discovery, reward_area
 from paec_kernels.train.tasks.long_families import LONG_FAMILIES
-from paec_kernels.train.tasks.task import FORK, ROLES, STEP
+from paec_kernels.train.tasks.task import ROLES
 
-BY_ROLE = tuple(f"entropy/{role}" for role in ROLES) + tuple(f"mask/{role}" for role in (FORK, STEP))
+BY_ROLE = tuple(f"{what}/{role}" for what in ("entropy", "mask") for role in ROLES)
 OF_MASK = ("threshold", "mask_on_certain")
 OF_PENALTY = ("term/penalty_active", "term/penalty_per_token", "term/floor_ratio")
+TIMES = ("start", "middle", "end")
 NEEDED = ("reward", "mostly_right", *BY_ROLE, *OF_MASK)  # in every log; the penalty's are in those that have one
 
 
@@ -120,17 +121,24 @@ def scores(row: Row) -> dict[str, float]:
 def mechanism(row: Row) -> dict[str, float]:
     """Return what a run did with entropy and mask; NaN where it has no such thing.
 
-    By role the first batch's mean, as ``start entropy/fork``, and that of the last tenth of the batches, as ``end
-    entropy/fork``; of the mask that of the last tenth; of the penalty that of all batches.
+    Each number of the first batch, as ``start entropy/fork``, of the batches of `middle`, as ``middle entropy/fork``,
+    and of the last tenth, as ``end entropy/fork``.
     """
     log = row["log"]
-    last = max(1, len(log["mostly_right"]) // 10)
-    found: dict[str, float] = {}
-    for name in BY_ROLE:
-        values = _numbers(log[name])
-        found |= {f"start {name}": float(values[0]), f"end {name}": known_mean(values[-last:])}
-    found |= {name: known_mean(_numbers(log[name])[-last:]) for name in OF_MASK}
-    return found | {name: known_mean(_numbers(log[name])) if name in log else np.nan for name in OF_PENALTY}
+    batches = len(log["mostly_right"])
+    spans = dict(zip(TIMES, (slice(1), middle(batches), slice(-max(1, batches // 10), None)), strict=True))
+    return {
+        f"{when} {name}": known_mean(_numbers(log[name])[span]) if name in log else np.nan
+        for name in (*BY_ROLE, *OF_MASK, *OF_PENALTY)
+        for when, span in spans.items()
+    }
+
+
+def middle(batches: int) -> slice:
+    """Return the third and fourth tenth of the batches: most runs have discovered nothing yet, so that what a method
+    does to hold forks open still counts."""
+    tenth = max(1, batches // 10)
+    return slice(2 * tenth, 4 * tenth)
 
 
 def has(family: Family, role: str) -> bool:

@@ -21,6 +21,7 @@ SEEDS = range(16)
 class Arm(NamedTuple):
     """An arm of `paec compare` but for its main coefficient, which is the best of a grid on seeds of their own."""
 
+    what: str  # in words
     method: str  # NAME or NAME,FIELD=VALUE,...
     coefficient: str | None = None  # the field
     grid: tuple[float, ...] = ()
@@ -35,28 +36,60 @@ class Arm(NamedTuple):
 
 
 ARMS = {
-    "grpo": Arm("grpo"),
-    "oracle": Arm("oracle", "paec.rho_min", (0.2, 0.4, 0.8)),
-    "global": Arm("global", "bonus.coef", (0.003, 0.01, 0.03)),
-    "paec": Arm("paec", "paec.lam", (0.2, 1, 5)),
-    "paec-relative": Arm("paec,paec.penalty=relative", "paec.lam", (0.001, 0.005, 0.025)),
-    "paec-proportional": Arm("paec,paec.penalty=proportional", "paec.lam", (0.05, 0.2, 0.8)),
-    "paec-integral": Arm("paec,paec.penalty=integral", "paec.lam", (0.001, 0.005, 0.025)),
-    "paec-batch-anchor": Arm("paec,paec.anchor_unit=rollout_batch", "paec.lam", (0.2, 1, 5)),
+    "grpo": Arm("GRPO with asymmetric clipping, nothing for entropy", "grpo"),
+    "oracle": Arm(
+        "PAEC whose mask is told: the forks and nothing else, with a floor there",
+        "oracle",
+        "paec.rho_min",
+        (0.2, 0.4, 0.8),
+    ),
+    "global": Arm("a bonus on the entropy of all tokens", "global", "bonus.coef", (0.003, 0.01, 0.03)),
+    "paec": Arm("PAEC at its defaults", "paec", "paec.lam", (0.2, 1, 5)),
+    "paec-relative": Arm(
+        "PAEC with the relative penalty", "paec,paec.penalty=relative", "paec.lam", (0.001, 0.005, 0.025)
+    ),
+    "paec-proportional": Arm(
+        "PAEC with the proportional penalty", "paec,paec.penalty=proportional", "paec.lam", (0.05, 0.2, 0.8)
+    ),
+    "paec-integral": Arm(
+        "PAEC with the integral penalty", "paec,paec.penalty=integral", "paec.lam", (0.001, 0.005, 0.025)
+    ),
+    "paec-batch-anchor": Arm(
+        "PAEC whose anchor is the mean of four batches, not of four optimiser steps",
+        "paec,paec.anchor_unit=rollout_batch",
+        "paec.lam",
+        (0.2, 1, 5),
+    ),
     # Where fewer than a fifth of the tokens are uncertain, or many more, the default's threshold is no place between.
-    "paec-sharp-mask": Arm("paec,paec.tau_m=0.01", "paec.rho", (0.7, 0.8, 0.9)),
-    "paec-hard-mask": Arm("paec-hard-mask", "paec.lam", (0.2, 1, 5)),
+    "paec-sharp-mask": Arm("PAEC with a sharp mask, tau_m .01", "paec,paec.tau_m=0.01", "paec.rho", (0.7, 0.8, 0.9)),
+    "paec-hard-mask": Arm(
+        "PAEC with a hard mask, the top fifth of the scores", "paec-hard-mask", "paec.lam", (0.2, 1, 5)
+    ),
     # A mean over all tokens falls little while forks collapse: at 0.8 of the anchor its floor never acts, and lam is no
     # dial. (Three values of it were run in carry+, and gave the same run.)
-    "paec-no-mask": Arm("paec-no-mask,paec.penalty=proportional,paec.lam=0.2", "paec.rho_min", (1, 1.2, 1.5)),
-    "paec-no-penalty": Arm("paec-no-penalty", "paec.beta", (0.003, 0.01, 0.03)),
-    "paec-scores": Arm("paec,paec.anchored=scores", "paec.lam", (0.2, 1, 5)),
-    "paec-positions": Arm("paec,paec.anchored=positions", "paec.rho_min", (0.2, 0.4, 0.8)),
-    "siren": Arm("siren", "siren.coef", (0.005, 0.05, 0.5)),
-    "aer": Arm("aer", "aer.coef_step", (0.005, 0.05, 0.5)),
-    "clip-cov": Arm("clip-cov", "fraction", (2e-4, 2e-3, 2e-2)),
-    "kl-cov": Arm("kl-cov", "fraction", (2e-4, 2e-3, 2e-2)),
-    "cispo": Arm("cispo", "clip_high", (0.28, 1, 4)),
+    "paec-no-mask": Arm(
+        "PAEC without a mask: one floor for all tokens; penalty proportional, lam .2",
+        "paec-no-mask,paec.penalty=proportional,paec.lam=0.2",
+        "paec.rho_min",
+        (1, 1.2, 1.5),
+    ),
+    "paec-no-penalty": Arm(
+        "PAEC without its floor: the bonus under the mask", "paec-no-penalty", "paec.beta", (0.003, 0.01, 0.03)
+    ),
+    "paec-scores": Arm(
+        "PAEC whose mask is chosen by the initial policy's scores", "paec,paec.anchored=scores", "paec.lam", (0.2, 1, 5)
+    ),
+    "paec-positions": Arm(
+        "as paec-scores, and a floor for each position: a share of the initial policy's entropy there",
+        "paec,paec.anchored=positions",
+        "paec.rho_min",
+        (0.2, 0.4, 0.8),
+    ),
+    "siren": Arm("SIREN", "siren", "siren.coef", (0.005, 0.05, 0.5)),
+    "aer": Arm("AER", "aer", "aer.coef_step", (0.005, 0.05, 0.5)),
+    "clip-cov": Arm("Clip-Cov", "clip-cov", "fraction", (2e-4, 2e-3, 2e-2)),
+    "kl-cov": Arm("KL-Cov", "kl-cov", "fraction", (2e-4, 2e-3, 2e-2)),
+    "cispo": Arm("CISPO", "cispo", "clip_high", (0.28, 1, 4)),
 }
 BASELINE = "grpo"
 # Each outcome is tested over these alone, adjusted by Holm; all else is exploratory. The primary outcome decides, over

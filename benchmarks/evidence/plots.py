@@ -25,22 +25,26 @@ OWN: dict[str, Style] = {
     "paec-scores": {"color": "#1f9e89", "lw": 1.4, "ls": (0, (3, 1.5))},
     "paec-integral": {"color": "#8a5a2b", "lw": 1.4, "ls": "-"},
     "paec-sharp-mask": {"color": "#b58ad6", "lw": 1.4, "ls": "-"},
+    "paec-proportional": {"color": "#8a5a2b", "lw": 1.4, "ls": (0, (3, 1.5))},
+    "paec-relative": {"color": "#8a5a2b", "lw": 1.4, "ls": (0, (1, 1))},
+    "paec-batch-anchor": {"color": "#c2528b", "lw": 1.4, "ls": (0, (3, 1.5))},
 }
 
 
-def drawn_arms(arms: Sequence[str]) -> list[str]:
-    """Return the arms to draw, those of the planned comparisons first."""
-    return [arm for arm in dict.fromkeys([*plan.PLANNED_ARMS, *arms]) if arm in arms][:LEGIBLE]
+def groups_of(arms: Sequence[str]) -> list[list[str]]:
+    """Return the arms of each picture: those of the planned comparisons first, and the baseline in all."""
+    others = [arm for arm in dict.fromkeys([*plan.PLANNED_ARMS, *arms]) if arm in arms and arm != plan.BASELINE]
+    return [[plan.BASELINE, *others[i : i + LEGIBLE - 1]] for i in range(0, max(1, len(others)), LEGIBLE - 1)]
 
 
-def entropy(family: Family) -> Figure:
+def entropy(family: Family, arms: Sequence[str]) -> Figure:
     """Draw the entropy at the places of each role over the batches."""
     roles = [role for role in PANELS if role in LONG_FAMILIES[family.name].roles]
     figure, panels = panels_of(4.3 * len(roles) + 2.2, len(roles))
     window = max(1, family.batches // 40)
     for axes, role in zip(panels, roles, strict=True):
         means = []
-        for arm, style in _styles(family).items():
+        for arm, style in _styles(arms).items():
             columns = [smooth(run.curves[role], window) for run in family.runs[arm].values()]
             mean, low, high = mean_with_band(columns)
             batches = np.arange(1, len(mean) + 1)
@@ -64,12 +68,12 @@ def entropy(family: Family) -> Figure:
     return figure
 
 
-def outcomes(family: Family) -> Figure:
+def outcomes(family: Family, arms: Sequence[str]) -> Figure:
     """Draw the share of runs that have discovered by a batch, and the majority vote against its number of votes."""
     figure, (found, votes) = panels_of(11, 2)
     ks = pass_ks(family.samples)
     batches = np.arange(1, family.batches + 1)
-    for arm, style in _styles(family).items():
+    for arm, style in _styles(arms).items():
         runs = [run.scores for run in family.runs[arm].values()]
         by_batch = np.array([run["discovery"] for run in runs])[:, None] <= batches
         found.step(batches, 100 * by_batch.mean(0), where="post", label=arm, **style)
@@ -87,7 +91,7 @@ def outcomes(family: Family) -> Figure:
 def summary(families: Sequence[Family], pooled: Sequence[PairedComparison]) -> Figure:
     """Draw each arm's difference from the baseline in the primary outcome: of each family, and of all together."""
     rows = [row for row in pooled if row.outcome == plan.PRIMARY and row.baseline == plan.BASELINE]
-    figure, (axes,) = panels_of(8.5, 1, 1.5 + 0.45 * len(rows))
+    figure, (axes,) = panels_of(8.5, 1, 1.5 + 0.8 * len(rows))
     style = STYLES | OWN | styles([row.arm for row in rows if row.arm not in STYLES | OWN])
     for y, row in enumerate(rows):
         color = style[row.arm]["color"]
@@ -95,22 +99,24 @@ def summary(families: Sequence[Family], pooled: Sequence[PairedComparison]) -> F
             base = family.scores[plan.BASELINE]
             own = family.scores[row.arm]
             difference = np.mean([own[seed][plan.PRIMARY] - base[seed][plan.PRIMARY] for seed in own])
-            lower = y + 0.2 + 0.25 * place / len(families)
+            lower = y + 0.15 + 0.55 * place / len(families)
             axes.plot(100 * difference, lower, "o", color=color, alpha=0.5, ms=4, mew=0)
+            axes.annotate(
+                family.name, (100 * difference, lower), (4, -2), textcoords="offset points", size=5, color=color
+            )
         mean, low, high = (100 * value for value in row.difference)
         axes.plot([low, high], [y, y], color=color, lw=2)
         axes.plot(mean, y, "o", color=color, ms=8, mec="white")
         axes.annotate(f"{mean:+.1f}", (mean, y), (0, 6), textcoords="offset points", ha="center", size=8, color=color)
     axes.axvline(0, color="#1a1a1a", lw=1)
     axes.set_yticks(range(len(rows)), [row.arm for row in rows])
-    axes.set_ylim(len(rows) - 0.4, -0.6)
+    axes.set_ylim(len(rows) - 0.2, -0.6)
     axes.set_xlabel("percentage points; small: single families")
     axes.set_title(f"{plan.PRIMARY}: difference from {plan.BASELINE}, paired by seed", loc="left", size=11)
     return figure
 
 
-def _styles(family: Family) -> dict[str, Style]:
-    arms = drawn_arms(list(family.runs))
+def _styles(arms: Sequence[str]) -> dict[str, Style]:
     return {arm: OWN.get(arm) or style for arm, style in styles(arms).items()}
 
 

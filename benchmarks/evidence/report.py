@@ -17,10 +17,10 @@ from matplotlib.figure import Figure
 from benchmarks.evidence import plan, plots
 from benchmarks.evidence.outcomes import Family, fill_warm_starts, gather, mean
 from benchmarks.evidence.run import ROWS, read
-from benchmarks.evidence.tables import arms, comparisons, grids, mechanisms
-from benchmarks.evidence.words import how_it_was_run, not_run, what_this_shows
+from benchmarks.evidence.tables import arms, comparisons, grids, mechanisms, shown, table_header, table_line
+from benchmarks.evidence.words import how_it_was_run, not_run, what_this_shows, what_was_asked
 from paec_kernels.saved_state import whole_file
-from paec_kernels.train.report.statistics import PairedComparison, Scores, planned_comparisons
+from paec_kernels.train.report.statistics import PairedComparison, Scores, planned_comparisons, sign_flip_test
 
 NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
 
@@ -59,8 +59,9 @@ def figures(families: Sequence[Family]) -> Iterator[tuple[str, Figure]]:
     if pooled := compared(pool(families)):
         yield "summary", plots.summary(families, pooled)
     for family in families:
-        yield f"{_stem(family)}_entropy", plots.entropy(family)
-        yield f"{_stem(family)}_outcomes", plots.outcomes(family)
+        for number, group in enumerate(plots.groups_of(list(family.runs)), start=1):
+            yield f"{_stem(family)}_entropy_{number}", plots.entropy(family, group)
+            yield f"{_stem(family)}_outcomes_{number}", plots.outcomes(family, group)
 
 
 def text(families: Sequence[Family], missing: dict[str, str]) -> str:
@@ -75,7 +76,7 @@ def text(families: Sequence[Family], missing: dict[str, str]) -> str:
             "",
             *not_run(families, missing),
             *what_this_shows(families, within, pooled),
-            *(how_it_was_run(families) if families else ()),
+            *((*what_was_asked(families), *how_it_was_run(families)) if families else ()),
             *(of_all(families, pooled) if pooled else ()),
             *(line for family in families for line in of_family(family, within[family.name])),
             *(grids(families) if families else ()),
@@ -117,8 +118,29 @@ def pool(families: Sequence[Family]) -> dict[str, dict[int, dict[str, float]]]:
 def of_all(families: Sequence[Family], pooled: list[PairedComparison]) -> Iterator[str]:
     yield from ("## All families together", "")
     yield f"Means over the {len(families)} families for each seed, of the arms that every family has."
-    yield from ("", *comparisons(pooled))
+    yield from ("", *comparisons(pooled), *over_warm_starts(families, pooled))
     yield from ("![differences from the baseline](summary.png)", "")
+
+
+def over_warm_starts(families: Sequence[Family], pooled: list[PairedComparison]) -> Iterator[str]:
+    """Tabulate the planned comparisons with the mean of a family's runs from one warm start as a pair."""
+    yield from ("Planned, over warm starts: each of a family's is a pair, the mean of its seeds. Difference, p.", "")
+    yield from table_header(["", *plan.OUTCOMES])
+    for arm, baseline in dict.fromkeys((row.arm, row.baseline) for row in pooled if row.planned):
+        cells = []
+        for outcome in plan.OUTCOMES:
+            pairs = [
+                mean(family.scores[arm][seed][outcome] - family.scores[baseline][seed][outcome] for seed in seeds)
+                for family in families
+                for seeds in of_warm_starts(family.seeds)
+            ]
+            cells.append(f"{shown(outcome, mean(pairs), '+')}, p {sign_flip_test(pairs):.2g}")
+        yield table_line([f"`{arm}` - `{baseline}`", *cells])
+    yield ""
+
+
+def of_warm_starts(seeds: Sequence[int]) -> list[list[int]]:
+    return [[seed for seed in seeds if seed % plan.WARM_STARTS == start] for start in range(plan.WARM_STARTS)]
 
 
 def of_family(family: Family, rows: list[PairedComparison]) -> Iterator[str]:
@@ -130,7 +152,10 @@ def of_family(family: Family, rows: list[PairedComparison]) -> Iterator[str]:
     yield ""
     yield from arms(family)
     yield from comparisons(rows)
-    yield from (f"![entropy]({_stem(family)}_entropy.png)", f"![outcomes]({_stem(family)}_outcomes.png)", "")
+    for number, _ in enumerate(plots.groups_of(list(family.runs)), start=1):
+        yield f"![entropy]({_stem(family)}_entropy_{number}.png)"
+        yield f"![outcomes]({_stem(family)}_outcomes_{number}.png)"
+    yield ""
     yield from mechanisms(family)
 
 

@@ -58,11 +58,11 @@ def read(family: str, folder: Path = ROWS) -> list[Row]:
     """Return a family's rows, none where there is no file.
 
     Raises:
-        ValueError: one run is there twice, or is of the family as it was once.
+        ValueError: one run is there twice, or is of the family or of options as they were once.
     """
     path = folder / f"{family}.jsonl.xz"
     rows = rows_in(path)
-    seen = set()
+    seen, options = set(), common(plan.config(family, Path()).identity())
     for row in rows:
         run = row["stage"], row["arm"], row["seed"]
         if run in seen:
@@ -73,7 +73,19 @@ def read(family: str, folder: Path = ROWS) -> list[Row]:
                 f"{path} must hold runs of {family!r} as it is now, fingerprint {plan.fingerprint(family)}, got {run} "
                 f"of {row['fingerprint']}; take those out, and run them again"
             )
+        if common(row["config"]) != options:
+            raise ValueError(
+                f"{path} must hold runs with the options {options}, got {run} with {common(row['config'])}"
+            )
     return rows
+
+
+def common(options: dict[str, Any]) -> dict[str, Any]:
+    """Return of a run's options those that all arms and seeds of a family share."""
+    start = {name: value for name, value in options["warm_start"].items() if name != "seed"}
+    return {name: value for name, value in options.items() if name not in ("algo", "method", "seed")} | {
+        "warm_start": start
+    }
 
 
 def add(rows: Iterable[Row], family: str, folder: Path = ROWS) -> None:

@@ -3,6 +3,8 @@
 import math
 from collections.abc import Iterable, Iterator, Sequence
 
+import numpy as np
+
 from benchmarks.evidence import outcomes, plan
 from benchmarks.evidence.outcomes import Family, has, told
 from paec_kernels.train.report.statistics import CONFIDENCE, Estimate, PairedComparison, bootstrap_interval, iqm
@@ -45,37 +47,52 @@ def comparisons(rows: list[PairedComparison]) -> Iterator[str]:
 def mechanisms(family: Family) -> Iterator[str]:
     """Tabulate what became of entropy and mask."""
     roles = [role for role in (FORK, STEP, FREE) if has(family, role)]
+    span = outcomes.middle(family.batches)
     yield (
-        "Entropy, in nats, and mask: first batch -> mean of the last tenth of the batches. Threshold, and the mask's "
-        "share on certain tokens: of the last tenth. Penalty: of all batches."
+        f"Entropy, in nats: first batch -> batches {span.start + 1} to {span.stop}, when most runs have found nothing "
+        "yet -> last tenth. All else: those batches -> last tenth. A floor for each position is active at this share "
+        "of the mask's weight, any other in this share of the optimiser steps. The penalty's force is that of a token "
+        "of mask 1, where its policy gradient has 1; the oracle counts forks alone, so its is left out."
     )
     yield ""
     yield from table_header(
         [
             "arm",
             *(f"entropy at {PLACES[role]}" for role in roles),
-            *(f"mask at {PLACES[role]}" for role in (FORK, STEP)),
-            "threshold",
-            "mask's share on certain",
-            "penalty active",
-            "penalty a token",
-            "H_bar / floor",
+            *(f"mask at {PLACES[role]}" for role in roles),
+            *("threshold", "mask's share on certain", "penalty active", "penalty a token", "H_bar / floor"),
         ]
     )
     for arm in family.runs:
-        of_arm = {name: told(family, arm, name) for name in next(iter(family.runs[arm].values())).mechanism}
-        cells = [f"{of_arm[f'start entropy/{role}']:.3f} -> {of_arm[f'end entropy/{role}']:.3f}" for role in roles]
-        cells += [f"{of_arm[f'start mask/{role}']:.2f} -> {of_arm[f'end mask/{role}']:.2f}" for role in (FORK, STEP)]
-        cells += [or_dash(of_arm[name], ".3f") for name in outcomes.OF_MASK]
-        active, force, ratio = (of_arm[name] for name in outcomes.OF_PENALTY)
-        cells += [or_dash(100 * active, ".0f", " %"), or_dash(force, ".3f"), or_dash(ratio, ".2f")]
-        yield table_line([f"`{arm}`", *cells])
+
+        def cell(name: str, form: str, *times: str, scale: float = 1, unit: str = "", arm: str = arm) -> str:
+            values = [scale * told(family, arm, f"{when} {name}") for when in times or outcomes.TIMES[1:]]
+            return "-" if np.isnan(values).any() else " -> ".join(f"{value:{form}}" for value in values) + unit
+
+        cells = [cell(f"entropy/{role}", ".3f", *outcomes.TIMES) for role in roles]
+        cells += [cell(f"mask/{role}", ".2f") for role in roles]
+        cells += [cell(name, ".2f") for name in outcomes.OF_MASK]
+        active, force, ratio = outcomes.OF_PENALTY
+        cells += [cell(active, ".0f", scale=100, unit=" %"), "-" if arm == "oracle" else cell(force, ".2f")]
+        yield table_line([f"`{arm}`", *cells, cell(ratio, ".2f")])
     yield ""
 
 
 def grids(families: Sequence[Family]) -> Iterator[str]:
     yield from ("## The grid", "")
-    yield f"The mean {plan.PRIMARY} of each candidate, in per cent, over seeds {span(plan.GRID_SEEDS)}; bold: taken."
+    picks = [
+        arm.grid.index(value)
+        for family in families
+        for name, arm in plan.ARMS.items()
+        for value in arm.grid
+        if family.chosen.get(name) == arm.spelled(value)
+    ]
+    at_edge = sum(pick in (0, 2) for pick in picks)
+    yield (
+        f"The mean {plan.PRIMARY} of each candidate, in per cent, over seeds {span(plan.GRID_SEEDS)}; bold: taken. Two "
+        f"seeds choose badly, and {at_edge} of {len(picks)} choices lie at an edge of their grid: a better value may "
+        "lie beyond, of any arm."
+    )
     yield ""
     yield from table_header(["arm", "field", *(family.name for family in families)])
     for name, arm in plan.ARMS.items():

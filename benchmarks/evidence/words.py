@@ -1,17 +1,16 @@
 """What the statistics say, and how the runs were made, in sentences."""
 
+import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-
 from benchmarks.evidence import plan
-from benchmarks.evidence.outcomes import Family, has, mean, told
-from benchmarks.evidence.tables import ALPHA, IN_BATCHES, PLACES, difference, only, span
+from benchmarks.evidence.outcomes import TIMES, Family, has, mean, middle, told
+from benchmarks.evidence.tables import ALPHA, IN_BATCHES, PLACES, difference, only, span, table_line
 from paec_kernels.train.report.statistics import CONFIDENCE, PairedComparison
 from paec_kernels.train.tasks.families import HARD_SHARE
-from paec_kernels.train.tasks.long_families import LONG_FAMILIES
+from paec_kernels.train.tasks.long_families import LONG_FAMILIES, Pen
 from paec_kernels.train.tasks.task import FORK, FREE, STEP
 
 
@@ -103,23 +102,47 @@ def _sides(low: dict[str, PairedComparison], row: PairedComparison, count: int) 
 def _of_mechanism(families: Sequence[Family]) -> Iterator[str]:
     """Say what became of entropy under the arms of the planned comparisons, as means over families and seeds."""
     arms = [arm for arm in plan.ARMS if arm in plan.PLANNED_ARMS]
-    yield from ("What became of entropy, as means over families and seeds:", "")
+    window = middle(families[0].batches)
+    yield (
+        f"What became of entropy, in nats, as means over families and seeds: first batch -> batches {window.start + 1} "
+        f"to {window.stop}, when most runs have found nothing yet -> last tenth."
+    )
+    yield ""
     for role in (FORK, STEP, FREE):
         changes = []
         for arm in arms:
             own = [family for family in families if arm in family.runs and has(family, role)]
             if own:
-                start, end = (mean(told(f, arm, f"{when} entropy/{role}") for f in own) for when in ("start", "end"))
-                changes.append(f"`{arm}` {start:.3f} -> {end:.3f}")
+                values = (mean(told(f, arm, f"{when} entropy/{role}") for f in own) for when in TIMES)
+                changes.append(f"`{arm}` {' -> '.join(f'{value:.3f}' for value in values)}")
         if changes:
-            yield f"- Entropy at {PLACES[role]}, in nats, first batch -> last tenth: {', '.join(changes)}."
-    active = []
-    for arm in arms:
-        shares = [told(f, arm, "term/penalty_active") for f in families if arm in f.runs]
-        if shares and not np.isnan(shares).any():
-            active.append(f"`{arm}` {100 * mean(shares):.0f} %")
-    if active:
-        yield f"- The penalty is active in this share of the batches: {', '.join(active)}."
+            yield f"- At {PLACES[role]}: {', '.join(changes)}."
+
+
+def what_was_asked(families: Sequence[Family]) -> Iterator[str]:
+    """Show a problem, and say what the words of this page mean."""
+    family = LONG_FAMILIES[families[0].name]
+    problem = next(p for p in map(family.train_problem, range(100)) if family.needed(p.prompt)[-1] != family.routes[0])
+    pen = Pen(random.Random(0), slip=0.0, free=family.free)
+    family.script(problem.prompt, family.needed(problem.prompt), pen)
+    marks = "".join({FORK: "^", STEP: " ", FREE: "~"}[role] for role in pen.roles)
+    yield from ("## What was asked", "")
+    yield from ("A problem and its solution; `^` marks forks, `~` harmless choices:", "", "```")
+    yield f"{problem.prompt}{''.join(pen.letters)}"
+    yield f"{' ' * len(problem.prompt)}{marks}".rstrip()
+    yield from ("```", "")
+    yield f"""\
+At a **fork** the policy picks a route, a letter. The **steps** after it follow the route, with one right letter each.
+**Harmless choices**, words and separators in the families with a `+`, change nothing. The initial policy takes the
+common route nearly always, and {100 * HARD_SHARE:g} % of the problems need a **rare** one: a policy that stops trying
+it at the forks never finds it. A run has **found** the rare routes (discovered them) when {100 * plan.DISCOVERED:g} %
+of the prompts are answered right mostly, over {plan.WINDOW} batches: the easy half, and half of the hard one. **area**
+is the mean of that share over all batches; it grows with how soon and how well. **H_bar** is the mean entropy under
+the mask, which PAEC keeps above its **floor**."""
+    yield from ("", "| arm | what it is | tuned |", "| --- | --- | --- |")
+    for name, arm in plan.ARMS.items():
+        yield table_line([f"`{name}`", arm.what, f"`{arm.coefficient}`" if arm.coefficient else ""])
+    yield ""
 
 
 def how_it_was_run(families: Sequence[Family]) -> Iterator[str]:
@@ -147,16 +170,19 @@ python {", ".join(_values(made, "python"))}, torch {", ".join(_values(made, "tor
   arms.
 - **Training**: {config.steps} batches of {config.prompts} prompts with {config.answers} answers each, {config.updates}
   optimiser steps a batch, learning rate {config.learning_rate:g}; the reward is that an answer is right.
-- **Arms**: the main coefficient of each is the best of a grid, by {plan.PRIMARY}, on seeds of its own
-  ({span(plan.GRID_SEEDS)}); the main runs have the seeds {span(plan.SEEDS)}. `oracle` is told the true forks.
-- **Outcomes**: `{plan.PRIMARY}` decides. `area` is the share of prompts whose answers are mostly right, its mean over
-  all batches. `discovery` is the batch at which the mean of that share over {plan.WINDOW} batches reaches
-  {plan.DISCOVERED:g}; a run that never gets there counts as its batches + 1, and "found" counts those that do.
-  `reward` is the mean over all batches. The others are of problems that training never sees. `discovery` is in
-  batches, all else in per cent.
-- **Statistics**: {100 * CONFIDENCE:g} % bootstrap intervals over seeds, resampled among those of a warm start; IQM is
-  the interquartile mean. Differences are paired by seed; p is a sign-flip test's. Planned before the runs: {planned}.
-  Their p are adjusted by Holm within an outcome. All else is exploratory, its p unadjusted.
+- **Arms**: one coefficient of each is the best of a grid, by {plan.PRIMARY}, on seeds of their own
+  ({span(plan.GRID_SEEDS)}); the main runs have the seeds {span(plan.SEEDS)}. The grid's seeds begin with
+  {len(plan.GRID_SEEDS)} of the {plan.WARM_STARTS} warm starts, which half of the main runs have too. All else is at the
+  defaults.
+- **Outcomes**: {plan.PRIMARY} over all families together decides; single families and the other outcomes tell where and
+  how. `discovery` is the batch at which the rare routes are found; a run that never gets there counts as its batches
+  + 1, and "found" counts those that do. `reward` is the mean over all batches. The others are of problems that training
+  never sees. `discovery` is in batches, all else in per cent.
+- **Statistics**: {100 * CONFIDENCE:g} % bootstrap intervals over seeds, resampled among those of a warm start. Of so
+  few seeds they hold the mean in 90 % of cases or so: the tests decide. IQM is the interquartile mean. Differences are
+  paired by seed; p is a sign-flip test's. Planned before the runs: {planned}. Their p are adjusted by Holm within an
+  outcome. All else is exploratory, its p unadjusted. Seeds are about these {plan.WARM_STARTS} warm starts of a family;
+  what holds for others is tested with a warm start as a pair, of which there are fewer.
 """
 
 
@@ -170,7 +196,7 @@ def _family_in_words(name: str) -> str:
         f"with {rare + 1} routes, of which the habit takes {'the' if rare == 1 else 'each'} rare one with a share of "
     )
     free = f", {count[FREE]} of them harmless choices" if count[FREE] else ""
-    hint = f"of the first skill's solutions {family.hint:g} take what is needed"
+    hint = f"of the worked solutions that teach all routes {100 * family.hint:g} % take the ones that are needed"
     return f"**{name}**: {does} {forks} {habit}{family.rare:g}; {hint}; answers of {len(family.roles)} tokens{free}."
 
 

@@ -52,12 +52,10 @@ class Plan(NamedTuple):
     """H_bar / floor; NaN until there is a floor [ours]."""
     penalty_active: Tensor
     """1 where the penalty pulls, else 0, so that its mean over a log is the share of steps [ours]: where H_bar is below
-    the floor, or, with the integral penalty, c is not 0."""
+    the floor, or, with the integral penalty, c is not 0. With a floor for each position the share of sum(m) on tokens
+    below theirs."""
     bonus_per_token: Tensor
-    """beta N / sum(m): what the entropy of a token with mask 1 weighs, where its policy gradient weighs 1 [ours].
-
-    With ``penalty_per_token`` it takes .3 to .5 to hold a fork against the policy gradient, measured on a tiny model.
-    """
+    """beta N / sum(m): what the entropy of a token with mask 1 weighs, where its policy gradient weighs 1 [ours]."""
     penalty_per_token: Tensor
     """The same for the penalty: ``pull`` N / sum(m) [ours]."""
 

@@ -13,7 +13,7 @@ import torch
 from made_evidence import BATCHES, PROBLEMS, SAMPLES, made_row, made_rows
 from scipy.stats import binom, trim_mean
 
-from benchmarks.evidence import outcomes, plan, report, run
+from benchmarks.evidence import outcomes, plan, plots, report, run, words
 from paec_kernels.train.report import statistics
 from paec_kernels.train.tasks.long_families import LONG_FAMILIES
 
@@ -26,9 +26,9 @@ def _small_plan(request, monkeypatch) -> None:
     if "published" in request.node.name:
         return
     arms = {
-        "grpo": plan.Arm("grpo"),
-        "oracle": plan.Arm("oracle", "paec.rho_min", (0.2, 0.4, 0.8)),
-        "paec": plan.Arm("paec", "paec.lam", (1, 5, 25)),
+        "grpo": plan.Arm("nothing", "grpo"),
+        "oracle": plan.Arm("told", "oracle", "paec.rho_min", (0.2, 0.4, 0.8)),
+        "paec": plan.Arm("ours", "paec", "paec.lam", (1, 5, 25)),
     }
     monkeypatch.setattr(plan, "ARMS", arms)
     monkeypatch.setattr(plan, "SEEDS", SEEDS)
@@ -126,20 +126,23 @@ def test_the_mechanism_is_that_of_the_logs(tmp_path) -> None:
     rows = made_rows(LEVELS, SEEDS, family="chain+")
     text = section(page_of(tmp_path, chain_free=rows), "chain+")
     cells = table(text, "| arm | entropy")
+    middle, end = slice(4, 8), slice(-2, None)  # of 20 batches
     for arm in LEVELS:
         logs = [row["log"] for row in main_rows(rows, arm)]
         for role, where in (("fork", "forks"), ("step", "steps"), ("free", "harmless choices")):
-            start, end = (
-                np.mean([log[f"entropy/{role}"][part] for log in logs]) for part in (slice(1), slice(-2, None))
-            )
-            assert cells[f"`{arm}`"][f"entropy at {where}"] == f"{start:.3f} -> {end:.3f}"
-        end = np.mean([log["threshold"][-2:] for log in logs])
-        assert cells[f"`{arm}`"]["threshold"] == f"{end:.3f}"
-    active = np.mean([row["log"]["term/penalty_active"] for row in main_rows(rows, "paec")])
-    assert cells["`paec`"]["penalty active"] == f"{100 * active:.0f} %"
-    ratio = np.mean([np.mean(row["log"]["term/floor_ratio"][1:]) for row in main_rows(rows, "paec")])
-    assert cells["`paec`"]["H_bar / floor"] == f"{ratio:.2f}"
+            values = [np.mean([log[f"entropy/{role}"][part] for log in logs]) for part in (slice(1), middle, end)]
+            assert cells[f"`{arm}`"][f"entropy at {where}"] == " -> ".join(f"{value:.3f}" for value in values)
+            values = [np.mean([log[f"mask/{role}"][part] for log in logs]) for part in (middle, end)]
+            assert cells[f"`{arm}`"][f"mask at {where}"] == " -> ".join(f"{value:.2f}" for value in values)
+        values = [np.mean([log["threshold"][part] for log in logs]) for part in (middle, end)]
+        assert cells[f"`{arm}`"]["threshold"] == " -> ".join(f"{value:.2f}" for value in values)
+    logs = [row["log"] for row in main_rows(rows, "paec")]
+    active = [100 * np.mean([log["term/penalty_active"][part] for log in logs]) for part in (middle, end)]
+    assert cells["`paec`"]["penalty active"] == " -> ".join(f"{value:.0f}" for value in active) + " %"
+    ratios = [np.mean([log["term/floor_ratio"][part] for log in logs]) for part in (middle, end)]
+    assert cells["`paec`"]["H_bar / floor"] == " -> ".join(f"{value:.2f}" for value in ratios)
     assert cells["`grpo`"]["penalty active"] == cells["`grpo`"]["penalty a token"] == "-"
+    assert cells["`oracle`"]["penalty a token"] == "-" != cells["`oracle`"]["penalty active"]
 
 
 def test_scores_for_each_k() -> None:
@@ -171,6 +174,9 @@ def test_a_planted_win_is_found(tmp_path) -> None:
     pooled = areas["oracle"] - areas["grpo"]
     assert together.startswith(f"{100 * pooled:+.1f} [")
     assert together.endswith("adjusted **0.016**")  # 2 of the 2^8 signs, and 2 comparisons
+    starts = section(page, "All families together").partition("over warm starts")[2]
+    cell = table(starts, "|  | area")["`oracle` - `grpo`"]["area"]
+    assert cell == f"{100 * pooled:+.1f}, p 0.0078"  # 2 of the signs of 4 starts of 2 families
     assert (tmp_path / "summary.png").stat().st_size > 10_000
 
 
@@ -316,6 +322,32 @@ def test_a_run_of_the_family_as_it_was_is_refused(tmp_path) -> None:
     assert len(prints) == len(LONG_FAMILIES)
 
 
+def test_a_run_with_other_options_is_refused(tmp_path) -> None:
+    row = made_row("main", "grpo", 0, 0.5)
+    run.add([row | {"config": row["config"] | {"learning_rate": 1.0}}], "chain", tmp_path)
+    with pytest.raises(ValueError, match=r"must hold runs with the options .* got \('main', 'grpo', 0\) with .* 1\.0"):
+        run.read("chain", tmp_path)
+
+
+def test_every_arm_is_drawn_once_beside_the_baseline() -> None:
+    arms = [*LEVELS, *(f"other-{i}" for i in range(15))]
+    groups = plots.groups_of(arms)
+    assert groups[0][:3] == ["grpo", "oracle", "paec"]
+    assert all(group[0] == "grpo" and len(group) <= plots.LEGIBLE for group in groups)
+    assert sorted(arm for group in groups for arm in group[1:]) == sorted(set(arms) - {"grpo"})
+    assert plots.groups_of(["grpo"]) == [["grpo"]]
+
+
+@pytest.mark.parametrize("name", LONG_FAMILIES)
+def test_what_was_asked_is_a_problem_that_needs_a_rare_route(name) -> None:
+    family = replace(outcomes.gather("chain", made_rows(LEVELS, SEEDS)), name=name)
+    _, solution, marks, _ = "\n".join(words.what_was_asked([family])).split("```")[1].split("\n")
+    needed = LONG_FAMILIES[name].needed(solution.partition(":")[0] + ":")
+    assert set(needed) != {LONG_FAMILIES[name].routes[0]}
+    assert "".join(letter for letter, mark in zip(solution, marks, strict=False) if mark == "^") == needed
+    assert marks.count("~") == LONG_FAMILIES[name].roles.count("free")
+
+
 def test_a_run_becomes_a_row(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)  # of this process
     config = plan.config("chain+", tmp_path / "cache")
@@ -327,6 +359,7 @@ def test_a_run_becomes_a_row(tmp_path, monkeypatch) -> None:
         warm_start=replace(config.warm_start, skill_steps=2, habit_steps=1, batch=8),
         evaluate=replace(config.evaluate, problems=3),
     )
+    monkeypatch.setattr(plan, "config", lambda family, cache: shrunk)
     row = run.run_one("chain+", "main", "paec,paec.lam=5", 5, shrunk) | {"provenance": {}}
     run.add([row], "chain+", tmp_path)
     assert run.read("chain+", tmp_path) == [row]
@@ -336,7 +369,7 @@ def test_a_run_becomes_a_row(tmp_path, monkeypatch) -> None:
     assert set(outcomes.OF_PENALTY) <= row["log"].keys()
     assert np.shape(row["correct"]) == np.shape(row["answers"]) == (3, 16)
     assert set(plan.OUTCOMES) <= outcomes.scores({**row, "log": {k: v * 10 for k, v in row["log"].items()}}).keys()
-    told = outcomes.mechanism(row)
+    told = outcomes.mechanism({**row, "log": {k: v * 10 for k, v in row["log"].items()}})
     assert told["start entropy/fork"] > 0
     assert 0 <= told["end mask/step"] <= 1
 
@@ -371,20 +404,61 @@ def test_a_run_that_fails_is_lost_alone_and_asked_for_again(tmp_path, monkeypatc
         run.main(["main", "--out", str(tmp_path / "empty")])
 
 
+def published_rows() -> dict[str, list[run.Row]]:
+    folder = Path(__file__).parents[2] / run.ROWS
+    return {family: rows for family in plan.FAMILIES if (rows := run.read(family, folder))}
+
+
+@pytest.mark.slow
+def test_published_candidates_of_an_arm_are_different_runs() -> None:
+    """A coefficient that changes nothing is none: so it was once with a floor that was never reached."""
+    for family, rows in published_rows().items():
+        for arm in plan.ARMS.values():
+            own = [[row["log"] for row in rows if (row["stage"], row["arm"]) == ("grid", c)] for c in arm.candidates]
+            assert all(one != other for one, other in itertools.combinations(filter(None, own), 2)), (
+                family,
+                arm.method,
+            )
+
+
+@pytest.mark.slow
+def test_published_arms_renamed_at_random_win_by_chance_alone(monkeypatch) -> None:
+    monkeypatch.setattr(statistics, "RESAMPLES", 2)
+    families = [outcomes.gather(name, rows) for name, rows in published_rows().items()]
+    pooled = report.pool([family for family in families if isinstance(family, outcomes.Family)])
+    own = [row for row in report.compared(pooled) if row.outcome == plan.PRIMARY and row.planned]
+    assert any(row.adjusted_p_value <= 0.05 for row in own)
+    rng, trials, wins = np.random.default_rng(0), 40, 0
+    for _ in range(trials):
+        renamed: dict = {arm: {} for arm in pooled}
+        for seed in plan.SEEDS:
+            for arm, other in zip(renamed, rng.permutation(list(renamed)), strict=True):
+                renamed[arm][seed] = pooled[other][seed]
+        of_primary = [row for row in report.compared(renamed) if row.outcome == plan.PRIMARY and row.planned]
+        wins += any(row.adjusted_p_value <= 0.05 for row in of_primary)
+    assert wins <= binom.ppf(0.999, trials, 0.05)
+
+
 def test_the_readme_has_the_published_numbers() -> None:
     root = Path(__file__).parents[2]
     page = (root / run.ROWS / "README.md").read_text()
     (paragraph,) = re.findall(rf"\[{run.ROWS}\].*?\n\n", (root / "README.md").read_text(), re.DOTALL)
-    together = dict(
-        re.findall(r"`([\w-]+)` is above `grpo` in .* All together: \+(\d+\.\d) .*", page.partition("- **dis")[0])
-    )
-    told = re.findall(r"(\d+\.\d)", paragraph)
-    assert told == [together[arm] for arm in ("oracle", "paec", "paec-positions")]
-    families = re.findall(r"^## \w+\+?\n(.*?)(?=\n## )", page, re.MULTILINE | re.DOTALL)
-    assert len(families) == 4
-    every_run = [bool(re.search(r"^\| `paec-positions` \| 16 of 16 \|", family, re.MULTILINE)) for family in families]
-    assert every_run.count(True) == 3
-    assert "`paec-positions` is above `grpo` in 3 (chain, chain+, carry+) of 4 families, below it in none." in page
+    shown = section(page, "What this shows")
+
+    def together(arm: str, outcome: str) -> tuple[str, str]:
+        (found,) = re.findall(
+            rf"`{arm}` is above `grpo` in .*? All together: \+(\d+\.\d) .*?, p ([\d.e-]+),",
+            shown.split(f"**{outcome}**")[1],
+        )[:1]
+        return found
+
+    areas = {arm: together(arm, "area")[0] for arm in ("oracle", "paec", "paec-positions")}
+    expected = [areas["oracle"], areas["paec"], *together("paec", "maj@16"), areas["paec-positions"]]
+    assert re.findall(r"\d+\.\d+", paragraph) == expected
+    families = re.findall(r"^## (\w+\+?)\n", page, re.MULTILINE)
+    assert [name for name in families if name in LONG_FAMILIES] == ["chain", "chain+", "scan", "scan+", "carry+"]
+    assert "five families of six are in" in paragraph
+    assert "`paec-positions` is above `grpo` in 3 (chain, chain+, carry+) of 5 families, below it in none." in shown
 
 
 @pytest.mark.slow
