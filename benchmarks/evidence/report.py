@@ -7,16 +7,18 @@ must be one of the page's.
 """
 
 import argparse
+import json
 import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from matplotlib.figure import Figure
 
 from benchmarks.evidence import plan, plots
 from benchmarks.evidence.outcomes import Family, fill_warm_starts, gather, mean
-from benchmarks.evidence.run import ROWS, read
+from benchmarks.evidence.run import RERUNS, ROWS, read
 from benchmarks.evidence.tables import arms, comparisons, grids, mechanisms, shown, table_header, table_line
 from benchmarks.evidence.words import how_it_was_run, not_run, what_this_shows, what_was_asked
 from paec_kernels.saved_state import whole_file
@@ -34,7 +36,8 @@ def write(folder: Path = ROWS) -> list[Path]:
     gathered = {name: gather(name, read(name, folder)) for name in plan.FAMILIES}
     families = [family for family in gathered.values() if isinstance(family, Family)]
     missing = {name: found for name, found in gathered.items() if isinstance(found, str)}
-    page = text(families, missing)
+    record = folder / RERUNS
+    page = text(families, missing, json.loads(record.read_text()) if record.exists() else [])
     findings = folder / "findings.md"
     if findings.exists():
         if unfounded := numbers(findings.read_text()) - numbers(page):
@@ -64,7 +67,7 @@ def figures(families: Sequence[Family]) -> Iterator[tuple[str, Figure]]:
             yield f"{_stem(family)}_outcomes_{number}", plots.outcomes(family, group)
 
 
-def text(families: Sequence[Family], missing: dict[str, str]) -> str:
+def text(families: Sequence[Family], missing: dict[str, str], reruns: Sequence[dict[str, Any]]) -> str:
     """Return the page without its findings."""
     within = {family.name: compared(family.scores) for family in families}
     pooled = compared(pool(families))
@@ -80,6 +83,7 @@ def text(families: Sequence[Family], missing: dict[str, str]) -> str:
             *(of_all(families, pooled) if pooled else ()),
             *(line for family in families for line in of_family(family, within[family.name])),
             *(grids(families) if families else ()),
+            *again(reruns),
         ]
     )
 
@@ -120,6 +124,25 @@ def of_all(families: Sequence[Family], pooled: list[PairedComparison]) -> Iterat
     yield f"Means over the {len(families)} families for each seed, of the arms that every family has."
     yield from ("", *comparisons(pooled), *over_warm_starts(families, pooled))
     yield from ("![differences from the baseline](summary.png)", "")
+
+
+def again(reruns: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """Tabulate runs that were made again."""
+    if not reruns:
+        return
+    yield from ("## Runs made again", "")
+    yield (
+        "By `python -m benchmarks.evidence.rerun`. Columns of the log that came out the same to the digit, and of the "
+        "answers sampled in training the share whose letters all stand where solutions have such, so that roles, which "
+        "are told by place, are those of the letters."
+    )
+    yield ""
+    yield from table_header(["family", "arm", "seed", "commit", "columns the same", "answers that fit"])
+    for each in reruns:
+        cells = [f"{each['same']} of {each['columns']}", f"{100 * each['fitting'] / each['answers']:.1f} %"]
+        arm, commit = f"`{each['arm']}`", each["provenance"]["commit"]
+        yield table_line([each["family"], arm, str(each["seed"]), commit, *cells])
+    yield ""
 
 
 def over_warm_starts(families: Sequence[Family], pooled: list[PairedComparison]) -> Iterator[str]:

@@ -33,6 +33,7 @@ from paec_kernels.train.report.statistics import reward_area
 from paec_kernels.train.tasks.task import ROLES
 
 ROWS = Path("bench_results/rlvr/long")
+RERUNS = "reruns.json"  # there, of runs made again
 DIGITS = 4  # of a logged number
 # Columns of the log that are kept, where the run has them.
 KEPT = (

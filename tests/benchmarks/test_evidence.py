@@ -1,6 +1,8 @@
 """The evidence's report says what its rows say and finds what is there alone; no run is lost or repeated."""
 
 import itertools
+import json
+import random
 import re
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -13,8 +15,9 @@ import torch
 from made_evidence import BATCHES, PROBLEMS, SAMPLES, made_row, made_rows
 from scipy.stats import binom, trim_mean
 
-from benchmarks.evidence import outcomes, plan, plots, report, run, words
+from benchmarks.evidence import outcomes, plan, plots, report, rerun, run, words
 from paec_kernels.train.report import statistics
+from paec_kernels.train.tasks.families import Habits
 from paec_kernels.train.tasks.long_families import LONG_FAMILIES
 
 SEEDS = range(8)  # two of each warm start; of fewer pairs no p passes Holm
@@ -404,6 +407,48 @@ def test_a_run_that_fails_is_lost_alone_and_asked_for_again(tmp_path, monkeypatc
         run.main(["main", "--out", str(tmp_path / "empty")])
 
 
+def test_a_run_made_again_is_the_same_and_its_answers_fit(tmp_path, monkeypatch, capsys) -> None:
+    start = plan.config("chain", tmp_path / "cache").warm_start
+    config = replace(
+        plan.config("chain", tmp_path / "cache"),
+        steps=2,
+        prompts=4,
+        answers=2,
+        warm_start=replace(start, skill_steps=2, habit_steps=1, batch=8),
+        evaluate=replace(plan.config("chain", tmp_path).evaluate, problems=2),
+    )
+    monkeypatch.setattr(plan, "config", lambda family, cache: config)
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)  # of this process
+    monkeypatch.setattr(run, "provenance", lambda: {"commit": "made up"})
+    monkeypatch.setattr(rerun, "provenance", lambda: {"commit": "made up"})
+    rows = [made_row("grid", "grpo", seed, 0.5) for seed in plan.GRID_SEEDS]
+    row = run.run_one("chain", "main", "grpo", 5, config)
+    run.add([*rows, row], "chain", tmp_path)
+    asked = ["--families", "chain", "--arms", "grpo", "--seed", "5", "--out", str(tmp_path)]
+    assert rerun.main(asked) == 0
+    (found,) = json.loads((tmp_path / run.RERUNS).read_text())
+    assert (found["same"], found["answers"]) == (len(row["log"]), 2 * 4 * 2)
+    assert f"| chain | `grpo` | 5 | made up | {found['same']} of {found['same']} |" in "\n".join(report.again([found]))
+    row["log"]["reward"][1] += 0.5
+    (tmp_path / "chain.jsonl.xz").unlink()
+    run.add([*rows, row], "chain", tmp_path)
+    assert rerun.main(asked) == 1
+    (found,) = json.loads((tmp_path / run.RERUNS).read_text())
+    assert found["same"] == found["columns"] - 1
+    with pytest.raises(ValueError, match=r"must hold the main run of 'grpo' with seed 6, got none"):
+        rerun.rerun("chain", "grpo", 6, tmp_path, tmp_path)
+
+
+@pytest.mark.parametrize("name", LONG_FAMILIES)
+def test_an_answer_fits_where_each_letter_stands_as_in_solutions(name) -> None:
+    family = LONG_FAMILIES[name]
+    solution = family.solution(family.train_problem(2000), Habits(), random.Random(1))
+    assert rerun.fits(name, solution)
+    assert not rerun.fits(name, solution[1:])
+    assert not rerun.fits(name, solution[1:] + solution[-1])
+    assert not rerun.fits(name, "")
+
+
 def published_rows() -> dict[str, list[run.Row]]:
     folder = Path(__file__).parents[2] / run.ROWS
     return {family: rows for family in plan.FAMILIES if (rows := run.read(family, folder))}
@@ -464,10 +509,10 @@ def test_the_readme_has_the_published_numbers() -> None:
 @pytest.mark.slow
 def test_the_published_page_is_that_of_the_published_rows(tmp_path) -> None:
     folder = Path(__file__).parents[2] / run.ROWS
-    files = [*folder.glob("*.jsonl.xz"), *folder.glob("findings.md")]
+    files = [*folder.glob("*.jsonl.xz"), folder / "findings.md", folder / run.RERUNS]
     if not any(file.suffix == ".xz" for file in files):
         pytest.skip("no rows of the long families are published yet")
-    for file in files:
+    for file in filter(Path.exists, files):
         (tmp_path / file.name).symlink_to(file)
     written = report.write(tmp_path)
     assert (tmp_path / "README.md").read_text() == (folder / "README.md").read_text()

@@ -9,7 +9,13 @@ import pytest
 
 from paec_kernels.train.report.compare import Comparison, compare, run_scores
 from paec_kernels.train.report.runs import Run, find_runs, read_run
-from paec_kernels.train.report.statistics import holm, paired_differences, t_interval
+from paec_kernels.train.report.statistics import (
+    batches_to_discovery,
+    holm,
+    paired_differences,
+    sign_flip_test,
+    t_interval,
+)
 from paec_kernels.train.report.tables import _cell, difference_cell, save
 
 PUBLISHED = Path(__file__).parents[2] / "bench_results" / "rlvr"
@@ -62,6 +68,17 @@ def claims(comparison: Comparison, runs: list[Run]) -> Iterator[str]:
     by_arm = {arm: sum(run.arm == arm for run in routeless) for arm in comparison.arms}
     counts = ", ".join(f"{arm} {count}" for arm, count in by_arm.items() if count)
     yield f"shorter than 10 tokens on average): {counts}, of {seeds.pop()} each."
+
+    for level in (0.7, 0.8):
+        sooner = {}
+        for arm in ("grpo", "paec", "paec-no-mask", "paec-no-penalty"):
+            rewards = {run.seed: run.log["reward"] for run in runs if run.arm == arm}
+            sooner[arm] = {seed: batches_to_discovery(values, level, 10) for seed, values in rewards.items()}
+        told = []
+        for arm in list(sooner)[1:]:
+            batches = paired_differences(sooner[arm], sooner["grpo"])
+            told.append(f"`{arm}` {batches.mean():.1f}, p {sign_flip_test(batches):.2g}")
+        yield f"At {level}: {'; '.join(told)}."
 
     shown = [name for name in comparison.metrics if name not in ("pass@1", "pass@2", "pass@4", "pass@8")]
     found: dict[str, list[str]] = {}
