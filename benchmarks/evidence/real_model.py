@@ -21,7 +21,6 @@ from typing import Any, get_args, get_type_hints
 import numpy as np
 from matplotlib.figure import Figure
 
-from benchmarks.evidence import plan
 from benchmarks.evidence.outcomes import known_mean
 from benchmarks.evidence.plots import OWN, legend_of, panels_of, save
 from benchmarks.evidence.run import Row, rounded, rows_in
@@ -37,7 +36,12 @@ from paec_kernels.train.run_folder import count_rows, read_rows
 
 FOLDER = Path("bench_results/rlvr/smollm2")
 ROWS, PAGE, PICTURE = "rows.jsonl.xz", "README.md", "curves.png"
-ARMS = ("grpo", "paec", "paec-no-mask", "paec-positions")  # of the plan, their coefficients at the defaults
+ARMS = {  # as `paec compare` spells them, their coefficients at the defaults
+    "grpo": "grpo",
+    "paec": "paec",
+    "paec-no-mask": "paec-no-mask",
+    "paec-positions": "paec,paec.anchored=positions",
+}
 TASKS = PRESETS["smollm2"].tasks[:3]
 TURN = 5  # batches that an arm trains before the next one's turn
 # Columns of the page's table: name, heading, format.
@@ -65,7 +69,7 @@ KEPT = {
 def config(arm: str, runs: Path, **options: Any) -> TrainConfig:
     """Return the options of an arm's run."""
     shared = replace(PRESETS["smollm2"], tasks=TASKS, checkpoint_every=TURN, **options)
-    return replace(with_arm(shared, plan.ARMS[arm].method), out=runs / arm)
+    return replace(with_arm(shared, ARMS[arm]), out=runs / arm)
 
 
 def train_in_turns(configs: dict[str, TrainConfig], until: float) -> Iterator[str]:
@@ -126,16 +130,18 @@ def text(rows: Sequence[Row]) -> Iterator[str]:
         "mechanism, not a comparison of arms. First -> last: means of the first and of the last fifth of the batches; "
         "all else is the mean over all batches; entropies in nats. Bonus and penalty are what the entropy of a token "
         "of mask 1 weighs where its policy gradient weighs 1. Mask and H_bar are an arm's own, and of `grpo`, which "
-        "has none, those of PAEC at its defaults."
+        "has none, those of PAEC at its defaults. Penalty: its form, lam and rho_min."
     )
     yield ""
     yield from table_header(
-        ["arm", "reward", "mixed groups", "entropy", "H_bar", *(heading for _, heading, _ in MEANS)]
+        ["arm", "penalty", "reward", "mixed groups", "entropy", "H_bar", *(heading for _, heading, _ in MEANS)]
     )
     for row in rows:
         log = {name: np.array(values[:batches], dtype=float) for name, values in row["log"].items()}
         fifth = max(1, batches // 5)
-        cells = [
+        own = row["config"]["method"].get("paec")
+        cells = [f"{own['penalty']}, {own['lam']:g}, {own['rho_min']:g}" if own else "-"]
+        cells += [
             f"{np.nanmean(log[name][:fifth]):.2f} -> {np.nanmean(log[name][-fifth:]):.2f}"
             for name in ("reward", "mixed_groups", "entropy", "mean_entropy")
         ]

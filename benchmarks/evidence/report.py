@@ -18,12 +18,13 @@ from matplotlib.figure import Figure
 
 from benchmarks.evidence import plan, plots
 from benchmarks.evidence.outcomes import Family, fill_warm_starts, gather, mean
-from benchmarks.evidence.run import RERUNS, ROWS, read
+from benchmarks.evidence.run import FRESH, RERUNS, ROWS, read
 from benchmarks.evidence.tables import arms, comparisons, grids, mechanisms, shown, table_header, table_line
 from benchmarks.evidence.words import how_it_was_run, not_run, what_this_shows, what_was_asked
 from paec_kernels.saved_state import whole_file
 from paec_kernels.train.report.statistics import PairedComparison, Scores, planned_comparisons, sign_flip_test
 
+Records = Sequence[dict[str, Any]]
 NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
 
 
@@ -36,8 +37,8 @@ def write(folder: Path = ROWS) -> list[Path]:
     gathered = {name: gather(name, read(name, folder)) for name in plan.FAMILIES}
     families = [family for family in gathered.values() if isinstance(family, Family)]
     missing = {name: found for name, found in gathered.items() if isinstance(found, str)}
-    record = folder / RERUNS
-    page = text(families, missing, json.loads(record.read_text()) if record.exists() else [])
+    records = [json.loads(path.read_text()) if (path := folder / name).exists() else [] for name in (RERUNS, FRESH)]
+    page = text(families, missing, *records)
     findings = folder / "findings.md"
     if findings.exists():
         if unfounded := numbers(findings.read_text()) - numbers(page):
@@ -67,7 +68,7 @@ def figures(families: Sequence[Family]) -> Iterator[tuple[str, Figure]]:
             yield f"{_stem(family)}_outcomes_{number}", plots.outcomes(family, group)
 
 
-def text(families: Sequence[Family], missing: dict[str, str], reruns: Sequence[dict[str, Any]]) -> str:
+def text(families: Sequence[Family], missing: dict[str, str], reruns: Records, fresh: Records) -> str:
     """Return the page without its findings."""
     within = {family.name: compared(family.scores) for family in families}
     pooled = compared(pool(families))
@@ -84,6 +85,7 @@ def text(families: Sequence[Family], missing: dict[str, str], reruns: Sequence[d
             *(line for family in families for line in of_family(family, within[family.name])),
             *(grids(families) if families else ()),
             *again(reruns),
+            *other_seeds(fresh),
         ]
     )
 
@@ -126,7 +128,7 @@ def of_all(families: Sequence[Family], pooled: list[PairedComparison]) -> Iterat
     yield from ("![differences from the baseline](summary.png)", "")
 
 
-def again(reruns: Sequence[dict[str, Any]]) -> Iterator[str]:
+def again(reruns: Records) -> Iterator[str]:
     """Tabulate runs that were made again."""
     if not reruns:
         return
@@ -142,6 +144,22 @@ def again(reruns: Sequence[dict[str, Any]]) -> Iterator[str]:
         cells = [f"{each['same']} of {each['columns']}", f"{100 * each['fitting'] / each['answers']:.1f} %"]
         arm, commit = f"`{each['arm']}`", each["provenance"]["commit"]
         yield table_line([each["family"], arm, str(each["seed"]), commit, *cells])
+    yield ""
+
+
+def other_seeds(fresh: Records) -> Iterator[str]:
+    """Tabulate runs that `paec compare` made with seeds that are not the plan's."""
+    if not fresh:
+        return
+    yield from ("## Other seeds, by `paec compare`", "")
+    yield from table_header(["family", "arm", f"{plan.PRIMARY} by seed", "smallest and largest above"])
+    arms: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for each in fresh:
+        arms.setdefault((each["family"], each["arm"]), []).append(each)
+    for (family, arm), runs in arms.items():
+        areas = ", ".join(f"{each['seed']}: {shown(plan.PRIMARY, each['area'])}" for each in runs)
+        low, high = (shown(plan.PRIMARY, runs[0][end]) for end in ("low", "high"))
+        yield table_line([family, f"`{arm}`", areas, f"{low} to {high}"])
     yield ""
 
 

@@ -1,8 +1,12 @@
-"""Make published runs again: the same to the digit, and answers whose letters stand where their roles say.
+"""Make published runs again: the same to the digit, and answers whose letters stand where their roles say. And hold
+runs of other seeds, by `paec compare`, against the published ones.
 
 python -m benchmarks.evidence.rerun --families carry+ --arms grpo paec-positions --seed 3
+paec compare --train.preset long --train.tasks carry+ --warm-starts 4 --seeds 3 --first-seed 200 --out runs/fresh \\
+    --arms grpo paec,paec.anchored=positions,paec.rho_min=0.8
+python -m benchmarks.evidence.rerun --compared runs/fresh
 
-The record, ``bench_results/rlvr/long/reruns.json``, is a table of the page.
+The records, ``reruns.json`` and ``fresh.json`` in ``bench_results/rlvr/long``, are tables of the page.
 """
 
 import argparse
@@ -16,13 +20,16 @@ from typing import Any
 import torch
 
 from benchmarks.evidence import plan
-from benchmarks.evidence.run import RERUNS, ROWS, best, read, rounded
+from benchmarks.evidence.run import FRESH, RERUNS, ROWS, best, read, rounded
 from benchmarks.provenance import provenance
 from paec_kernels.saved_state import write_json
 from paec_kernels.train import loop
 from paec_kernels.train.models.policy import Rollout
 from paec_kernels.train.policies import starting_policy
 from paec_kernels.train.presets import with_arm_and_seed
+from paec_kernels.train.report.runs import find_runs, read_run
+from paec_kernels.train.report.statistics import reward_area
+from paec_kernels.train.run_folder import read_rows
 from paec_kernels.train.tasks.families import Habits
 from paec_kernels.train.tasks.long_families import LONG_FAMILIES
 
@@ -78,6 +85,29 @@ def rerun(family: str, arm: str, seed: int, cache: Path, folder: Path) -> dict[s
     }
 
 
+def fresh(runs: Path, folder: Path) -> list[dict[str, Any]]:
+    """Return the area of each run of `paec compare`, and the smallest and the largest of the same arm's published ones.
+
+    Raises:
+        ValueError: of an arm or a family that is not published, or a seed that is.
+    """
+    found = []
+    for path in find_runs([runs]):
+        run = read_run(path)
+        (family,) = run.config["tasks"]
+        rows = [row for row in read(family, folder) if row["stage"] == "main"]
+        own = [row for row in rows if row["config"]["method"] == run.config["method"]]
+        if not own or run.seed in {row["seed"] for row in own}:
+            raise ValueError(f"{path} must be of an arm that is published, with another seed, got seed {run.seed}")
+        areas = [reward_area(row["log"]["mostly_right"]) for row in own]
+        area = reward_area([row["mostly_right"] for row in read_rows(path)])
+        arm = next(name for name, spelled in best(read(family, folder)).items() if spelled == own[0]["arm"])
+        found.append(
+            {"family": family, "arm": arm, "seed": run.seed, "area": area, "low": min(areas), "high": max(areas)}
+        )
+    return found
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--families", nargs="+", choices=plan.FAMILIES, default=["carry+"])
@@ -85,7 +115,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=3)
     parser.add_argument("--out", type=Path, default=ROWS, help="folder of the rows and of the record")
     parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "paec_kernels")
+    parser.add_argument("--compared", type=Path, help="folder of runs of `paec compare`, of other seeds")
     asked = parser.parse_args(arguments)
+    if asked.compared:
+        runs = fresh(asked.compared, asked.out)
+        write_json(asked.out / FRESH, runs)
+        return int(any(not each["low"] <= each["area"] <= each["high"] for each in runs))
     torch.set_num_threads(1)
     path = asked.out / RERUNS
     record = json.loads(path.read_text()) if path.exists() else []

@@ -2,6 +2,7 @@
 
 python -m benchmarks.evidence.run grid --families chain --jobs 2
 python -m benchmarks.evidence.run main --families chain --jobs 2 --minutes 60
+python -m benchmarks.evidence.run main --jobs 16 --seeds 64     # where there are many cores
 
 The rows are ``bench_results/rlvr/long/FAMILY.jsonl.xz``: what was asked, the log's columns, and every answer.
 """
@@ -33,7 +34,7 @@ from paec_kernels.train.report.statistics import reward_area
 from paec_kernels.train.tasks.task import ROLES
 
 ROWS = Path("bench_results/rlvr/long")
-RERUNS = "reruns.json"  # there, of runs made again
+RERUNS, FRESH = "reruns.json", "fresh.json"  # there: of runs made again, and of other seeds
 DIGITS = 4  # of a logged number
 # Columns of the log that are kept, where the run has them.
 KEPT = (
@@ -98,11 +99,14 @@ def add(rows: Iterable[Row], family: str, folder: Path = ROWS) -> None:
         partial.write_bytes(known + b"".join(lzma.compress(f"{json.dumps(row)}\n".encode()) for row in rows))
 
 
-def wanted(family: str, stage: str, rows: list[Row], arms: Iterable[str]) -> list[tuple[str, int]]:
+def wanted(
+    family: str, stage: str, rows: list[Row], arms: Iterable[str], seeds: Iterable[int] = plan.SEEDS
+) -> list[tuple[str, int]]:
     """Return arm, as `paec compare` spells it, and seed of each run that the stage still lacks, seed by seed.
 
     Args:
         arms: those of the plan that are asked for.
+        seeds: of the main runs.
     Raises:
         ValueError: a main run is asked for before the whole grid of its arm is there.
     """
@@ -115,7 +119,7 @@ def wanted(family: str, stage: str, rows: list[Row], arms: Iterable[str]) -> lis
             f"rows of {family!r} must hold the whole grid of an arm before its main runs; missing: {', '.join(missing)}"
         )
     else:
-        seeds, spelled = plan.SEEDS, [chosen[arm] for arm in arms]
+        spelled = [chosen[arm] for arm in arms]
     return [(arm, seed) for seed in seeds for arm in spelled if (stage, arm, seed) not in done]
 
 
@@ -198,6 +202,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--families", nargs="+", choices=plan.FAMILIES, default=plan.FAMILIES)
     parser.add_argument("--arms", nargs="+", choices=tuple(plan.ARMS), default=tuple(plan.ARMS))
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, each on one core")
+    parser.add_argument("--seeds", type=int, default=len(plan.SEEDS), help="of the main runs, from 0 on")
     parser.add_argument("--minutes", type=float, default=1e9, help="start no run after these")
     parser.add_argument("--out", type=Path, default=ROWS, help="folder of the rows")
     parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "paec_kernels")
@@ -208,7 +213,7 @@ def main(arguments: list[str] | None = None) -> int:
     calls = [
         (family, asked.stage, arm, seed, plan.config(family, asked.cache))
         for family in dict.fromkeys(asked.families)
-        for arm, seed in wanted(family, asked.stage, read(family, asked.out), asked.arms)
+        for arm, seed in wanted(family, asked.stage, read(family, asked.out), asked.arms, range(asked.seeds))
     ]
     failed = 0
     with ProcessPoolExecutor(asked.jobs, get_context("spawn")) as pool:

@@ -151,6 +151,7 @@ def how_it_was_run(families: Sequence[Family]) -> Iterator[str]:
     assert all(other == config for other in others)  # the page describes one
     start = config.warm_start
     dates = sorted(each["date"] for each in made)
+    seeds = sorted({seed for family in families for seed in family.seeds})
     planned = ", ".join(f"`{arm}` against `{baseline}`" for arm, baseline in plan.PLANNED)
     yield from ("## How it was run", "", "```", *_values(made, "command"), "```", "")
     yield f"""\
@@ -171,7 +172,7 @@ python {", ".join(_values(made, "python"))}, torch {", ".join(_values(made, "tor
 - **Training**: {config.steps} batches of {config.prompts} prompts with {config.answers} answers each, {config.updates}
   optimiser steps a batch, learning rate {config.learning_rate:g}; the reward is that an answer is right.
 - **Arms**: one coefficient of each is the best of a grid, by {plan.PRIMARY}, on seeds of their own
-  ({span(plan.GRID_SEEDS)}); the main runs have the seeds {span(plan.SEEDS)}. The grid's seeds begin with
+  ({span(plan.GRID_SEEDS)}); the main runs have the seeds {span(seeds)}. The grid's seeds begin with
   {len(plan.GRID_SEEDS)} of the {plan.WARM_STARTS} warm starts, which half of the main runs have too. All else is at the
   defaults.
 - **Outcomes**: {plan.PRIMARY} over all families together decides; single families and the other outcomes tell where and

@@ -8,6 +8,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -281,12 +282,13 @@ def test_wanted_is_what_is_missing() -> None:
     assert run.wanted("chain", "grid", rows, ["grpo", "paec"]) == []
     with pytest.raises(ValueError, match=r"whole grid of an arm before its main runs; missing: oracle$"):
         run.wanted("chain", "main", rows, plan.ARMS)
-    assert run.wanted("chain", "main", rows, ["grpo"]) == [("grpo", seed) for seed in SEEDS]
+    assert run.wanted("chain", "main", rows, ["grpo"], SEEDS) == [("grpo", seed) for seed in SEEDS]
     rows.append(gone)
     best = ["grpo", "oracle,paec.rho_min=0.8", "paec,paec.lam=25"]
-    assert run.wanted("chain", "main", rows, plan.ARMS) == [(arm, seed) for seed in SEEDS for arm in best]
+    assert run.wanted("chain", "main", rows, plan.ARMS, SEEDS) == [(arm, seed) for seed in SEEDS for arm in best]
     rows += [made_row("main", arm, seed, 0.5) for seed in SEEDS for arm in best if (arm, seed) != (best[1], 5)]
-    assert run.wanted("chain", "main", rows, plan.ARMS) == [(best[1], 5)]
+    assert run.wanted("chain", "main", rows, plan.ARMS, SEEDS) == [(best[1], 5)]
+    assert run.wanted("chain", "main", rows, ["grpo"], range(10)) == [("grpo", 8), ("grpo", 9)]
 
 
 def test_best_is_the_largest_area_and_of_equals_the_first() -> None:
@@ -439,6 +441,30 @@ def test_a_run_made_again_is_the_same_and_its_answers_fit(tmp_path, monkeypatch,
         rerun.rerun("chain", "grpo", 6, tmp_path, tmp_path)
 
 
+def test_other_seeds_are_held_against_the_published_ones(tmp_path, monkeypatch) -> None:
+    method = {"clip_low": 0.2}
+    rows = [row | {"config": row["config"] | {"method": method}} for row in made_rows(LEVELS, SEEDS)]
+    rows = [row for row in rows if row["stage"] == "grid" or row["arm"] == "grpo"]
+    run.add(rows, "chain", tmp_path)
+    areas = [area_of(row) for row in main_rows(rows, "grpo")]
+    of_compare = SimpleNamespace(config={"tasks": ["chain"], "method": method}, seed=200)
+    rewards = [min(areas), max(areas)]  # of two batches
+    monkeypatch.setattr(rerun, "find_runs", lambda folders: folders)
+    monkeypatch.setattr(rerun, "read_run", lambda path: of_compare)
+    monkeypatch.setattr(rerun, "read_rows", lambda path: [{"mostly_right": reward} for reward in rewards])
+    asked = ["--compared", str(tmp_path), "--out", str(tmp_path)]
+    assert rerun.main(asked) == 0
+    (found,) = json.loads((tmp_path / run.FRESH).read_text())
+    assert (found["low"], found["area"], found["high"]) == pytest.approx((min(areas), np.mean(rewards), max(areas)))
+    line = f"| chain | `grpo` | 200: {100 * found['area']:.1f} | {100 * min(areas):.1f} to {100 * max(areas):.1f} |"
+    assert line in "\n".join(report.other_seeds([found]))
+    rewards[0] = 1.0  # outside
+    assert rerun.main(asked) == 1
+    of_compare.seed = 3
+    with pytest.raises(ValueError, match="must be of an arm that is published, with another seed, got seed 3"):
+        rerun.main(asked)
+
+
 @pytest.mark.parametrize("name", LONG_FAMILIES)
 def test_an_answer_fits_where_each_letter_stands_as_in_solutions(name) -> None:
     family = LONG_FAMILIES[name]
@@ -509,7 +535,7 @@ def test_the_readme_has_the_published_numbers() -> None:
 @pytest.mark.slow
 def test_the_published_page_is_that_of_the_published_rows(tmp_path) -> None:
     folder = Path(__file__).parents[2] / run.ROWS
-    files = [*folder.glob("*.jsonl.xz"), folder / "findings.md", folder / run.RERUNS]
+    files = [*folder.glob("*.jsonl.xz"), folder / "findings.md", folder / run.RERUNS, folder / run.FRESH]
     if not any(file.suffix == ".xz" for file in files):
         pytest.skip("no rows of the long families are published yet")
     for file in filter(Path.exists, files):

@@ -18,7 +18,8 @@ def arguments(tmp_path, monkeypatch) -> list[str]:
     tiny = replace(PRESETS["tiny"], warm_start=start, cache=tmp_path / "cache")
     monkeypatch.setattr(real_model, "PRESETS", {"smollm2": tiny})
     monkeypatch.setattr(real_model, "TASKS", ("add", "sub"))
-    monkeypatch.setattr(real_model, "ARMS", ("grpo", "paec-positions"))
+    arms = {name: real_model.ARMS[name] for name in ("grpo", "paec-positions")}
+    monkeypatch.setattr(real_model, "ARMS", arms)
     return ["--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out"), *BATCHES]
 
 
@@ -35,10 +36,11 @@ def test_arms_take_turns_and_the_page_tells_their_means(arguments, tmp_path, cap
     entropy = rows[1]["log"]["entropy"]
     (line,) = [line for line in page.splitlines() if line.startswith("| `paec-positions` |")]
     cells = line.split(" | ")
-    assert cells[3] == f"{entropy[0]:.2f} -> {entropy[-1]:.2f}"
-    assert cells[6] == f"{sum(rows[1]['log']['mean_mask']) / 7:.2f}"
+    assert cells[1] == "absolute, 1, 0.8"
+    assert cells[4] == f"{entropy[0]:.2f} -> {entropy[-1]:.2f}"
+    assert cells[7] == f"{sum(rows[1]['log']['mean_mask']) / 7:.2f}"
     assert [line.count(" - ") for line in page.splitlines() if line.startswith("| `grpo` |")] == [
-        4
+        5
     ]  # it has no bonus and no penalty
 
 
