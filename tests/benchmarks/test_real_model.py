@@ -1,6 +1,7 @@
 """The page about a real model: arms take turns, go on from their checkpoints, and its numbers are the rows'."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -69,3 +70,11 @@ def test_it_goes_on_where_it_was_stopped(arguments, tmp_path, capsys, monkeypatc
 def test_without_a_row_there_is_no_page(arguments, tmp_path) -> None:
     assert real_model.main([*arguments, "--minutes", "0"]) == 0
     assert not (tmp_path / "out").exists()
+
+
+def test_the_published_page_is_that_of_the_published_rows(tmp_path) -> None:
+    folder = Path(__file__).parents[2] / real_model.FOLDER
+    (tmp_path / real_model.ROWS).symlink_to(folder / real_model.ROWS)
+    real_model.write_page(tmp_path)
+    assert (tmp_path / real_model.PAGE).read_text() == (folder / real_model.PAGE).read_text()
+    assert {len(row["log"]["reward"]) for row in real_model.published(folder)} == {40}
