@@ -20,7 +20,10 @@ def not_run(families: Sequence[Family], missing: dict[str, str]) -> Iterator[str
         lines.append(f"Not run yet: {', '.join(f'{name} ({found} so far)' for name, found in missing.items())}.")
     few: dict[str, list[str]] = {}
     for family in families:
-        arms = ", ".join(f"`{arm}` ({count} of {len(plan.SEEDS)} seeds)" for arm, count in family.few.items())
+        arms = ", ".join(
+            f"`{arm}`" + (f" ({count} of {len(plan.SEEDS)} seeds)" if count else "")
+            for arm, count in family.few.items()
+        )
         few.setdefault(arms, []).append(family.name)
     lines += [f"Not run yet in {', '.join(names)}: {arms}." for arms, names in few.items() if arms]
     for family in families:
