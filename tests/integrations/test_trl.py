@@ -689,8 +689,8 @@ def test_a_split_head_is_gathered_for_backward_too(tmp_path: Path, monkeypatch: 
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("_smollm2")
 def test_smollm2(tmp_path: Path) -> None:
-    pytest.importorskip("gguf", reason="needs the demo's packages: pip install 'paec-kernels[demo]'")
     from paec_kernels.train.models import smollm2
 
     questions = ("What is 9 + 6?", "What is 6 * 7?", "How many pens do 3 boxes of 4 pens hold?", "What is 5 * 3?")

