@@ -62,11 +62,14 @@ ARMS = {
     ),
     # Where fewer than a fifth of the tokens are uncertain, or many more, the default's threshold is no place between.
     "paec-sharp-mask": Arm("PAEC with a sharp mask, tau_m .01", "paec,paec.tau_m=0.01", "paec.rho", (0.7, 0.8, 0.9)),
+    # Of all tokens, or of the top fifth, which harmless choices fill, the mean falls little while forks collapse. So a
+    # floor at 0.8 of the anchor never acts, and lam is no dial. (Values of it were run in carry+, and gave the same run.)
     "paec-hard-mask": Arm(
-        "PAEC with a hard mask, the top fifth of the scores", "paec-hard-mask", "paec.lam", (0.2, 1, 5)
+        "PAEC with a hard mask, the top fifth of the scores; penalty proportional, lam .2",
+        "paec-hard-mask,paec.penalty=proportional,paec.lam=0.2",
+        "paec.rho_min",
+        (1, 1.2, 1.5),
     ),
-    # A mean over all tokens falls little while forks collapse: at 0.8 of the anchor its floor never acts, and lam is no
-    # dial. (Three values of it were run in carry+, and gave the same run.)
     "paec-no-mask": Arm(
         "PAEC without a mask: one floor for all tokens; penalty proportional, lam .2",
         "paec-no-mask,paec.penalty=proportional,paec.lam=0.2",
@@ -86,7 +89,8 @@ ARMS = {
         (0.2, 0.4, 0.8),
     ),
     "siren": Arm("SIREN", "siren", "siren.coef", (0.005, 0.05, 0.5)),
-    "aer": Arm("AER", "aer", "aer.coef_step", (0.005, 0.05, 0.5)),
+    # For the same reason a target of 0.4, the reported one, may never act, and coef_step be no dial.
+    "aer": Arm("AER, coef_step .05", "aer,aer.coef_step=0.05", "aer.target_ratio", (0.4, 0.9, 1.1)),
     "clip-cov": Arm("Clip-Cov", "clip-cov", "fraction", (2e-4, 2e-3, 2e-2)),
     "kl-cov": Arm("KL-Cov", "kl-cov", "fraction", (2e-4, 2e-3, 2e-2)),
     "cispo": Arm("CISPO", "cispo", "clip_high", (0.28, 1, 4)),
@@ -100,7 +104,7 @@ EXPLORED = (
     ("paec-no-mask", "paec-proportional"),
     ("paec-no-mask", "paec"),
     ("paec-sharp-mask", "paec"),
-    ("paec-hard-mask", "paec"),
+    ("paec-hard-mask", "paec-proportional"),
     ("paec-no-penalty", "paec"),
     ("paec-scores", "paec"),
     ("paec-positions", "global"),
