@@ -63,7 +63,7 @@ ARMS = {
     # Where fewer than a fifth of the tokens are uncertain, or many more, the default's threshold is no place between.
     "paec-sharp-mask": Arm("PAEC with a sharp mask, tau_m .01", "paec,paec.tau_m=0.01", "paec.rho", (0.7, 0.8, 0.9)),
     # Of all tokens, or of the top fifth, which harmless choices fill, the mean falls little while forks collapse. So a
-    # floor at 0.8 of the anchor never acts, and lam is no dial. (Values of it were run in carry+, and gave the same run.)
+    # floor at 0.8 of the anchor never acts, and lam is no dial: values of it that were run in carry+ gave the same run.
     "paec-hard-mask": Arm(
         "PAEC with a hard mask, the top fifth of the scores; penalty proportional, lam .2",
         "paec-hard-mask,paec.penalty=proportional,paec.lam=0.2",
