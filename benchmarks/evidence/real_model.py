@@ -146,7 +146,7 @@ def text(rows: Sequence[Row]) -> Iterator[str]:
             for name in ("reward", "mixed_groups", "entropy", "mean_entropy")
         ]
         for name, _, form in MEANS:
-            cells.append(or_dash(known_mean(log[name]) if name in log else np.nan, form))
+            cells.append(or_dash([known_mean(log[name]) if name in log else np.nan], form))
         yield table_line([f"`{row['arm']}`", *cells])
     yield from ("", f"![curves]({PICTURE})", "")
     for made in {json.dumps(each): each for row in rows for each in row["provenance"]}.values():

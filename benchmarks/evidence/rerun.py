@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from benchmarks.evidence import plan
-from benchmarks.evidence.run import FRESH, RERUNS, ROWS, best, read, rounded
+from benchmarks.evidence.run import FRESH, RERUNS, ROWS, best, kept, read
 from benchmarks.provenance import provenance
 from paec_kernels.saved_state import write_json
 from paec_kernels.train import loop
@@ -72,8 +72,8 @@ def rerun(family: str, arm: str, seed: int, cache: Path, folder: Path) -> dict[s
 
     run.policy.texts = texts  # type: ignore[method-assign]
     steps = [loop.train_step(run, tasks, 0, 1) for _ in range(config.steps)]
-    log = published[0]["log"]
-    same = sum(values == [rounded(step[name]) for step in steps] for name, values in log.items())
+    log, again = published[0]["log"], kept(steps)
+    same = sum(values == again.get(name) for name, values in log.items())
     return {
         "family": family,
         "arm": arm,
@@ -95,13 +95,13 @@ def fresh(runs: Path, folder: Path) -> list[dict[str, Any]]:
     for path in find_runs([runs]):
         run = read_run(path)
         (family,) = run.config["tasks"]
-        rows = [row for row in read(family, folder) if row["stage"] == "main"]
-        own = [row for row in rows if row["config"]["method"] == run.config["method"]]
+        rows = read(family, folder)
+        own = [r for r in rows if r["stage"] == "main" and r["config"]["method"] == run.config["method"]]
         if not own or run.seed in {row["seed"] for row in own}:
             raise ValueError(f"{path} must be of an arm that is published, with another seed, got seed {run.seed}")
         areas = [reward_area(row["log"]["mostly_right"]) for row in own]
         area = reward_area([row["mostly_right"] for row in read_rows(path)])
-        arm = next(name for name, spelled in best(read(family, folder)).items() if spelled == own[0]["arm"])
+        arm = next(name for name, spelled in best(rows).items() if spelled == own[0]["arm"])
         found.append(
             {"family": family, "arm": arm, "seed": run.seed, "area": area, "low": min(areas), "high": max(areas)}
         )
@@ -132,7 +132,7 @@ def main(arguments: list[str] | None = None) -> int:
             record = [each for each in record if (each["family"], each["arm"], each["seed"]) != which]
             record.append(found | {"provenance": made})
             write_json(path, record)
-            print({name: value for name, value in found.items() if name != "provenance"}, flush=True)
+            print(found, flush=True)
     return int(any(each["same"] < each["columns"] for each in record))
 
 

@@ -166,11 +166,16 @@ def run_one(family: str, stage: str, arm: str, seed: int, common: TrainConfig) -
         "warm_start": run_config.warm_start.seed,
         "config": run_config.identity(),
         "seconds": round(time.perf_counter() - start, 1),
-        "log": {name: [rounded(row[name]) for row in steps] for name in KEPT if name in steps[0]},
+        "log": kept(steps),
         "greedy": [result.greedy_correct for result in results],
         "answers": [result.answers for result in results],
         "correct": [[int(right) for right in result.correct] for result in results],
     }
+
+
+def kept(steps: list[Row]) -> dict[str, list[float | None]]:
+    """Return the columns of a log that a row keeps."""
+    return {name: [rounded(step[name]) for step in steps] for name in KEPT if name in steps[0]}
 
 
 def rounded(value: float) -> float | None:

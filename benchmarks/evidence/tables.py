@@ -3,8 +3,6 @@
 import math
 from collections.abc import Iterable, Iterator, Sequence
 
-import numpy as np
-
 from benchmarks.evidence import outcomes, plan
 from benchmarks.evidence.outcomes import Family, has, told
 from paec_kernels.train.report.statistics import CONFIDENCE, Estimate, PairedComparison, bootstrap_interval, iqm
@@ -67,7 +65,7 @@ def mechanisms(family: Family) -> Iterator[str]:
 
         def cell(name: str, form: str, *times: str, scale: float = 1, unit: str = "", arm: str = arm) -> str:
             values = [scale * told(family, arm, f"{when} {name}") for when in times or outcomes.TIMES[1:]]
-            return "-" if np.isnan(values).any() else " -> ".join(f"{value:{form}}" for value in values) + unit
+            return or_dash(values, form, unit)
 
         cells = [cell(f"entropy/{role}", ".3f", *outcomes.TIMES) for role in roles]
         cells += [cell(f"mask/{role}", ".2f") for role in roles]
@@ -81,17 +79,16 @@ def mechanisms(family: Family) -> Iterator[str]:
 def grids(families: Sequence[Family]) -> Iterator[str]:
     yield from ("## The grid", "")
     picks = [
-        arm.grid.index(value)
+        value in (arm.grid[0], arm.grid[-1])
         for family in families
         for name, arm in plan.ARMS.items()
         for value in arm.grid
         if family.chosen.get(name) == arm.spelled(value)
     ]
-    at_edge = sum(pick in (0, 2) for pick in picks)
     yield (
         f"The mean {plan.PRIMARY} of each candidate, in per cent, over seeds {span(plan.GRID_SEEDS)}; bold: taken. Two "
-        f"seeds choose badly, and {at_edge} of {len(picks)} choices lie at an edge of their grid: a better value may "
-        "lie beyond, of any arm."
+        f"seeds choose badly, and {sum(picks)} of {len(picks)} choices lie at an edge of their grid: a better value "
+        "may lie beyond, of any arm."
     )
     yield ""
     yield from table_header(["arm", "field", *(family.name for family in families)])
@@ -135,8 +132,8 @@ def span(seeds: Sequence[int]) -> str:
     return f"{seeds[0]} to {seeds[-1]}"
 
 
-def or_dash(value: float, form: str, unit: str = "") -> str:
-    return "-" if math.isnan(value) else f"{value:{form}}{unit}"
+def or_dash(values: Sequence[float], form: str, unit: str = "") -> str:
+    return "-" if any(map(math.isnan, values)) else " -> ".join(f"{value:{form}}" for value in values) + unit
 
 
 def table_header(names: Sequence[str]) -> Iterator[str]:

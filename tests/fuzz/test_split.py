@@ -10,7 +10,15 @@ from fuzz.heads import close, exact_and_eager, gradients, heads, make
 from fuzz.properties import holds
 from fuzz.strategies import Logits, Options, options, some_logits
 from hypothesis import strategies as st
-from ops.rows import check_against, check_against_gradient, expected_gradient, gradient_of, is_uncertain, truth_of
+from ops.rows import (
+    check_against,
+    check_against_gradient,
+    check_same_bits,
+    expected_gradient,
+    gradient_of,
+    is_uncertain,
+    truth_of,
+)
 from torch import Tensor
 
 import paec_kernels as pk
@@ -37,12 +45,6 @@ def parts(x: Tensor | None, cuts: list[float], dim: int) -> tuple[Tensor | None,
     return x.tensor_split([round(share * x.shape[dim]) for share in cuts], dim)
 
 
-def check_same_bits(of_ranks: list[pk.TokenStats]) -> None:
-    for stats in of_ranks[1:]:
-        for value, first in zip(stats, of_ranks[0], strict=True):
-            assert value is first is None or torch.equal(value.nan_to_num(7.0), first.nan_to_num(7.0))
-
-
 def check_logits(groups, backend: str, logits: Logits, given: Options, cuts: list[float]) -> bool:
     z = logits.padded(given.padding)
     token_ids, arguments = given.for_rows(z.shape[:-1], logits.width)
@@ -52,19 +54,21 @@ def check_logits(groups, backend: str, logits: Logits, given: Options, cuts: lis
     weights = torch.randn(3, z[..., 0].numel(), generator=torch.Generator().manual_seed(given.seed))
 
     def of_rank(rank: int) -> tuple[pk.TokenStats, Tensor]:
-        kept = []
+        kept: list[pk.TokenStats] = []
 
         def statistics(shard: Tensor) -> pk.TokenStats:
             options = {"vocab_group": groups[len(shards)], "backend": backend, **arguments}
             kept.append(pk.token_stats(shard, token_ids, **options))
             return kept[0]
 
-        return kept, gradient_of(statistics, shards[rank].clone(), weights)
+        gradient = gradient_of(statistics, shards[rank].clone(), weights)
+        return kept[0], gradient
 
     kept, found = zip(*on_threads(len(shards), of_rank, MODULES), strict=True)
     truth = truth_of(z, token_ids, **arguments)
-    check_against(kept[0][0], truth)
-    check_same_bits([stats for (stats,) in kept])
+    check_against(kept[0], truth)
+    for stats in kept[1:]:
+        check_same_bits(stats, kept[0])
     check_against_gradient(torch.cat(found, dim=-1), expected_gradient(z, token_ids, weights, **arguments))
     return is_uncertain(truth.exact)
 
@@ -99,7 +103,8 @@ def test_any_cut_of_a_head(groups, sizes, given, cuts):
 
     kept, found = zip(*on_threads(len(weights), of_rank, MODULES), strict=True)
     check_against(kept[0], truth)
-    check_same_bits(list(kept))
+    for stats in kept[1:]:
+        check_same_bits(stats, kept[0])
     d_hidden, *d_parameters = zip(*found, strict=True)
     assert all(torch.equal(each, d_hidden[0]) for each in d_hidden)
     got = d_hidden[0], *map(torch.cat, d_parameters)

@@ -1,7 +1,7 @@
 """Rows of logits that are hard in a known way, and how close a result must come to the float64 truth."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -154,6 +154,11 @@ def check_against(stats: TokenStats, truth: Truth) -> None:
     assert stats.nucleus_size.dtype == torch.int32
     wrong = (stats.nucleus_size != truth.exact.nucleus_size) & ~truth.ambiguous
     assert not wrong.any(), f"sizes {stats.nucleus_size[wrong].tolist()} for {truth.exact.nucleus_size[wrong].tolist()}"
+
+
+def check_same_bits(stats: Iterable[Tensor | None], expected: Iterable[Tensor | None]) -> None:
+    for value, other in zip(stats, expected, strict=True):
+        assert value is other is None or torch.equal(value.nan_to_num(7.0), other.nan_to_num(7.0))
 
 
 def check_values(backend: str, logits: Tensor, token_ids: Tensor | None, **options) -> Truth:

@@ -6,7 +6,15 @@ import pytest
 import torch
 from helpers import on_ranks_once
 from ops import split_cases
-from ops.rows import ExpectedGradient, Truth, check_against, check_against_gradient, expected_gradient, truth_of
+from ops.rows import (
+    ExpectedGradient,
+    Truth,
+    check_against,
+    check_against_gradient,
+    check_same_bits,
+    expected_gradient,
+    truth_of,
+)
 from ops.split_cases import FOR_TRITON, GROUPS, cases, weights
 
 from paec_kernels import TokenStats
@@ -59,7 +67,6 @@ def test_the_same_to_the_bit_on_every_rank_and_in_every_run(ranks, group, name):
     found = of_case(ranks, group, name)
     for rank in found:
         for stats in rank["stats"]:
-            for value, first in zip(stats, found[0]["stats"][0], strict=True):
-                assert value is first or torch.equal(value.nan_to_num(7), first.nan_to_num(7))
+            check_same_bits(stats, found[0]["stats"][0])
         for gradient in rank["gradients"]:
-            assert torch.equal(gradient.nan_to_num(7), rank["gradients"][0].nan_to_num(7))
+            check_same_bits([gradient], rank["gradients"][:1])
