@@ -98,7 +98,7 @@ def scores(row: Row) -> dict[str, float]:
 
     ``area`` and ``reward`` are means over all batches, of prompts mostly right and of the reward. ``discovery`` is the
     batch at which the plan's share of prompts is first mostly right, and ``found`` tells whether that came. Then those
-    of the evaluation; maj@k is that of a problem's first k samples.
+    of the evaluation; maj@k is the mean over a problem's samples taken k at a time.
     """
     right = row["log"]["mostly_right"]
     correct, answers = np.array(row["correct"], dtype=bool), row["answers"]
@@ -113,7 +113,9 @@ def scores(row: Row) -> dict[str, float]:
         f"mean@{samples}": float(mean_at_k(correct).mean()),
     }
     for k in pass_ks(samples):
-        votes = majority_vote(correct[:, :k], [of_problem[:k] for of_problem in answers])
+        # Of the first k alone it would be noise that all arms share, as a seed's draws are alike for all.
+        own = [slice(start, start + k) for start in range(0, samples - k + 1, k)]
+        votes = np.mean([majority_vote(correct[:, of], [each[of] for each in answers]) for of in own], axis=0)
         found |= {f"maj@{k}": float(votes.mean()), f"pass@{k}": float(pass_at_k(correct, k).mean())}
     return found
 

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from made_evidence import BATCHES, PROBLEMS, SAMPLES, made_row, made_rows
+from made_evidence import BATCHES, SAMPLES, made_row, made_rows
 from scipy.stats import binom, trim_mean
 
 from benchmarks.evidence import outcomes, plan, plots, report, rerun, run, words
@@ -66,14 +66,15 @@ def area_of(row: run.Row) -> float:
     return sum(row["log"]["mostly_right"]) / BATCHES
 
 
-def vote_of(row: run.Row) -> float:
-    """Return maj@16, ties shared."""
+def vote_of(row: run.Row, k: int = SAMPLES) -> float:
+    """Return maj@k of all k samples in turn, ties shared."""
     scores = []
     for answers in row["answers"]:
-        votes = Counter(answers).most_common()
-        winners = [answer for answer, count in votes if count == votes[0][1]]
-        scores.append(("1" in winners) / len(winners))
-    return sum(scores) / PROBLEMS
+        for start in range(0, SAMPLES, k):
+            votes = Counter(answers[start : start + k]).most_common()
+            winners = [answer for answer, count in votes if count == votes[0][1]]
+            scores.append(("1" in winners) / len(winners))
+    return sum(scores) / len(scores)
 
 
 def discovery_of(row: run.Row) -> int:
@@ -154,17 +155,14 @@ def test_scores_for_each_k() -> None:
     found = outcomes.scores(row)
     correct = np.array(row["correct"])
     assert found["pass@16"] == correct.any(1).mean()
-    assert found["maj@1"] == correct[:, 0].mean()
-    assert found["pass@1"] == pytest.approx(found["mean@16"])
+    assert found["pass@1"] == found["maj@1"] == pytest.approx(found["mean@16"])
     chosen = [
         any(of_problem[i] for i in pick) for of_problem in correct for pick in itertools.combinations(range(SAMPLES), 2)
     ]
     assert found["pass@2"] == pytest.approx(np.mean(chosen))  # over all pairs: unbiased
-    first = [
-        {0: 0.0, 1: 0.5, 2: 1.0}[int(right)] if a != b else float(right > 0)
-        for (a, b), right in zip((answers[:2] for answers in row["answers"]), correct[:, :2].sum(1), strict=True)
-    ]
-    assert found["maj@2"] == pytest.approx(np.mean(first))
+    for k in (2, 4, 8):
+        assert found[f"maj@{k}"] == pytest.approx(vote_of(row, k))
+    assert found["maj@16"] == pytest.approx(vote_of(row))
 
 
 def test_a_planted_win_is_found(tmp_path) -> None:
