@@ -104,9 +104,12 @@ EXPLORED = (
     ("paec-no-mask", "paec-proportional"),
     ("paec-no-mask", "paec"),
     ("paec-sharp-mask", "paec"),
+    ("paec-hard-mask", "paec"),
     ("paec-hard-mask", "paec-proportional"),
+    ("paec-hard-mask", "paec-no-mask"),  # the same penalty, strength and dial
     ("paec-no-penalty", "paec"),
     ("paec-scores", "paec"),
+    ("paec-positions", "paec-hard-mask"),
     ("paec-positions", "global"),
 )
 PLANNED_ARMS = tuple(dict.fromkeys([BASELINE, *(arm for pair in PLANNED for arm in pair)]))
