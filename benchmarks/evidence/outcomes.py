@@ -114,8 +114,9 @@ def scores(row: Row) -> dict[str, float]:
     }
     for k in pass_ks(samples):
         # Of the first k alone it would be noise that all arms share, as a seed's draws are alike for all.
-        own = [slice(start, start + k) for start in range(0, samples - k + 1, k)]
-        votes = np.mean([majority_vote(correct[:, of], [each[of] for each in answers]) for of in own], axis=0)
+        starts = range(0, samples - k + 1, k)
+        taken = [of_problem[start : start + k] for of_problem in answers for start in starts]
+        votes = majority_vote(correct[:, : k * len(starts)].reshape(-1, k), taken)
         found |= {f"maj@{k}": float(votes.mean()), f"pass@{k}": float(pass_at_k(correct, k).mean())}
     return found
 
